@@ -1,0 +1,150 @@
+"""From scores to advantages: reward shaping, group baselines, and the advantage of each algorithm.
+
+    reinforce++            returns with the KL in the reward, normalised over the global batch
+    reinforce++_baseline   R - group mean on every token, normalised over the global batch
+    grpo                   (R - group mean) / (group std + 1e-6), not normalised further
+    rloo                   R - mean of the *other* responses of the group, not normalised further
+
+The first two are arXiv 2501.03262; GRPO (arXiv 2402.03300) and RLOO (arXiv 2402.14740) are for
+comparison, so by the definitions the field runs (verl, TRL): sample standard deviation (Bessel),
+1e-6 beside it, one scalar for all tokens. Except in reinforce++, the KL is a loss term and not
+part of the reward. Left out: groups that span ranks (all responses to a prompt live on one).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_rpp.algorithms.numerics import check_mask, select
+from megatron_rpp.algorithms.returns import returns_to_go, token_rewards
+from megatron_rpp.algorithms.statistics import Moments, global_whiten, moments
+
+GROUP_KINDS = ("mean", "grpo", "rloo")
+ALGORITHMS = ("reinforce++", "reinforce++_baseline", "grpo", "rloo")
+GRPO_EPS = 1e-6
+
+
+def shape_scores(
+    scores: Tensor,
+    normalize: bool,
+    scale: float,
+    clip: float | None,
+    group: dist.ProcessGroup | None = None,
+) -> tuple[Tensor, Moments]:
+    """Reward processing of the paper: normalise over the global batch, then scale, then clip.
+
+    Collective over ``group``, whatever the settings.
+
+    Args:
+        scores: [B], this rank's scores. normalize: to mean 0, variance 1 over the group's ranks.
+        scale: factor, 1 for none. clip: bound on the absolute value, None for none.
+
+    Returns:
+        The shaped scores [B], and the moments of the raw ones.
+
+    Raises:
+        ValueError: clip not positive; a score that is not finite.
+    """
+    if clip is not None and clip <= 0:
+        raise ValueError(f"reward clip is {clip}: give a positive bound, or none to switch it off")
+    everything = torch.ones_like(scores, dtype=torch.bool)
+    if normalize:
+        scores, stats = global_whiten(scores, everything, group)
+    else:
+        stats = moments(scores, everything, group)
+    scores = scores * scale
+    return (scores if clip is None else scores.clamp(-clip, clip)), stats
+
+
+def group_baseline(scores: Tensor, group_ids: Tensor, kind: str) -> Tensor:
+    """Score of each response relative to the other responses to its prompt.
+
+    Groups may have any sizes and order. A group of one has nothing to compare with: "mean" gives 0
+    (R - R); "grpo" and "rloo" keep the score (verl: mean 0, std 1; baseline 0), so "grpo" gives
+    R / (1 + 1e-6).
+
+    Args:
+        scores: [B]. group_ids: [B] integers, equal for the responses to one prompt.
+        kind: "mean": R - mean. "grpo": (R - mean) / (std + 1e-6), std with Bessel's correction.
+            "rloo": R - mean of the others.
+
+    Returns:
+        [B], dtype and device of ``scores``.
+
+    Raises:
+        ValueError: unknown kind.
+    """
+    if kind not in GROUP_KINDS:
+        raise ValueError(f"unknown group baseline {kind!r}: choose one of {', '.join(GROUP_KINDS)}")
+    assert scores.ndim == 1 and scores.shape == group_ids.shape
+    # On the host and in fp64: B is small, and CUDA's index_add adds in no fixed order.
+    raw = scores.detach().cpu().double()
+    _, member, sizes = torch.unique(group_ids.cpu(), return_inverse=True, return_counts=True)
+    size, alone = sizes[member].double(), sizes[member] == 1
+
+    def group_sum(values: Tensor) -> Tensor:
+        return raw.new_zeros(len(sizes)).index_add_(0, member, values)[member]
+
+    # Shifted by the group's maximum: equal scores then have a difference of exactly 0.
+    lowest = raw.new_full(sizes.shape, -torch.inf)
+    shifted = raw - lowest.scatter_reduce_(0, member, raw, "amax")[member]
+    centered = shifted - group_sum(shifted) / size
+    others = (size - 1).clamp(min=1)
+    if kind == "mean":
+        relative = centered
+    elif kind == "grpo":
+        std = (group_sum(centered.square()) / others).sqrt()
+        relative = torch.where(alone, raw / (1 + GRPO_EPS), centered / (std + GRPO_EPS))
+    else:
+        # R - (sum - R) / (n - 1) = (R - mean) n / (n - 1)
+        relative = torch.where(alone, raw, centered * size / others)
+    return relative.to(scores)
+
+
+def advantages(
+    name: str,
+    scores: Tensor,
+    kl: Tensor | None,
+    mask: Tensor,
+    group_ids: Tensor,
+    kl_coef: float,
+    gamma: float,
+    group: dist.ProcessGroup | None = None,
+) -> tuple[Tensor, Tensor, Moments]:
+    """Advantages of this rank's responses by the algorithm ``name`` (see the module docstring).
+
+    Collective over ``group``: every rank calls it, also one that has no tokens. Rows hold whole
+    responses, and each response lives on one rank of the group.
+
+    Args:
+        name: one of ``ALGORITHMS``.
+        scores: [B], shaped scores. mask: [B, T] bool. group_ids: [B] (not read by reinforce++).
+        kl, kl_coef, gamma: as ``token_rewards`` and ``returns_to_go``; read by reinforce++ only.
+
+    Returns:
+        (advantages [B, T], returns [B, T], moments): the returns are the advantages before the
+        global normalisation, the moments theirs over all ranks. Both are 0 where the mask is.
+
+    Raises:
+        ValueError: unknown name; see also ``token_rewards``, ``returns_to_go``, ``moments``.
+    """
+    if name not in ALGORITHMS:
+        raise ValueError(f"unknown algorithm {name!r}: choose one of {', '.join(ALGORITHMS)}")
+    if name == "reinforce++":
+        returns = returns_to_go(token_rewards(scores, kl, mask, kl_coef), mask, gamma)
+    else:
+        kind = "mean" if name == "reinforce++_baseline" else name
+        returns = _on_every_token(group_baseline(scores, group_ids, kind), mask)
+    if name in ("grpo", "rloo"):
+        return returns, returns, moments(returns, mask, group)
+    whitened, stats = global_whiten(returns, mask, group)
+    return whitened, returns, stats
+
+
+def _on_every_token(values: Tensor, mask: Tensor) -> Tensor:
+    """[B] to [B, T]: the row's value under the mask, 0 elsewhere."""
+    check_mask(mask)
+    assert values.shape == mask.shape[:1]
+    return select(values[:, None], mask)

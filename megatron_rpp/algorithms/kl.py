@@ -1,0 +1,49 @@
+"""Per-token estimators of KL(policy || reference) from the log-probs of sampled tokens.
+
+The three estimators of J. Schulman, "Approximating KL Divergence" (2020), with
+k1 = log pi(y_t) - log pi_ref(y_t):
+
+    k1              unbiased, high variance, may be negative; the reward penalty of REINFORCE++
+    k2 = k1^2 / 2   biased, low variance; its gradient is that of the KL (the loss term of
+                    REINFORCE++ with baseline, arXiv 2501.03262)
+    k3 = exp(-k1) - 1 + k1    unbiased, never negative (up to rounding)
+
+Left out: the exact KL over the vocabulary (it needs the reference logits), and clamping, which
+would hide a policy that ran away.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megatron_rpp.algorithms.numerics import at_least_fp32, finite_gradient
+
+KL_KINDS = ("k1", "k2", "k3")
+
+
+def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: str) -> Tensor:
+    """KL estimate of every token, in nats.
+
+    Args:
+        logprobs: [B, T], log-prob of each sampled token under the policy.
+        ref_logprobs: [B, T], the same under the reference model.
+        kind: "k1", "k2" or "k3".
+
+    Returns:
+        [B, T], at least fp32, differentiable. Where it is not finite (rubbish under a mask) its
+        gradient is 0.
+
+    Raises:
+        ValueError: unknown kind.
+    """
+    assert logprobs.shape == ref_logprobs.shape
+    k1 = at_least_fp32(logprobs) - at_least_fp32(ref_logprobs)
+    if kind == "k1":
+        return k1
+    if kind == "k2":
+        return finite_gradient(lambda d: d.square() / 2, k1)
+    if kind == "k3":
+        # expm1: near k1 = 0, exp(-k1) - 1 loses every digit of the k1^2 / 2 that is left.
+        return finite_gradient(lambda d: torch.expm1(-d) + d, k1)
+    raise ValueError(f"unknown KL estimator {kind!r}: choose one of {', '.join(KL_KINDS)}")

@@ -1,0 +1,144 @@
+"""The clipped policy loss per token, its aggregation over a mini-batch, and its diagnostics.
+
+    rho_t = exp(log pi_theta - log pi_old)
+    loss_t = -min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A)
+
+PPO (arXiv 1707.06347) with the two bounds of DAPO (arXiv 2503.14476), and the dual clip of
+arXiv 1912.09729. Nothing here divides by a count of the whole mini-batch or talks to other ranks:
+``aggregate`` returns a numerator and a count, the caller reduces both over micro-batches and the
+DP x CP ranks, and divides once (Megatron's ``calculate_per_token_loss`` contract). Left out:
+sequence-level ratios (GSPO), corrections for a rollout engine whose log-probs differ.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from megatron_rpp.algorithms.numerics import at_least_fp32, check_mask, finite_gradient, select
+
+AGGREGATIONS = ("token_mean", "sequence_mean")
+# exp(20) = 5e8: far beyond any clip range, and its product with an advantage is finite. Past it
+# the ratio is constant, so the token has no gradient (verl clamps the same way).
+MAX_LOG_RATIO = 20.0
+
+
+def policy_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None = None,
+) -> Tensor:
+    """Clipped surrogate loss of every token.
+
+    Args:
+        logprobs: [B, T], under the current policy, with gradient.
+        old_logprobs: [B, T], under the policy before the update; constant.
+        advantages: [B, T]; constant.
+        clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high].
+        dual_clip: for A < 0 the loss is at most -dual_clip * A, so that one token whose ratio
+            exploded cannot rule the batch; must exceed 1. None: off.
+
+    Returns:
+        [B, T], at least fp32. Where an input is NaN (rubbish under a mask) the loss is NaN and
+        its gradient 0: ``aggregate`` selects it away.
+
+    Raises:
+        ValueError: a clip bound outside its range.
+    """
+    _check_clip(clip_low, clip_high, dual_clip)
+    assert logprobs.shape == old_logprobs.shape == advantages.shape
+
+    def surrogate(log_ratio: Tensor, advantage: Tensor) -> Tensor:
+        ratio = log_ratio.exp()
+        clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
+        loss = -torch.minimum(ratio * advantage, clipped * advantage)
+        if dual_clip is None:
+            return loss
+        return torch.where(advantage < 0, torch.minimum(loss, -dual_clip * advantage), loss)
+
+    return finite_gradient(
+        surrogate, _log_ratio(logprobs, old_logprobs), at_least_fp32(advantages.detach())
+    )
+
+
+def aggregate(per_token: Tensor, mask: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """Numerator and denominator of the mini-batch mean, of the rows given here.
+
+    Both are plain sums over rows: add them up over micro-batches and ranks, then divide.
+
+    Args:
+        per_token: [B, T], whatever it holds where the mask is False.
+        mask: [B, T] bool.
+        kind: "token_mean": sum over the tokens, number of tokens. "sequence_mean": sum of the
+            rows' own means, number of rows that have a token (so a row must be a whole response,
+            not a context-parallel part of one).
+
+    Returns:
+        (sum: scalar, at least fp32, with gradient; count: scalar int64).
+
+    Raises:
+        ValueError: unknown kind.
+    """
+    check_mask(mask, per_token)
+    selected = select(at_least_fp32(per_token), mask)
+    if kind == "token_mean":
+        return selected.sum(), mask.sum()
+    if kind == "sequence_mean":
+        lengths = mask.sum(-1)
+        return (selected.sum(-1) / lengths.clamp(min=1)).sum(), (lengths > 0).sum()
+    raise ValueError(f"unknown loss aggregation {kind!r}: choose one of {', '.join(AGGREGATIONS)}")
+
+
+class PolicyStats(NamedTuple):
+    """Diagnostics as scalar tensors: add the first three over micro-batches and ranks, take the
+    maximum of the last. All 0 where there is no token."""
+
+    tokens: Tensor
+    clipped: Tensor
+    """Tokens whose clipped term is the loss, and which therefore have no gradient."""
+    approx_kl: Tensor
+    """Sum of k3 for KL(old || current), nats: rho - 1 - log rho."""
+    ratio_max: Tensor
+
+
+@torch.no_grad()
+def policy_stats(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    clip_low: float,
+    clip_high: float,
+) -> PolicyStats:
+    """What the clipping did to these tokens; arguments as ``policy_loss``, mask [B, T] bool."""
+    check_mask(mask, logprobs, old_logprobs, advantages)
+    log_ratio = select(_log_ratio(logprobs, old_logprobs), mask)
+    ratio = select(log_ratio.exp(), mask)
+    advantages = select(at_least_fp32(advantages), mask)
+    bound = torch.where(advantages > 0, ratio > 1 + clip_high, ratio < 1 - clip_low)
+    return PolicyStats(
+        tokens=mask.sum(),
+        clipped=(bound & (advantages != 0)).sum(),
+        approx_kl=(torch.expm1(log_ratio) - log_ratio).sum(),
+        ratio_max=ratio.max() if ratio.numel() else ratio.new_zeros(()),
+    )
+
+
+def _log_ratio(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
+    """log rho [B, T], at least fp32, within +-MAX_LOG_RATIO."""
+    difference = at_least_fp32(logprobs) - at_least_fp32(old_logprobs.detach())
+    return difference.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+
+
+def _check_clip(clip_low: float, clip_high: float, dual_clip: float | None) -> None:
+    if not 0 <= clip_low <= 1:
+        raise ValueError(f"clip_low is {clip_low}: it must lie in [0, 1] (0.2 is usual)")
+    if clip_high < 0:
+        raise ValueError(f"clip_high is {clip_high}: it must not be negative (0.2 is usual)")
+    if dual_clip is not None and dual_clip <= 1:
+        raise ValueError(f"dual_clip is {dual_clip}: it must exceed 1 (3 is usual), or be none")

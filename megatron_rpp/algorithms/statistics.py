@@ -1,0 +1,109 @@
+"""Mean and variance of masked values over the ranks of a process group, and whitening with them.
+
+REINFORCE++ (arXiv 2501.03262) normalises its advantages over all tokens of the whole rollout
+batch. So the statistics are those of the union of what the ranks hold: neither the mean of their
+means (wrong as soon as one holds more tokens), nor E[x^2] - E[x]^2 (cancels, goes negative for
+saturated rewards, and sqrt gives NaN). Each rank sends one fp64 triple; all merge the triples in
+rank order with Chan's formula (Chan, Golub, LeVeque 1979), hence to the same bits. Left out:
+running statistics across steps.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import reduce
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_rpp.algorithms.numerics import check_mask, select
+
+VARIANCE_FLOOR = 1e-8
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Count, mean and population variance of a set of values; all 0 for the empty set."""
+
+    count: float
+    mean: float
+    var: float
+
+    def merge(self, other: Moments) -> Moments:
+        """Moments of the union of two sets, by Chan's formula on (count, mean, M2 = count * var).
+
+        Equal means merge to exactly the same mean, the empty set changes nothing.
+        """
+        if self.count == 0 or other.count == 0:
+            return self if other.count == 0 else other
+        count = self.count + other.count
+        delta = other.mean - self.mean
+        mean = self.mean + delta * (other.count / count)
+        m2 = self.count * self.var + other.count * other.var
+        m2 += delta * delta * (self.count * other.count / count)
+        return Moments(count, mean, m2 / count)
+
+
+def moments(values: Tensor, mask: Tensor, group: dist.ProcessGroup | None = None) -> Moments:
+    """Moments of the masked values of all ranks of ``group``; the same bits on each of them.
+
+    Collective: every rank of the group calls it, also one whose mask is empty.
+
+    Args:
+        values, mask: same shape, mask bool; this rank's part of the batch. Ranks must hold
+            different values: a replica would be counted twice.
+        group: the ranks that share the batch; None: this process alone. The triple travels on
+            ``values.device``.
+
+    Raises:
+        ValueError: a masked value of any rank is NaN or infinite (raised on every rank).
+    """
+    check_mask(mask, values)
+    gathered = [_local_moments(values, mask)]
+    if group is not None:
+        local, size = gathered[0], dist.get_world_size(group)
+        assert size > 0, "this rank is not in the group"
+        gathered = [torch.empty_like(local) for _ in range(size)]
+        dist.all_gather(gathered, local, group=group)
+    total = reduce(Moments.merge, (Moments(*row) for row in torch.stack(gathered).tolist()))
+    if not (math.isfinite(total.mean) and math.isfinite(total.var)):
+        raise ValueError(
+            f"mean {total.mean}, variance {total.var}: a value under the mask is NaN or infinite; "
+            "look at the rewards and the log-probs of this step"
+        )
+    return total
+
+
+def global_whiten(
+    values: Tensor, mask: Tensor, group: dist.ProcessGroup | None = None
+) -> tuple[Tensor, Moments]:
+    """``(x - mean) / sqrt(max(var, 1e-8))`` under the mask, 0 elsewhere, over all ranks.
+
+    Values of zero variance become zeros; so does everything when all masks are empty.
+
+    Args, Raises:
+        as ``moments``.
+
+    Returns:
+        The whitened values, shape and dtype of ``values``, without gradient; and the moments from
+        before, for the log.
+    """
+    values = values.detach()
+    stats = moments(values, mask, group)
+    std = math.sqrt(max(stats.var, VARIANCE_FLOOR))
+    whitened = (values.double() - stats.mean) / std
+    return select(whitened, mask).to(values.dtype), stats
+
+
+def _local_moments(values: Tensor, mask: Tensor) -> Tensor:
+    """(count, mean, var) of this rank, fp64 [3]. Two passes, on values shifted by the first one:
+    equal values then have exactly their value as mean, and variance exactly 0."""
+    chosen = values.detach()[mask].double()
+    if chosen.numel() == 0:
+        return chosen.new_zeros(3)
+    shifted = chosen - chosen[0]
+    center = shifted.mean()
+    variance = (shifted - center).square().mean()
+    return torch.stack([center.new_tensor(chosen.numel()), chosen[0] + center, variance])

@@ -1,0 +1,74 @@
+"""Megatron-LM's flag names, accepted beside our own, so that a known command line keeps working.
+
+--micro-batch-size is not here: it sets a product (cli.py). Left out: flags without a setting of
+ours, such as --context-parallel-size; they are refused like any unknown key.
+"""
+
+from __future__ import annotations
+
+import re
+
+# Megatron's flag: our setting. Where the setting brings its value, the flag is a bare switch.
+_ALIASES = {
+    "tensor-model-parallel-size": "parallel.tensor",
+    "pipeline-model-parallel-size": "parallel.pipeline",
+    "sequence-parallel": "parallel.sequence_parallel=true",
+    "num-layers": "model.layers",
+    "hidden-size": "model.hidden",
+    "ffn-hidden-size": "model.ffn_hidden",
+    "num-attention-heads": "model.heads",
+    "num-query-groups": "model.kv_heads",
+    "kv-channels": "model.head_dim",
+    "vocab-size": "model.vocab_size",
+    "seq-length": "model.max_length",
+    "max-position-embeddings": "model.max_length",
+    "rotary-base": "model.rope_theta",
+    "norm-epsilon": "model.norm_eps",
+    "init-method-std": "model.init_std",
+    "bf16": "model.dtype=bf16",
+    "tokenizer-model": "data.tokenizer",
+    "lr": "optimizer.lr",
+    "min-lr": "optimizer.min_lr",
+    "lr-warmup-iters": "optimizer.warmup_steps",
+    "lr-decay-iters": "optimizer.decay_steps",
+    "lr-decay-style": "optimizer.decay_style",
+    "weight-decay": "optimizer.weight_decay",
+    "adam-beta1": "optimizer.beta1",
+    "adam-beta2": "optimizer.beta2",
+    "adam-eps": "optimizer.eps",
+    "clip-grad": "optimizer.clip_grad",
+    "use-distributed-optimizer": "optimizer.distributed=true",
+    "train-iters": "train.steps",
+    "eval-interval": "evaluation.interval",
+    "save": "checkpoint.dir",
+    "load": "checkpoint.load",
+    "save-interval": "checkpoint.interval",
+    "tensorboard-dir": "logging.dir",
+}
+# The warm start has settings of its own: there the same flag must not fall on one it never reads.
+_SFT_SETTINGS = {
+    "train.steps": "sft.steps",
+    "evaluation.interval": "sft.eval_interval",
+    "checkpoint.dir": "sft.dir",
+}
+_NOT_IN_SFT = ("load", "save-interval", "tensorboard-dir")
+
+
+def aliases_of(program: str) -> dict[str, str]:
+    """Flag: setting, of ``train`` or ``sft``; ``setting=value`` for a bare switch."""
+    if program == "train":
+        return _ALIASES
+    return {
+        alias: re.sub("^optimizer", "sft.optimizer", _SFT_SETTINGS.get(setting, setting))
+        for alias, setting in _ALIASES.items()
+        if alias not in _NOT_IN_SFT
+    }
+
+
+def list_aliases(aliases: dict[str, str]) -> str:
+    """The lines below ``--help``."""
+    lines = [
+        f"  --{alias + ('' if '=' in setting else ' VALUE'):40}--{setting}"
+        for alias, setting in aliases.items()
+    ]
+    return "\n".join(["Megatron's names, accepted for:", *lines])

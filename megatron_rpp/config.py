@@ -1,0 +1,286 @@
+"""Every setting of a run: one frozen, keyword-only dataclass per owner, checked when it is made.
+
+Each field carries a docstring with its meaning and unit; ``--help`` prints it (see cli.py). A value
+out of range raises ValueError naming ``section.field``, the value and the range. What two sections
+must agree on is checked by Config, what depends on the number of processes by ``check_world_size``.
+Left out: anything that needs a file (paths are opened by their readers), a tokenizer or a device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from megatron_rpp.config_checks import (
+    check_choices,
+    check_divides,
+    check_filled,
+    check_layout,
+    check_range,
+    check_rollout,
+)
+from megatron_rpp.config_learning import (
+    AlgorithmConfig,
+    DataConfig,
+    EvaluationConfig,
+    ReferenceConfig,
+    RewardConfig,
+    RolloutConfig,
+    TaskConfig,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Decoder-only transformer: RMSNorm, rotary positions, SwiGLU, grouped-query attention."""
+
+    layers: int = 4
+    """Transformer layers."""
+    hidden: int = 128
+    """Width of the residual stream."""
+    ffn_hidden: int = 344
+    """Width of the SwiGLU inner layer."""
+    heads: int = 4
+    """Query heads."""
+    kv_heads: int | None = None
+    """Key and value heads, a divisor of heads (grouped-query attention); null = heads."""
+    head_dim: int | None = None
+    """Channels per head, even; null = hidden / heads."""
+    vocab_size: int | None = None
+    """Token ids before padding; null = the size of the tokenizer."""
+    max_length: int = 256
+    """Context in tokens, prompt and response together."""
+    rope_theta: float = 10000.0
+    """Base of the rotary frequencies."""
+    norm_eps: float = 1e-5
+    """Epsilon inside the square root of RMSNorm."""
+    tied_embeddings: bool = False
+    """Use one matrix for the input embedding and the output layer."""
+    init_std: float = 0.02
+    """Standard deviation of the random initial weights."""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of forward and backward; the optimizer always keeps fp32 master weights."""
+    init_path: str | None = None
+    """Megatron checkpoint directory whose weights policy and reference start from; null = random
+    weights from the seed."""
+
+    def __post_init__(self) -> None:
+        check_range("model", self, "layers hidden ffn_hidden heads kv_heads vocab_size", at_least=1)
+        check_range("model", self, "max_length head_dim", at_least=2)
+        check_range("model", self, "rope_theta norm_eps init_std", above=0)
+        check_choices("model", self)
+        if self.head_dim is None:
+            remedy = "change one of them or set model.head_dim"
+            check_divides("model.hidden", self.hidden, "model.heads", self.heads, remedy)
+        head_dim = self.head_dim or self.hidden // self.heads
+        if head_dim % 2:
+            raise ValueError(
+                f"model.head_dim (model.hidden / model.heads where it is null) must be even, got "
+                f"{head_dim}: rotary positions turn pairs of channels"
+            )
+        if self.kv_heads is not None:
+            check_divides("model.heads", self.heads, "model.kv_heads", self.kv_heads)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How one model is cut; the data-parallel size is world size / (tensor x pipeline)."""
+
+    tensor: int = 1
+    """Tensor-parallel size: ranks that share each layer."""
+    pipeline: int = 1
+    """Pipeline-parallel size: stages the layers are cut into."""
+    sequence_parallel: bool = False
+    """Split the activations between the tensor-parallel regions along the sequence."""
+
+    def __post_init__(self) -> None:
+        check_range("parallel", self, "tensor pipeline", at_least=1)
+        if self.sequence_parallel and self.tensor == 1:
+            raise ValueError(
+                "parallel.sequence_parallel needs parallel.tensor of at least 2, got 1: it splits "
+                "the sequence over the tensor-parallel ranks; turn it off or raise parallel.tensor"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW and its learning-rate schedule; a step is one optimizer step."""
+
+    lr: float = 1e-4
+    """Peak learning rate."""
+    min_lr: float = 0.0
+    """Learning rate at the end of the decay."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up from 0."""
+    decay_steps: int | None = None
+    """Step at which min_lr is reached, the warm-up included; null = constant after the warm-up."""
+    decay_style: Literal["linear", "cosine"] = "cosine"
+    """Shape of the decay."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+    beta1: float = 0.9
+    """Adam's decay of the first moment."""
+    beta2: float = 0.95
+    """Adam's decay of the second moment."""
+    eps: float = 1e-8
+    """Adam's epsilon."""
+    clip_grad: float = 1.0
+    """Largest global gradient norm; 0 = no clipping."""
+    distributed: bool = True
+    """Shard Adam's state over the data-parallel ranks."""
+
+    def __post_init__(self) -> None:
+        check_choices("optimizer", self)
+        check_range("optimizer", self, "lr eps", above=0)
+        check_range("optimizer", self, "min_lr warmup_steps weight_decay clip_grad", at_least=0)
+        check_range("optimizer", self, "beta1 beta2", at_least=0, below=1)
+        if self.min_lr > self.lr:
+            raise ValueError(
+                f"optimizer.min_lr must be at most optimizer.lr = {self.lr}, got {self.min_lr}"
+            )
+        if self.decay_steps is not None and self.decay_steps <= self.warmup_steps:
+            raise ValueError(
+                f"optimizer.decay_steps must be above optimizer.warmup_steps = "
+                f"{self.warmup_steps}, which it includes, got {self.decay_steps}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The training loop."""
+
+    steps: int = 100
+    """Steps of rollout and update."""
+    minibatches: int = 1
+    """Mini-batches, each one optimizer step, that a rollout batch is cut into."""
+    epochs: int = 1
+    """Passes over each rollout batch."""
+    max_tokens_per_microbatch: int = 8192
+    """Token budget of one forward and backward pass per data-parallel replica."""
+    stop_accuracy: float | None = None
+    """Stop when the held-out accuracy reaches this share; null = never."""
+
+    def __post_init__(self) -> None:
+        counts = "steps minibatches epochs max_tokens_per_microbatch"
+        check_range("train", self, counts, at_least=1)
+        check_range("train", self, "stop_accuracy", above=0, at_most=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """Saving and exact resume."""
+
+    dir: str = "runs/default/checkpoints"
+    """Directory that checkpoints are written to."""
+    load: str | None = None
+    """Directory to resume from; null = from dir where it holds a checkpoint."""
+    interval: int = 0
+    """Steps between checkpoints; 0 = only at the end."""
+    keep: int = 2
+    """Newest checkpoints kept; older ones are deleted."""
+
+    def __post_init__(self) -> None:
+        check_filled("checkpoint", self, "dir")
+        check_range("checkpoint", self, "interval", at_least=0)
+        check_range("checkpoint", self, "keep", at_least=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggingConfig:
+    """Metrics."""
+
+    dir: str = "runs/default/logs"
+    """Directory of metrics.jsonl and of the TensorBoard events."""
+
+    def __post_init__(self) -> None:
+        check_filled("logging", self, "dir")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SftConfig:
+    """Supervised warm start (megatron_rpp.sft)."""
+
+    steps: int = 1000
+    """Optimizer steps."""
+    batch_size: int = 64
+    """Samples per step over all ranks."""
+    dir: str = "runs/default/sft"
+    """Directory of the checkpoint and the logs of the warm start."""
+    eval_interval: int = 50
+    """Steps between evaluations; 0 = only before the first and after the last step."""
+    stop_accuracy: float | None = None
+    """Stop when the held-out accuracy reaches this share; null = never."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """AdamW and schedule of the warm start, apart from those of the training."""
+
+    def __post_init__(self) -> None:
+        check_filled("sft", self, "dir")
+        check_range("sft", self, "steps batch_size", at_least=1)
+        check_range("sft", self, "eval_interval", at_least=0)
+        check_range("sft", self, "stop_accuracy", above=0, at_most=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """All settings of a run."""
+
+    seed: int = 1234
+    """Seed of the weights, the order of the prompts and the sampling."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """Architecture of the policy and of the reference."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """How one model is cut; the data-parallel size is world size / (tensor x pipeline)."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Prompts and tokenizer."""
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    """Sampling of the responses of one step."""
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    """Score of a response: weighted sum, then normalise, scale, clip, in this order."""
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    """Advantages, KL terms and loss of REINFORCE++ (arXiv 2501.03262)."""
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
+    """The frozen model that the KL terms compare with."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """AdamW and its learning-rate schedule; a step is one optimizer step."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """The training loop."""
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    """Accuracy on held-out prompts."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """Saving and resume."""
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    """Metrics."""
+    sft: SftConfig = field(default_factory=SftConfig)
+    """Supervised warm start (megatron_rpp.sft)."""
+    task: TaskConfig = field(default_factory=TaskConfig)
+    """The reasoning-gym task that prompts are generated from."""
+
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise ValueError(f"seed must be at least 0, got {self.seed}")
+        check_layout(self.model, self.parallel)
+        check_rollout(self)
+
+
+def check_world_size(config: Config, world_size: int) -> int:
+    """The data-parallel size of ``world_size`` processes: world / (tensor x pipeline).
+
+    Raises ValueError where the model does not fit the processes a whole number of times, or the
+    prompts of a step do not fit the replicas (each takes whole prompt groups, all equally many).
+    """
+    tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
+    ranks = tensor * pipeline
+    if world_size < 1 or world_size % ranks:
+        raise ValueError(
+            f"world size {world_size} is not divisible by tensor {tensor} x pipeline {pipeline} = "
+            f"{ranks}: start a multiple of {ranks} processes (torchrun --nproc-per-node) or change "
+            "parallel.tensor/parallel.pipeline"
+        )
+    replicas = world_size // ranks
+    if config.rollout.prompts_per_step % replicas:
+        raise ValueError(
+            f"rollout.prompts_per_step {config.rollout.prompts_per_step} is not divisible by the "
+            f"data-parallel size {replicas} (world size {world_size} / {ranks} ranks a replica): "
+            f"make it a multiple of {replicas} or start another number of processes"
+        )
+    return replicas

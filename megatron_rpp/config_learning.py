@@ -1,0 +1,188 @@
+"""The sections that say what is learned: prompts, task, rollout, reward, algorithm, evaluation.
+
+Part of config.py, which names every section and describes the rules; import from there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from megatron_rpp.config_checks import check_choices, check_filled, check_range
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Prompts and tokenizer."""
+
+    train: str = ""
+    """JSONL file of training prompts."""
+    eval: str = ""
+    """JSONL file of held-out prompts."""
+    tokenizer: str = ""
+    """SentencePiece .model file."""
+    prompt_key: str = "prompt"
+    """JSONL key of the prompt text."""
+    label_key: str = "label"
+    """JSONL key of the label handed to the reward."""
+
+    def __post_init__(self) -> None:
+        check_filled("data", self, "prompt_key label_key")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskConfig:
+    """A procedural reasoning-gym task that prompts are generated from."""
+
+    name: str = "chain_sum"
+    """Name of the reasoning-gym task."""
+    params: dict[str, Any] = field(default_factory=dict)
+    """Parameters of the task, by reasoning-gym's names; one of them: --task.params.NAME VALUE."""
+    train_size: int = 20000
+    """Training prompts."""
+    eval_size: int = 256
+    """Held-out prompts."""
+    train_seed: int = 1
+    """Seed of the training prompts."""
+    eval_seed: int = 2
+    """Seed of the held-out prompts, another than train_seed."""
+    vocab_size: int = 64
+    """Pieces of the SentencePiece tokenizer trained on the task."""
+
+    def __post_init__(self) -> None:
+        check_filled("task", self, "name")
+        check_range("task", self, "train_size eval_size vocab_size", at_least=1)
+        check_range("task", self, "train_seed eval_seed", at_least=0)
+        if self.train_seed == self.eval_seed:
+            raise ValueError(
+                f"task.eval_seed must differ from task.train_seed, got {self.eval_seed} for both: "
+                "the held-out prompts would be training prompts"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutConfig:
+    """Sampling of the responses of one step."""
+
+    prompts_per_step: int = 32
+    """Prompts per step over all data-parallel replicas; each replica takes whole prompts."""
+    samples_per_prompt: int = 8
+    """Responses per prompt."""
+    max_new_tokens: int = 64
+    """Longest response in tokens, end-of-text included."""
+    min_new_tokens: int = 0
+    """End-of-text is not sampled before this many tokens."""
+    temperature: float = 1.0
+    """Divides the logits before sampling."""
+    top_p: float = 1.0
+    """Sample among the likeliest tokens that hold this probability; 1 = all."""
+    top_k: int = 0
+    """Sample among this many likeliest tokens; 0 = all."""
+    stop: list[str] = field(default_factory=list)
+    """Texts that end a response."""
+    max_batch: int = 256
+    """Sequences decoded at once per data-parallel replica."""
+
+    def __post_init__(self) -> None:
+        counts = "prompts_per_step samples_per_prompt max_new_tokens max_batch"
+        check_range("rollout", self, counts, at_least=1)
+        check_range("rollout", self, "min_new_tokens top_k", at_least=0)
+        check_range("rollout", self, "temperature", above=0)
+        check_range("rollout", self, "top_p", above=0, at_most=1)
+        if self.min_new_tokens > self.max_new_tokens:
+            raise ValueError(
+                f"rollout.min_new_tokens must be at most rollout.max_new_tokens = "
+                f"{self.max_new_tokens}, got {self.min_new_tokens}"
+            )
+        if "" in self.stop:
+            raise ValueError(
+                f"rollout.stop must hold no empty text, got {self.stop}: it would end every "
+                "response at its start; remove it"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardConfig:
+    """Score of a response: weighted sum, then normalise, scale, clip, in this order."""
+
+    functions: list[str] = field(default_factory=lambda: ["exact_match"])
+    """Reward functions: exact_match, reasoning_gym, path/to/file.py:function or
+    package.module:function."""
+    weights: list[float] = field(default_factory=list)
+    """Weight of each function in the sum; empty = 1 each."""
+    normalize: bool = False
+    """Whiten the scores over the global batch."""
+    scale: float = 1.0
+    """Factor on the score."""
+    clip: float | None = None
+    """Clip the score to [-clip, clip]; null = off."""
+
+    def __post_init__(self) -> None:
+        check_range("reward", self, "scale clip", above=0)
+        if not self.functions:
+            raise ValueError("reward.functions must name at least one function, got []")
+        if self.weights and len(self.weights) != len(self.functions):
+            raise ValueError(
+                f"reward.weights must be empty or as long as reward.functions "
+                f"({len(self.functions)}), got {self.weights}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlgorithmConfig:
+    """REINFORCE++ (arXiv 2501.03262)."""
+
+    name: Literal["reinforce++", "reinforce++_baseline"] = "reinforce++"
+    """Advantage estimator."""
+    kl_coef: float = 0.01
+    """beta, weight of the KL penalty in the token rewards; 0 = off."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k1"
+    """Estimator of that penalty."""
+    gamma: float = 1.0
+    """Discount per token of the return."""
+    clip_low: float = 0.2
+    """The probability ratio is clipped from below at 1 - clip_low."""
+    clip_high: float = 0.2
+    """The probability ratio is clipped from above at 1 + clip_high."""
+    dual_clip: float | None = None
+    """Bound of the ratio where the advantage is negative, above 1; null = off."""
+    kl_loss_coef: float = 0.0
+    """lambda, weight of the k2 loss term of the current policy; 0 = off."""
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus; 0 = off."""
+    aggregation: Literal["token_mean", "sequence_mean"] = "token_mean"
+    """Mean of the loss over a mini-batch: over its tokens, or over each sequence and then over
+    the sequences."""
+
+    def __post_init__(self) -> None:
+        check_choices("algorithm", self)
+        check_range("algorithm", self, "kl_coef kl_loss_coef entropy_coef clip_high", at_least=0)
+        check_range("algorithm", self, "gamma clip_low", at_least=0, at_most=1)
+        check_range("algorithm", self, "dual_clip", above=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceConfig:
+    """The frozen model that the KL terms compare with."""
+
+    placement: Literal["resident", "offload"] = "resident"
+    """resident = a second model beside the policy; offload = a host copy of the weights, swapped
+    in for scoring."""
+
+    def __post_init__(self) -> None:
+        check_choices("reference", self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """Accuracy on held-out prompts."""
+
+    interval: int = 10
+    """Steps between evaluations; 0 = only before the first and after the last step."""
+    prompts: int = 256
+    """Held-out prompts per evaluation; 0 = all."""
+    samples: int = 4
+    """Answers shown in the log per evaluation."""
+
+    def __post_init__(self) -> None:
+        check_range("evaluation", self, "interval prompts samples", at_least=0)

@@ -1,0 +1,24 @@
+"""Atomic file writes: a file is there whole or not at all, also after a kill in the middle."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def write_atomic(path: str | Path, content: bytes) -> None:
+    """Writes ``content`` to a temporary file next to ``path`` and renames it over ``path``.
+
+    Missing parent directories are made. Not for several processes writing one path at a time.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,146 @@
+"""Procedural tasks of reasoning-gym as data sets: train and held-out rows with what scores them.
+
+A row carries its task, the parameters and the entry's answer and metadata, so ``restore_entry``
+and ``create_task`` can score a response with reasoning-gym's own scorer after the row went through
+a JSONL file. Left out: curricula, images, tasks that are not in reasoning-gym.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import fields
+from itertools import count, islice
+from pathlib import Path
+from typing import Any
+
+from megatron_rpp.data.files import write_atomic
+from megatron_rpp.data.typed_json import from_typed_json, to_typed_json
+
+Row = dict[str, Any]
+
+_CHUNK = 1000
+"""Entries of one reasoning-gym data set; more are drawn from data sets with later seeds."""
+_LIST_TASKS = "python -c 'import reasoning_gym.factory as f; print(*sorted(f.DATASETS))'"
+
+
+def make_task(
+    name: str,
+    params: dict[str, Any],
+    train_size: int,
+    eval_size: int,
+    train_seed: int,
+    eval_seed: int,
+) -> tuple[list[Row], list[Row]]:
+    """Draws the rows ``(train, eval)`` of a task, the same ones for the same arguments.
+
+    No prompt is twice in the held-out rows, and none of them is in the training rows; a task with
+    few different problems repeats training rows. Seeds alone would not do that: reasoning-gym
+    seeds entry i with seed + i, so two seeds draw the same entries in shifted order.
+
+    Returns:
+        Rows ``{"prompt": question, "label": answer or None, "metadata": {...}}``.
+
+    Raises:
+        ValueError: unknown task, parameters it refuses, equal seeds, or too few different problems.
+    """
+    if train_size < 1 or eval_size < 1:
+        raise ValueError(f"train_size {train_size} and eval_size {eval_size} must be at least 1")
+    if train_seed == eval_seed:
+        raise ValueError(f"task.train_seed and task.eval_seed are both {eval_seed}: change one")
+    params = _json_params(name, params)
+    held_out: dict[str, Row] = {}
+    for row in _draws(name, params, eval_size, eval_seed):
+        held_out.setdefault(row["prompt"], row)
+        if len(held_out) == eval_size:
+            break
+    else:
+        raise ValueError(
+            f"task {name} with {params} gives only {len(held_out)} different problems: lower "
+            f"task.eval_size {eval_size} or widen task.params"
+        )
+    draws = _draws(name, params, train_size, train_seed)
+    train = list(islice((row for row in draws if row["prompt"] not in held_out), train_size))
+    if len(train) < train_size:
+        raise ValueError(
+            f"task {name} with {params} gives hardly a problem besides the {eval_size} held out "
+            f"({len(train)} of {train_size} found): lower task.eval_size or widen task.params"
+        )
+    return train, list(held_out.values())
+
+
+def create_task(name: str, params: dict[str, Any], size: int, seed: int) -> Any:
+    """The reasoning-gym data set of a task; ValueError for an unknown name or bad parameters."""
+    import reasoning_gym  # here, so that runs on other data do not load it
+    from reasoning_gym.composite import DatasetSpec
+    from reasoning_gym.factory import DATASETS
+
+    if name not in DATASETS:
+        near = difflib.get_close_matches(name, DATASETS, n=3, cutoff=0.4)
+        hint = f"did you mean {' or '.join(near)}? " if near else ""
+        raise ValueError(f"unknown task {name!r}: {hint}List all with: {_LIST_TASKS}")
+    allowed = {field.name for field in fields(DATASETS[name][1])} - {"seed", "size"}
+    unknown = sorted(params.keys() - allowed)
+    if unknown:
+        raise ValueError(f"task {name} has no params {unknown}, only {sorted(allowed)}")
+    try:
+        if name == "composite":
+            specs = [DatasetSpec(**spec) for spec in params.get("datasets", [])]
+            params = {**params, "datasets": specs}
+        return reasoning_gym.create_dataset(name, size=size, seed=seed, **params)
+    except Exception as error:  # the checks of over a hundred tasks raise whatever they like
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"task {name} refuses its params {params}: {reason}") from error
+
+
+def restore_entry(prompt: str, metadata: dict[str, Any]) -> dict[str, Any]:
+    """The reasoning-gym entry of a row, from the row's prompt and metadata."""
+    return {
+        "question": prompt,
+        "answer": metadata["answer"],
+        "metadata": from_typed_json(metadata["entry"]),
+    }
+
+
+def write_jsonl(path: str | Path, rows: Iterable[Row]) -> None:
+    """Writes one JSON object a line, atomically."""
+    write_atomic(path, jsonl(rows))
+
+
+def jsonl(rows: Iterable[Row]) -> bytes:
+    """One JSON object a line, in UTF-8."""
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+
+
+def _draws(name: str, params: dict[str, Any], wanted: int, seed: int) -> Iterator[Row]:
+    """Rows of seed, seed + 1, ...; ends when ``wanted`` fitting ones are beyond hope."""
+    limit = 20 * wanted + _CHUNK
+    return islice(_endless_draws(name, params, seed), limit)
+
+
+def _endless_draws(name: str, params: dict[str, Any], seed: int) -> Iterator[Row]:
+    for start in count(seed, _CHUNK):
+        task = create_task(name, params, _CHUNK, start)
+        for index in range(_CHUNK):
+            yield _row(name, params, task[index])
+
+
+def _row(name: str, params: dict[str, Any], entry: dict[str, Any]) -> Row:
+    prompt, answer = entry["question"], entry["answer"]
+    metadata = {
+        "task": name,
+        "params": params,
+        "answer": answer,
+        "entry": to_typed_json(entry["metadata"]),
+    }
+    restored = restore_entry(prompt, json.loads(json.dumps(metadata)))
+    assert restored == entry, f"{name}: an entry changes in JSON: {entry}"
+    return {"prompt": prompt, "label": answer, "metadata": metadata}
+
+
+def _json_params(name: str, params: dict[str, Any]) -> dict[str, Any]:
+    try:
+        return json.loads(json.dumps(params))
+    except TypeError as error:
+        raise ValueError(f"params of task {name} must be JSON values: {error}") from error

@@ -1,0 +1,142 @@
+"""Tokenizers: what the trainer needs of one, SentencePiece models, and training a small one.
+
+SFT and rollout encode prompt and response apart, so the tokenizers trained here add no space in
+front and change no character: ``decode(encode(x)) == x`` for the text they were trained on.
+Left out: Hugging Face tokenizers, chat templates, byte fallback (256 pieces of a tiny vocabulary).
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import sentencepiece
+
+from megatron_rpp.data.files import write_atomic
+
+PAD, UNK, BOS, EOS = range(4)
+"""Ids of the special pieces in the tokenizers trained here."""
+
+_OPERATOR = re.compile(r" ?([-+*/=^%<>()]) ?")
+
+
+class Tokenizer(Protocol):
+    """What data, rollout and SFT ask of a tokenizer."""
+
+    vocab_size: int
+    """Ids are 0 .. vocab_size - 1."""
+    bos_id: int | None
+    """Begin-of-sequence, in front of every prompt; None = the tokenizer has none."""
+    eos_id: int
+    """End-of-sequence, ends a response."""
+    pad_id: int
+    """Fills unused positions, which are always masked."""
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of the text, no special ids added."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of the ids; special ids give no text, an unknown piece gives " ⁇ "."""
+
+
+class SentencePieceTokenizer:
+    """A SentencePiece ``.model`` file as a ``Tokenizer``."""
+
+    def __init__(self, path: str | Path) -> None:
+        """Raises ValueError: no such file, not a SentencePiece model, or one without end piece."""
+        if not Path(path).is_file():
+            raise ValueError(
+                f"tokenizer {path} is not a file: correct data.tokenizer, or make the file with "
+                "tools/make_task.py"
+            )
+        try:
+            processor = sentencepiece.SentencePieceProcessor(model_proto=Path(path).read_bytes())
+        except RuntimeError as error:
+            raise ValueError(f"tokenizer {path} is not a SentencePiece model ({error})") from error
+        if processor.get_piece_size() == 0:
+            raise ValueError(f"tokenizer {path} is not a SentencePiece model: it has no pieces")
+        if processor.eos_id() < 0:
+            raise ValueError(
+                f"tokenizer {path} has no end-of-sequence piece: responses could never end; train "
+                "it with an eos_id"
+            )
+        self._processor = processor
+        self.vocab_size: int = processor.get_piece_size()
+        self.bos_id: int | None = processor.bos_id() if processor.bos_id() >= 0 else None
+        self.eos_id: int = processor.eos_id()
+        self.pad_id: int = processor.pad_id() if processor.pad_id() >= 0 else self.eos_id
+        self._special = {self.bos_id, self.eos_id, self.pad_id}
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of the text, no special ids added; characters without a piece become unknown."""
+        return self._processor.encode(text)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of the ids, special ids skipped.
+
+        An unknown piece stays visible as " ⁇ ": dropped, "5<unk>7" would pass for the answer 57.
+        """
+        return self._processor.decode([int(i) for i in ids if int(i) not in self._special])
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Opens the tokenizer of a run; ValueError where the file is missing or is not one."""
+    return SentencePieceTokenizer(path)
+
+
+def train_sentencepiece(texts: Iterable[str], path: str | Path, vocab_size: int) -> None:
+    """Trains a unigram model (Kudo, arXiv 1804.10959) and writes it atomically to ``path``.
+
+    Made for tiny vocabularies: a phrase that all texts share becomes one piece, while every digit
+    and every operator (with its spaces) stays one. The same texts give the same file. The model
+    has fewer pieces than ``vocab_size`` where the texts do not give as many.
+
+    Raises:
+        ValueError: no text, or ``vocab_size`` is too small for the characters of the texts.
+    """
+    texts = [text for text in texts if text]
+    if not texts:
+        raise ValueError(f"cannot train the tokenizer {path}: there is no text to train it on")
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts),
+            model_writer=model,
+            model_type="unigram",
+            vocab_size=vocab_size,
+            hard_vocab_limit=False,
+            pad_id=PAD,
+            unk_id=UNK,
+            bos_id=BOS,
+            eos_id=EOS,
+            user_defined_symbols=_operators(texts),
+            character_coverage=1.0,
+            split_digits=True,
+            # Whole phrases as pieces: pieces may cross spaces and scripts. Spaces go to the end of
+            # a piece, because SentencePiece takes only phrases that differ right after the piece.
+            split_by_whitespace=False,
+            split_by_unicode_script=False,
+            treat_whitespace_as_suffix=True,
+            max_sentencepiece_length=128,
+            max_sentence_length=1 << 24,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            num_threads=1,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise ValueError(
+            f"cannot train a tokenizer of task.vocab_size {vocab_size} pieces, raise it ({error})"
+        ) from error
+    write_atomic(path, model.getvalue())
+
+
+def _operators(texts: Sequence[str]) -> list[str]:
+    """Operators of the texts, alone and with the spaces around them, as SentencePiece writes."""
+    found = {match.group(group) for text in texts for match in _OPERATOR.finditer(text)
+             for group in (0, 1)}
+    return sorted(symbol.replace(" ", "▁") for symbol in found)

@@ -1,0 +1,92 @@
+"""Everything a run reads, opened and checked before any expensive work and before any rank waits
+for another: every rank reads the same files and refuses the same mistakes."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_rpp.config import Config
+from megatron_rpp.data.prompts import Prompt, encode_prompts, read_examples
+from megatron_rpp.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_rpp.records import Sampling
+from megatron_rpp.rewards import RewardSet
+
+
+@dataclass(frozen=True)
+class Inputs:
+    tokenizer: Tokenizer
+    train: list[Prompt]
+    held_out: list[Prompt]
+    rewards: RewardSet
+    vocab_size: int
+    """Of the model: the configured size, else the tokenizer's."""
+    sampling: Sampling
+    """Of the rollouts."""
+    greedy: Sampling
+    """Of the evaluations."""
+
+
+def check_writable(setting: str, directory: str) -> None:
+    """Raises ValueError where `directory` cannot be made or written to."""
+    try:
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"{setting} {directory} cannot be written ({error.strerror}): choose another directory "
+            f"or change its permissions"
+        ) from error
+
+
+def _given(setting: str, value: str) -> str:
+    if not value:
+        raise ValueError(f"{setting} is empty: name a file with --{setting} or in the recipe")
+    return value
+
+
+def _prompts(setting: str, path: str, config: Config, tokenizer: Tokenizer) -> list[Prompt]:
+    data = config.data
+    examples = read_examples(_given(setting, path), data.prompt_key, data.label_key)
+    limit = config.model.max_length - config.rollout.max_new_tokens
+    return encode_prompts(examples, tokenizer, limit, path)
+
+
+def load_inputs(config: Config) -> Inputs:
+    """Opens tokenizer, data sets and rewards.
+
+    Raises:
+        ValueError: the user's mistake, with the remedy: a missing or malformed file, a prompt
+            that leaves no room for the response, a tokenizer larger than the model's vocabulary,
+            a reward that cannot be imported.
+    """
+    tokenizer = load_tokenizer(_given("data.tokenizer", config.data.tokenizer))
+    vocab_size = config.model.vocab_size or tokenizer.vocab_size
+    if tokenizer.vocab_size > vocab_size:
+        raise ValueError(
+            f"tokenizer {config.data.tokenizer} has {tokenizer.vocab_size} tokens, more than "
+            f"model.vocab_size {vocab_size}: raise model.vocab_size, or leave it out to take the "
+            f"tokenizer's"
+        )
+    held_out = _prompts("data.eval", config.data.eval, config, tokenizer)
+    if config.evaluation.prompts:
+        held_out = held_out[: config.evaluation.prompts]
+    rollout = config.rollout
+    shared = dict(
+        max_new_tokens=rollout.max_new_tokens,
+        min_new_tokens=rollout.min_new_tokens,
+        stop=tuple(rollout.stop),
+    )
+    return Inputs(
+        tokenizer=tokenizer,
+        train=_prompts("data.train", config.data.train, config, tokenizer),
+        held_out=held_out,
+        rewards=RewardSet(config.reward.functions, config.reward.weights),
+        vocab_size=vocab_size,
+        sampling=Sampling(
+            temperature=rollout.temperature, top_p=rollout.top_p, top_k=rollout.top_k, **shared
+        ),
+        greedy=Sampling(temperature=0.0, **shared),
+    )

@@ -1,0 +1,51 @@
+"""How a program of this package starts and ends: exit codes and messages, the same on every rank.
+
+    0  done
+    1  a rank failed while it ran; its number and the traceback are on stderr
+    2  refused: the user's mistake, one line, before any expensive work
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import traceback
+from typing import Callable
+
+import torch.distributed as dist
+
+from megatron_rpp.rewards import RewardError
+
+FAILED, REFUSED = 1, 2
+
+
+def _print_error(text: str) -> None:
+    """Once per node: the ranks of a node meet the same mistake at the same time."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        nodes = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
+        where = f"[{socket.gethostname()}] " if nodes > 1 else ""
+        print(f"{where}error: {text}", file=sys.stderr, flush=True)
+
+
+def _leave(code: int) -> None:
+    """Ends this process at once: an orderly exit would wait for ranks that wait for this one."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if dist.is_initialized():
+        os._exit(code)
+    sys.exit(code)
+
+
+def run(main: Callable[[], None]) -> None:
+    """Runs `main` and turns what it raises into a message and an exit code."""
+    try:
+        main()
+    except (ValueError, RewardError) as error:
+        _print_error(str(error))
+        _leave(REFUSED if isinstance(error, ValueError) else FAILED)
+    except Exception:
+        rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+        # One write, so that the tracebacks of several ranks do not run into each other.
+        print(f"rank {rank} of {world} failed:\n{traceback.format_exc()}", file=sys.stderr)
+        _leave(FAILED)

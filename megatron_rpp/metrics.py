@@ -1,0 +1,164 @@
+"""A step's numbers: reduced over data-parallel ranks, then written by the main rank.
+
+Tags are those of the README; `metrics.jsonl` has one row a step, TensorBoard the same tags as
+scalars, and histograms of advantages and response lengths of the main rank's shard.
+
+Left out: MFU on CUDA; weights-and-biases and other trackers.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Iterator
+
+import torch
+import torch.distributed as dist
+from torch.utils.tensorboard import SummaryWriter
+
+from megatron_rpp.algorithms import KL_KINDS, kl_estimate
+from megatron_rpp.data.files import write_atomic
+from megatron_rpp.parallel import device as devices
+from megatron_rpp.parallel import groups
+from megatron_rpp.rollout.buffer import RolloutBuffer
+from megatron_rpp.stages.advantage import AdvantageStats
+from megatron_rpp.stages.evaluation import Evaluation
+from megatron_rpp.stages.update import UpdateStats
+
+
+@dataclass
+class StageTimes:
+    """Seconds of each stage of one step, on this rank."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def measure(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+
+
+def _shard_sums(buffer: RolloutBuffer, parts: dict[str, list]) -> dict[str, float]:
+    """What this replica's samples add to the step's means."""
+    lengths = buffer.response_lengths
+    difference = (buffer.behaviour_logprobs - buffer.old_logprobs)[buffer.mask].abs()
+    sums = {
+        "samples": len(buffer),
+        "truncated": int(buffer.truncated.sum()),
+        "generated": int(lengths.sum()),
+        "tokens": len(buffer.tokens),
+        "masked": int(buffer.mask.sum()),
+        "difference": float(difference.double().sum()),
+    }
+    groups_here, member = buffer.group_ids.unique(return_inverse=True)
+    low = torch.full((len(groups_here),), torch.inf).scatter_reduce(0, member, buffer.scores, "amin")
+    high = torch.full((len(groups_here),), -torch.inf).scatter_reduce(
+        0, member, buffer.scores, "amax"
+    )
+    sums |= {"groups": len(groups_here), "flat_groups": int((low == high).sum())}
+    for kind in KL_KINDS if buffer.ref_logprobs is not None else ():
+        kl = kl_estimate(buffer.old_logprobs, buffer.ref_logprobs, kind)[buffer.mask]
+        sums[f"kl/{kind}"] = float(kl.double().sum())
+    return sums | {f"part/{name}": sum(values) for name, values in parts.items()}
+
+
+def step_metrics(
+    buffer: RolloutBuffer,
+    parts: dict[str, list],
+    advantage: AdvantageStats,
+    update: UpdateStats,
+    times: StageTimes,
+) -> dict[str, float]:
+    """The step's row, the same on every rank. Collective over the data-parallel group.
+
+    parts: scores of each reward function, by name.
+    """
+    own = _shard_sums(buffer, parts)
+    sums = dict(zip(own, groups.reduce_sums([float(v) for v in own.values()], groups.data_group())))
+    peak = groups.reduce_sums([devices.peak_memory_gb()], dist.group.WORLD, dist.ReduceOp.MAX)[0]
+    seconds = times.seconds
+    whole = sum(seconds.values())
+    row = {
+        "reward/mean": advantage.scores.mean,
+        "reward/std": advantage.scores.var**0.5,
+        "reward/zero_variance_share": sums["flat_groups"] / sums["groups"],
+        "policy/loss": update.loss,
+        "policy/clip_fraction": update.clip_fraction,
+        "policy/entropy": update.entropy,
+        "policy/grad_norm": update.grad_norm,
+        "policy/ratio_max": update.ratio_max,
+        "policy/approx_kl": update.approx_kl,
+        "policy/learning_rate": update.learning_rate,
+        "advantage/count": advantage.advantages.count,
+        "advantage/mean": advantage.advantages.mean,
+        "advantage/var": advantage.advantages.var,
+        "response/length_mean": sums["generated"] / sums["samples"],
+        "response/truncated_share": sums["truncated"] / sums["samples"],
+        "rollout/logprob_abs_diff": sums["difference"] / max(sums["masked"], 1),
+        "throughput/tokens_per_second": sums["tokens"] / whole,
+        "throughput/generated_tokens_per_second": sums["generated"] / seconds["rollout"],
+        "memory/peak_gb": peak,
+    }
+    if len(parts) > 1:
+        row |= {f"reward/{name}": sums[f"part/{name}"] / sums["samples"] for name in parts}
+    kinds = [tag for tag in sums if tag.startswith("kl/")]
+    row |= {tag: sums[tag] / max(sums["masked"], 1) for tag in kinds}
+    return row | {f"time/{stage}": value for stage, value in seconds.items()} | {"time/step": whole}
+
+
+class MetricsLog:
+    """Writes rows to metrics.jsonl and TensorBoard; on ranks other than the main one, nothing."""
+
+    def __init__(self, directory: str | Path, first_step: int):
+        """A resumed run continues its files at `first_step`; later rows of before are dropped."""
+        self.path = Path(directory) / "metrics.jsonl"
+        self.writer = None
+        if not groups.is_main():
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [row for row in read_rows(self.path) if row["step"] < first_step]
+        write_atomic(self.path, "".join(json.dumps(row) + "\n" for row in kept).encode())
+        self.writer = SummaryWriter(str(directory), purge_step=first_step)
+
+    def write(self, step: int, row: dict[str, float]) -> None:
+        """Adds the row of a finished `step` (counted from 0)."""
+        if self.writer is None:
+            return
+        with open(self.path, "a") as file:
+            file.write(json.dumps({"step": step, **row}) + "\n")
+        for tag, value in row.items():
+            self.writer.add_scalar(tag, value, step)
+        self.writer.flush()
+
+    def histograms(self, step: int, buffer: RolloutBuffer) -> None:
+        """Advantages and response lengths of the main rank's shard."""
+        if self.writer is not None and len(buffer):
+            self.writer.add_histogram("advantage/histogram", buffer.advantages, step)
+            self.writer.add_histogram("response/length_histogram", buffer.response_lengths, step)
+
+    def samples(self, step: int, evaluation: Evaluation) -> None:
+        """Sample texts of an evaluation."""
+        if self.writer is not None:
+            for number, sample in enumerate(evaluation.samples):
+                text = f"{sample.prompt}\n\n**{sample.response}** (label {sample.label})"
+                self.writer.add_text(f"eval/sample_{number}", text, step)
+
+    def close(self) -> None:
+        if self.writer is not None:
+            self.writer.close()
+
+
+def evaluation_row(evaluation: Evaluation) -> dict[str, float]:
+    return {"eval/accuracy": evaluation.accuracy, "eval/reward": evaluation.reward}
+
+
+def read_rows(path: str | Path) -> list[dict]:
+    """The rows of a metrics.jsonl; a last line torn by a kill is left out."""
+    if not Path(path).exists():
+        return []
+    lines = Path(path).read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]

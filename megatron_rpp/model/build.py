@@ -1,0 +1,156 @@
+"""Builds policy and reference from the configuration: one builder, one set of weights.
+
+With TransformerEngine Megatron's fused linear and norm modules are used, without it the local
+ones and our RMSNorm; core attention is ours in both (it carries the key-value cache).
+
+Left out: mixture of experts, virtual pipeline stages, context parallelism, rope scaling.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from megatron_rpp.parallel import device as devices
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+
+from megatron_rpp.config import ModelConfig, ParallelConfig
+from megatron_rpp.model import initialization
+from megatron_rpp.model.attention import CoreAttention
+from megatron_rpp.model.language_model import LanguageModel, unwrap
+from megatron_rpp.model.norm import RMSNorm
+from megatron_rpp.parallel import groups
+
+# Embedding rows are padded to a multiple of this (and of the tensor-parallel size), so that the
+# padded size, and with it a checkpoint's shapes, is the same for every usual tensor-parallel size.
+VOCAB_MULTIPLE = 64
+
+
+def padded_vocab_size(vocab_size: int, tensor: int) -> int:
+    multiple = math.lcm(VOCAB_MULTIPLE, tensor)
+    return -(-vocab_size // multiple) * multiple
+
+
+def _leave(parameter: torch.Tensor) -> torch.Tensor:
+    return parameter
+
+
+def transformer_config(model: ModelConfig, parallel: ParallelConfig) -> TransformerConfig:
+    """Megatron's configuration of a Llama-like decoder: RMSNorm, SwiGLU, no biases."""
+    bf16 = model.dtype == "bf16"
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    config = TransformerConfig(
+        num_layers=model.layers,
+        hidden_size=model.hidden,
+        ffn_hidden_size=model.ffn_hidden,
+        num_attention_heads=model.heads,
+        num_query_groups=model.kv_heads or model.heads,
+        kv_channels=model.head_dim or model.hidden // model.heads,
+        normalization="RMSNorm",
+        layernorm_epsilon=model.norm_eps,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        # Megatron marks the sharded parameters while it initialises them; initialization.py then
+        # fills them, so nothing is drawn here.
+        init_method=_leave,
+        output_layer_init_method=_leave,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=bf16,
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        sequence_parallel=parallel.sequence_parallel,
+        variable_seq_lengths=parallel.pipeline > 1,
+        calculate_per_token_loss=True,
+        gradient_accumulation_fusion=devices.has_apex(),
+        bias_activation_fusion=not devices.ON_CPU,
+        bias_dropout_fusion=not devices.ON_CPU,
+        masked_softmax_fusion=False,
+        persist_layer_norm=devices.has_transformer_engine(),
+    )
+    config.finalize_model_grads_func = finalize_model_grads
+    return config
+
+
+def layer_spec():
+    """TransformerEngine's layer where it is present, else Megatron's own; attention is ours."""
+    if devices.has_transformer_engine():
+        spec = get_gpt_layer_with_transformer_engine_spec()
+    else:
+        spec = get_gpt_layer_local_spec(normalization="RMSNorm")
+        spec.submodules.input_layernorm = RMSNorm
+        spec.submodules.pre_mlp_layernorm = RMSNorm
+    spec.submodules.self_attention.submodules.core_attention = CoreAttention
+    return spec
+
+
+def build_model(
+    model: ModelConfig, parallel: ParallelConfig, vocab_size: int, seed: int
+) -> torch.nn.Module:
+    """This rank's pipeline stage, on its device, with weights drawn from `seed`.
+
+    The same seed gives the same whole model on every layout.
+    """
+    config = transformer_config(model, parallel)
+    layer = layer_spec()
+    block = layer
+    if not devices.has_transformer_engine():
+        layers = [layer] * (model.layers // parallel.pipeline)
+        block = TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
+    stage = LanguageModel(
+        config=config,
+        transformer_layer_spec=block,
+        vocab_size=padded_vocab_size(vocab_size, parallel.tensor),
+        true_vocab_size=vocab_size,
+        max_sequence_length=model.max_length,
+        pre_process=groups.is_first_stage(),
+        post_process=groups.is_last_stage(),
+        share_embeddings_and_output_weights=model.tied_embeddings,
+        rotary_base=model.rope_theta,
+    )
+    stage.to(devices.device())
+    initialization.fill(stage, model.init_std, seed)
+    return stage
+
+
+def wrap_for_training(stage: torch.nn.Module, distributed_optimizer: bool) -> torch.nn.Module:
+    """Megatron's DDP: gradient buffers in fp32, reduced over the data-parallel group."""
+    config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=False,
+        use_distributed_optimizer=distributed_optimizer,
+    )
+    return DistributedDataParallel(unwrap(stage).config, config, stage)
+
+
+def build_frozen(
+    model: ModelConfig, parallel: ParallelConfig, vocab_size: int, seed: int
+) -> torch.nn.Module:
+    """A model that is only scored: no gradients, no buffers."""
+    stage = build_model(model, parallel, vocab_size, seed)
+    stage.requires_grad_(False)
+    return stage.eval()
+
+
+def parameter_count(stage: torch.nn.Module) -> int:
+    """Parameters of the whole model; weights that tensor-parallel ranks repeat count once."""
+    tensor = groups.tensor_group()
+    own = 0
+    for name, parameter in stage.named_parameters():
+        tied_copy = unwrap(stage).share_embeddings_and_output_weights and "output_layer" in name
+        sharded = initialization.is_tensor_sharded(parameter)
+        if not tied_copy and (sharded or tensor.rank() == 0):
+            own += parameter.numel()
+    return int(groups.reduce_sums([float(own)], groups.replica_group())[0])

@@ -1,0 +1,65 @@
+"""Random weights that depend on the seed and the parameter's global name, never on the layout.
+
+Every rank draws the whole parameter from a generator seeded by (seed, name) and keeps its own
+part, so TP2 and PP2 start from the bits that one process would have. It costs one full parameter
+of host memory at a time; large models start from a checkpoint, not from here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import torch
+
+from megatron_rpp.model.language_model import LanguageModel
+
+# Projections back into the residual stream start smaller, by 1/sqrt(2·layers) (GPT-2).
+RESIDUAL_OUTPUTS = ("linear_proj.weight", "linear_fc2.weight")
+
+
+def is_tensor_sharded(parameter: torch.nn.Parameter) -> bool:
+    """Whether the tensor-parallel ranks hold different parts of it."""
+    return "tensor_model_parallel" in vars(parameter) and parameter.tensor_model_parallel
+
+
+def global_name(model: LanguageModel, name: str) -> str:
+    """`name` with the layer's number in the whole model instead of in this pipeline stage."""
+    parts = name.split(".")
+    if parts[:2] == ["decoder", "layers"]:
+        parts[2] = str(model.decoder.layers[int(parts[2])].layer_number - 1)
+    if name == "output_layer.weight" and model.share_embeddings_and_output_weights:
+        return "embedding.word_embeddings.weight"
+    return ".".join(parts)
+
+
+def _generator(seed: int, name: str) -> torch.Generator:
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+
+
+def _own_part(whole: torch.Tensor, dim: int, blocks: int, rank: int, size: int) -> torch.Tensor:
+    """This rank's part along `dim`; `blocks` stacked matrices are each split (gate and up)."""
+    pieces = [block.chunk(size, dim)[rank] for block in whole.chunk(blocks, dim)]
+    return torch.cat(pieces, dim)
+
+
+@torch.no_grad()
+def fill(model: LanguageModel, std: float, seed: int) -> None:
+    """Draws every matrix of `model` from N(0, std²); norm weights are one, biases zero."""
+    tensor = model.pg_collection.tp
+    residual_std = std / math.sqrt(2 * model.config.num_layers)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1:
+            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+            continue
+        sharded = is_tensor_sharded(parameter)
+        shape, dim = list(parameter.shape), parameter.partition_dim if sharded else 0
+        size = tensor.size() if sharded else 1
+        shape[dim] *= size
+        whole = torch.empty(shape, device="cpu", dtype=torch.float32)
+        scale = residual_std if name.endswith(RESIDUAL_OUTPUTS) else std
+        whole.normal_(0.0, scale, generator=_generator(seed, global_name(model, name)))
+        blocks = 2 if name.endswith("linear_fc1.weight") else 1
+        part = _own_part(whole, dim, blocks, tensor.rank() if sharded else 0, size)
+        parameter.copy_(part.to(parameter.dtype))

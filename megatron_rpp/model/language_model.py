@@ -1,0 +1,155 @@
+"""The policy network: Megatron's GPTModel, stopped before the output projection.
+
+`forward` returns hidden states. The output projection is left to `logprobs.py` (training and
+scoring: response rows only, in chunks) and to `sampling_logits` (generation: one row a sequence),
+so the logits of a whole micro-batch never exist.
+
+Shape legend: s sequence, b batch, h hidden, v vocabulary rows of this tensor-parallel rank.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+
+from megatron_rpp.parallel import device as _device  # noqa: F401  (before megatron)
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel.mappings import all_gather_last_dim_from_tensor_parallel_region
+
+from megatron_rpp.model.attention import CoreAttention, KeyValueCache
+
+
+class LanguageModel(GPTModel):
+    """One pipeline stage of a decoder-only transformer."""
+
+    def __init__(self, *, true_vocab_size: int, **kwargs):
+        super().__init__(position_embedding_type="rope", **kwargs)
+        self.true_vocab_size = true_vocab_size  # the embedding has padding rows above it
+        self._rotary_table: torch.Tensor | None = None
+
+    def forward(
+        self, tokens: torch.Tensor, positions: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Hidden states after this stage.
+
+        Args:
+            tokens: [b, s] token ids; only the first stage reads them, all need their shape.
+            positions: [b] the position of each sequence's one token (s = 1) while decoding;
+                None for whole sequences from position 0.
+        Returns:
+            [s, b, h], normalised on the last stage; the sequence dimension is split over the
+            tensor-parallel ranks between stages under sequence parallelism, whole on the last.
+        """
+        hidden = None  # later stages read what set_input_tensor left in the decoder
+        if self.pre_process:
+            hidden = self.embedding(input_ids=tokens, position_ids=None)
+        hidden = self.decoder(
+            hidden_states=hidden,
+            attention_mask=None,
+            rotary_pos_emb=self._rotary(tokens.shape[1], positions),
+        )
+        if self.post_process and self.config.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(
+                hidden, tensor_parallel_output_grad=False, group=self.pg_collection.tp
+            )
+        return hidden
+
+    def _rotary(self, length: int, positions: torch.Tensor | None) -> torch.Tensor:
+        """Rotary angles [s, 1, 1, d], or [1, b, 1, d] while decoding."""
+        if self._rotary_table is None:
+            self._rotary_table = self.rotary_pos_emb(self.max_sequence_length)
+        if positions is None:
+            return self._rotary_table[:length]
+        return self._rotary_table[positions].transpose(0, 1)
+
+    @property
+    def output_weight(self) -> torch.Tensor:
+        """This rank's rows [v, h] of the output projection (last stage only)."""
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        return self.output_layer.weight
+
+    @property
+    def vocab_rows(self) -> int:
+        """How many of this rank's rows are words and not padding."""
+        rows = self.output_weight.shape[0]
+        return max(0, min(rows, self.true_vocab_size - self.pg_collection.tp.rank() * rows))
+
+    def sampling_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """fp32 logits [n, vocabulary] of hidden rows [n, h], whole on every tensor-parallel rank.
+
+        One row per sequence, so gathering it costs less than sorting in shards would.
+        """
+        shard = (hidden @ self.output_weight.t()).float()
+        whole = all_gather_last_dim_from_tensor_parallel_region(shard, group=self.pg_collection.tp)
+        return whole[:, : self.true_vocab_size]
+
+
+# The marks by which Megatron's modules split the sequence over tensor-parallel ranks.
+_SEQUENCE_PARALLEL_MARKS = (
+    "sequence_parallel",
+    "scatter_to_sequence_parallel",
+    "reduce_scatter_embeddings",
+)
+
+
+class Decoding:
+    """The key-value caches of one model chunk for one batch of sequences.
+
+    One token per sequence cannot be split over ranks, so sequence parallelism is off meanwhile.
+    """
+
+    def __init__(self, model: LanguageModel, length: int):
+        self.attentions = [m for m in model.modules() if isinstance(m, CoreAttention)]
+        for attention in self.attentions:
+            attention.cache = KeyValueCache(length)
+        owners = [model.config, *model.modules()]
+        self.marked = [
+            (owner, mark)
+            for owner in owners
+            for mark in _SEQUENCE_PARALLEL_MARKS
+            if vars(owner).get(mark) is True
+        ]
+        self._mark(False)
+
+    def _mark(self, value: bool) -> None:
+        for owner, mark in self.marked:
+            setattr(owner, mark, value)
+
+    def set_positions(self, positions: torch.Tensor) -> None:
+        """From now on each call brings one token per sequence, at `positions` [b]."""
+        attended = int(positions.max()) + 1
+        steps = torch.arange(attended, device=positions.device)
+        mask = (steps <= positions[:, None])[:, None, None]
+        for attention in self.attentions:
+            attention.decode_positions, attention.decode_mask = positions, mask
+
+    def keep(self, rows: torch.Tensor) -> None:
+        """Leaves sequences `rows` (int64 indices) in every cache: compaction, or repetition."""
+        for attention in self.attentions:
+            attention.cache.keep(rows)
+
+    def close(self) -> None:
+        self._mark(True)
+        for attention in self.attentions:
+            attention.cache = attention.decode_positions = attention.decode_mask = None
+
+
+@contextlib.contextmanager
+def decoding(model: LanguageModel, length: int):
+    """Gives `model` key-value caches for sequences of up to `length` tokens."""
+    state = Decoding(model, length)
+    try:
+        yield state
+    finally:
+        state.close()
+
+
+def unwrap(chunk: torch.nn.Module) -> LanguageModel:
+    """The model inside Megatron's DDP and mixed-precision wrappers."""
+    while not isinstance(chunk, LanguageModel):
+        chunk = chunk.module
+    return chunk
+

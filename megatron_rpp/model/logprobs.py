@@ -1,0 +1,125 @@
+"""Token log-probs and entropy from hidden states: vocabulary-parallel, chunked, never gathered.
+
+The output projection is part of the function: for a chunk of rows each tensor-parallel rank forms
+the logits of its own vocabulary rows in fp32, three reductions over the group (maximum, sum of
+exponentials, target logit) give the log-prob, and the chunk's logits are dropped. Backward forms
+them again. So the memory is that of one chunk, whatever the sequence length.
+
+With logits z = hidden·Wᵀ/τ and p = softmax(z):
+    log-prob   l = z_y − logΣexp(z)        dl/dz = 1[y] − p
+    entropy    H = logΣexp(z) − Σ p z      dH/dz = −p (z − Σ p z)
+
+Shape legend: n rows, h hidden, v vocabulary rows of this rank.
+
+Left out: reusing a single chunk's logits in backward (it would save one projection in three).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+CHUNK_ELEMENTS = 2**24  # fp32 logits held at once: 64 MB
+
+
+def _sum_over(group: dist.ProcessGroup, tensor: torch.Tensor) -> torch.Tensor:
+    if group.size() > 1:
+        dist.all_reduce(tensor, group=group)
+    return tensor
+
+
+def _chunks(rows: int, columns: int) -> list[slice]:
+    step = max(1, CHUNK_ELEMENTS // max(1, columns))
+    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+def _logits(hidden, weight, words: int, temperature: float) -> torch.Tensor:
+    """fp32 [n, words]: the padding rows of the vocabulary are left out, they have no log-prob."""
+    return (hidden @ weight[:words].t()).float().div_(temperature)
+
+
+class _VocabParallelLogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, words, temperature, group, with_entropy):
+        first = group.rank() * weight.shape[0]
+        local = targets - first
+        mine = (local >= 0) & (local < words)
+        logprobs = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        log_sums, mean_logits = torch.empty_like(logprobs), torch.zeros_like(logprobs)
+        for rows in _chunks(len(hidden), words):
+            logits = _logits(hidden[rows], weight, words, temperature)
+            peak = logits.amax(-1) if words else logprobs.new_full((len(logits),), -torch.inf)
+            if group.size() > 1:
+                dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=group)
+            own_target = mine[rows]
+            target = logits.new_zeros(len(logits))
+            target[own_target] = (
+                logits[own_target].gather(1, local[rows][own_target, None]).squeeze(1)
+            )
+            exponentials = torch.exp(logits - peak[:, None])
+            sums = [exponentials.sum(-1), target]
+            if with_entropy:
+                sums.append((exponentials * logits).sum(-1))
+            sums = _sum_over(group, torch.stack(sums))
+            log_sums[rows] = peak + sums[0].log()
+            logprobs[rows] = sums[1] - log_sums[rows]
+            if with_entropy:
+                mean_logits[rows] = sums[2] / sums[0]
+        ctx.save_for_backward(hidden, weight, local, mine, log_sums, mean_logits)
+        ctx.words, ctx.temperature, ctx.group = words, temperature, group
+        ctx.set_materialize_grads(False)  # an entropy that is only reported has no backward
+        return logprobs, log_sums - mean_logits if with_entropy else mean_logits
+
+    @staticmethod
+    def backward(ctx, grad_logprobs, grad_entropy):
+        hidden, weight, local, mine, log_sums, mean_logits = ctx.saved_tensors
+        words, temperature = ctx.words, ctx.temperature
+        if grad_logprobs is None:
+            grad_logprobs = torch.zeros_like(log_sums)
+        grad_hidden = torch.zeros_like(hidden)
+        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+        for rows in _chunks(len(hidden), words):
+            logits = _logits(hidden[rows], weight, words, temperature)
+            probabilities = torch.exp(logits - log_sums[rows, None])
+            if grad_entropy is None:
+                grad_logits = probabilities.mul_(-grad_logprobs[rows, None])
+            else:
+                spread = (logits - mean_logits[rows, None]).mul_(grad_entropy[rows, None])
+                grad_logits = probabilities.mul_(-(spread + grad_logprobs[rows, None]))
+            own_target = mine[rows].nonzero().squeeze(1)
+            grad_logits[own_target, local[rows][own_target]] += grad_logprobs[rows][own_target]
+            grad_logits = grad_logits.div_(temperature).to(hidden.dtype)
+            grad_hidden[rows] = grad_logits @ weight[:words]
+            grad_weight[:words] += (grad_logits.t() @ hidden[rows]).float()
+        # Each rank saw only its part of the vocabulary: the input's gradient is the sum.
+        _sum_over(ctx.group, grad_hidden)
+        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None, None
+
+
+def vocab_parallel_logprobs(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    words: int,
+    temperature: float,
+    group: dist.ProcessGroup,
+    with_entropy: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Log-probs of `targets`, and the entropy of each row's distribution.
+
+    Args:
+        hidden: [n, h], the same on every rank of `group`.
+        weight: [v, h] this rank's rows of the output projection.
+        targets: [n] token ids in the whole vocabulary.
+        words: how many of this rank's rows are words (the rest pads the vocabulary).
+        temperature: divides the logits, as it did when the tokens were sampled.
+        group: the tensor-parallel ranks.
+        with_entropy: also compute the entropy in nats (else None).
+    Returns:
+        fp32 ([n], [n] or None), differentiable in `hidden` and `weight`; gradients with respect
+        to `hidden` are already summed over `group`.
+    """
+    logprobs, entropy = _VocabParallelLogProbs.apply(
+        hidden, weight, targets, words, temperature, group, with_entropy
+    )
+    return logprobs, entropy if with_entropy else None

@@ -1,0 +1,26 @@
+"""RMSNorm (arXiv 1910.07467) that works under sequence parallelism.
+
+Megatron-Core's torch fallback refuses sequence parallelism. There each tensor-parallel rank
+normalises its own part of the sequence, so the weight's gradient is a partial sum; the
+`sequence_parallel` mark makes Megatron all-reduce it over the tensor-parallel group.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from megatron_rpp.parallel import device as devices
+
+
+class RMSNorm(torch.nn.Module):
+    """y = x / sqrt(mean(x²) + eps) · weight over the last dimension."""
+
+    def __init__(self, config, hidden_size: int, eps: float = 1e-5, **_):
+        super().__init__()
+        weight = torch.ones(hidden_size, dtype=config.params_dtype, device=devices.device())
+        self.eps = eps
+        self.weight = torch.nn.Parameter(weight)
+        self.weight.sequence_parallel = config.sequence_parallel
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.rms_norm(x, (x.shape[-1],), self.weight, self.eps)

@@ -1,0 +1,60 @@
+"""Megatron's AdamW and learning-rate schedule from the configuration.
+
+Left out: other optimizers, loss scaling (bf16 and fp32 need none), overlapped gradient reduction.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from megatron_rpp.parallel import device as _device  # noqa: F401  (before megatron)
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megatron_rpp.config import OptimizerConfig
+
+# "Never" for Megatron's scheduler, which wants a length for a schedule that stays constant.
+_NO_END = 2**31
+
+
+def build_optimizer(
+    model: torch.nn.Module, config: OptimizerConfig, bf16: bool
+) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
+    """AdamW over a DDP-wrapped model, and its schedule counted in optimizer steps."""
+    optimizer = get_megatron_optimizer(
+        MegatronOptimizerConfig(
+            optimizer="adam",
+            lr=config.lr,
+            min_lr=config.min_lr,
+            weight_decay=config.weight_decay,
+            adam_beta1=config.beta1,
+            adam_beta2=config.beta2,
+            adam_eps=config.eps,
+            clip_grad=config.clip_grad,
+            bf16=bf16,
+            params_dtype=torch.bfloat16 if bf16 else torch.float32,
+            use_distributed_optimizer=config.distributed,
+        ),
+        [model],
+        use_gloo_process_groups=False,
+    )
+    constant = config.decay_steps is None
+    scheduler = OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=config.lr,
+        min_lr=config.min_lr,
+        lr_warmup_steps=config.warmup_steps,
+        lr_decay_steps=_NO_END if constant else config.decay_steps,
+        lr_decay_style="constant" if constant else config.decay_style,
+        start_wd=config.weight_decay,
+        end_wd=config.weight_decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+        # A resumed run keeps its own (possibly changed) schedule and the checkpoint's position.
+        override_opt_param_scheduler=True,
+        use_checkpoint_opt_param_scheduler=False,
+    )
+    return optimizer, scheduler

@@ -1,0 +1,136 @@
+"""Runs Megatron-Core on a machine without CUDA, over gloo.
+
+Megatron-Core names its device "cuda" throughout (`device="cuda"`, `torch.cuda.current_device()`,
+`tensor.cuda()`, `param.type() == "torch.cuda.FloatTensor"`). `install()` answers each of these
+with the CPU. It changes torch for the whole process, so it is inert where CUDA is present, and
+`parallel.device` is the only caller.
+
+Left out: CUDA graphs, memory statistics and the fused kernels, which Megatron-Core does not use
+unless they are asked for; expert parallelism (gloo has no all-to-all with uneven splits).
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+CPU = torch.device("cpu")
+# What `tensor.type()` must answer so that Megatron's optimizers accept a CPU parameter.
+_CUDA_TYPE_NAMES = {
+    f"torch.{kind}Tensor": f"torch.cuda.{kind}Tensor" for kind in ("Float", "Half", "BFloat16")
+}
+
+
+def to_cpu(device):
+    """The CPU for any spelling of a CUDA device (object, string or index), else `device` itself."""
+    if isinstance(device, torch.device):
+        return CPU if device.type == "cuda" else device
+    if isinstance(device, str):
+        return CPU if device.startswith("cuda") else device
+    if isinstance(device, int) and not isinstance(device, bool):
+        return CPU
+    return device
+
+
+class CudaOnCpu(TorchFunctionMode):
+    """Sends every request for a CUDA device to the CPU, in forward and in backward."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if kwargs and "device" in kwargs:
+            kwargs = {**kwargs, "device": to_cpu(kwargs["device"])}
+        if func is torch.Tensor.to and len(args) > 1:
+            args = (args[0], to_cpu(args[1]), *args[2:])
+        result = func(*args, **(kwargs or {}))
+        if func is torch.Tensor.type and len(args) == 1:
+            return _CUDA_TYPE_NAMES.get(result, result)
+        return result
+
+
+class _Event:
+    """A CUDA event on a device that never runs behind the host: always done, zero time apart."""
+
+    def __init__(self, *args, **kwargs): ...
+
+    def record(self, stream=None): ...
+
+    def wait(self, stream=None): ...
+
+    def synchronize(self): ...
+
+    def query(self):
+        return True
+
+    def elapsed_time(self, other):
+        return 0.0
+
+
+class _Stream:
+    """The one stream of such a device."""
+
+    cuda_stream = 0
+
+    def __init__(self, *args, **kwargs): ...
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        return False
+
+    def wait_stream(self, stream): ...
+
+    def wait_event(self, event): ...
+
+    def record_event(self, event=None):
+        return _Event()
+
+    def synchronize(self): ...
+
+
+def _replace_torch_cuda() -> None:
+    """Each name gets a function object of its own: torch 2.13's dynamo refuses shared ones."""
+    cuda, stream = torch.cuda, _Stream()
+    cuda.current_device = lambda: CPU
+    cuda.set_device = lambda *args, **kwargs: None
+    cuda.synchronize = lambda *args, **kwargs: None
+    cuda.manual_seed = lambda seed: torch.manual_seed(seed)
+    cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    cuda.random.get_rng_state = cuda.get_rng_state
+    cuda.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    cuda.Stream, cuda.Event = _Stream, _Event
+    cuda.current_stream = lambda *args, **kwargs: stream
+    cuda.default_stream = lambda *args, **kwargs: stream
+    cuda.stream = lambda chosen: contextlib.nullcontext()
+    torch.Tensor.record_stream = lambda self, chosen: None
+
+
+def _replace_megatron_rng() -> None:
+    """Megatron's tracker reads the generator of a CUDA device through these two."""
+    import megatron.core.tensor_parallel.random as megatron_random
+
+    megatron_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    megatron_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+
+
+_active: CudaOnCpu | None = None
+
+
+def install() -> bool:
+    """Makes this process's "cuda" the CPU; call it before the first `megatron.core` import.
+
+    Returns True where it is now in force, False where CUDA is present (nothing is changed).
+    A second call changes nothing.
+    """
+    global _active
+    if torch.cuda.is_available():
+        return False
+    if _active is None:
+        _replace_torch_cuda()
+        _replace_megatron_rng()
+        _active = CudaOnCpu()
+        _active.__enter__()
+    return True

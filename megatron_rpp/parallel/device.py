@@ -1,0 +1,82 @@
+"""The one place that knows whether this process computes on a GPU or on the CPU.
+
+Everything else asks `device()` for where its tensors live. Importing this module (every module
+that imports `megatron.core` imports it first) puts `cuda_on_cpu` in force where CUDA is missing.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import resource
+import warnings
+
+import torch
+
+from megatron_rpp.parallel import cuda_on_cpu
+
+# Megatron-Core announces once per rank each accelerator that is absent (`describe()` says it in one
+# line), and calls collectives by names that torch is about to rename.
+warnings.filterwarnings("ignore", module="megatron")
+warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+logging.getLogger("megatron.core").setLevel(logging.ERROR)
+
+ON_CPU = cuda_on_cpu.install()
+
+
+def device() -> torch.device:
+    """Where this rank's tensors live."""
+    return cuda_on_cpu.CPU if ON_CPU else torch.device("cuda", torch.cuda.current_device())
+
+
+def backend() -> str:
+    """The torch.distributed backend for `device()`."""
+    return "gloo" if ON_CPU else "nccl"
+
+
+def set_up(local_rank: int, local_world_size: int) -> None:
+    """Binds this rank to its GPU, or to its fair share of the host's cores."""
+    if ON_CPU:
+        cores = len(os.sched_getaffinity(0))
+        torch.set_num_threads(max(1, cores // local_world_size))
+        return
+    count = torch.cuda.device_count()
+    if local_rank >= count:
+        raise ValueError(
+            f"local rank {local_rank} has no GPU: this host has {count}; "
+            f"start at most {count} processes per node (--nproc-per-node)"
+        )
+    torch.cuda.set_device(local_rank)
+
+
+def peak_memory_gb() -> float:
+    """The most memory this rank has held so far, in GB (1e9 bytes): GPU memory, or resident set."""
+    if ON_CPU:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    return torch.cuda.max_memory_allocated() / 1e9
+
+
+def has_transformer_engine() -> bool:
+    """Whether Megatron's fused modules can be used."""
+    return not ON_CPU and importlib.util.find_spec("transformer_engine") is not None
+
+
+def has_apex() -> bool:
+    """Whether NVIDIA's Apex is here (the package of that name on PyPI has no `amp_C`)."""
+    return not ON_CPU and importlib.util.find_spec("amp_C") is not None
+
+
+def describe() -> str:
+    """One line for the start-up log: device, threads, versions, optional accelerators."""
+    import megatron.core
+
+    where = f"CPU, {torch.get_num_threads()} thread(s) a rank" if ON_CPU else (
+        torch.cuda.get_device_name()
+    )
+    extras = {"TransformerEngine": has_transformer_engine(), "Apex": has_apex()}
+    found = ", ".join(f"{name} {'active' if on else 'absent'}" for name, on in extras.items())
+    return (
+        f"{where}; {backend()}; torch {torch.__version__}; "
+        f"megatron-core {megatron.core.__version__}; {found}"
+    )

@@ -1,0 +1,133 @@
+"""Process groups: who computes with whom.
+
+A data-parallel replica is the tensor × pipeline ranks that hold one copy of the model and one
+shard of the rollout buffer. Every rank of a group joins every collective in the same order.
+
+Left out: context and expert parallelism.
+"""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_rpp.parallel import device as devices
+from megatron.core import parallel_state, tensor_parallel
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+
+
+def launched_world_size() -> int:
+    """The number of processes torchrun started (1 without torchrun)."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def start(tensor: int, pipeline: int, seed: int) -> None:
+    """Joins the process group that torchrun prepared and splits it into parallel groups.
+
+    Without torchrun this process is a world of one. The caller has checked that
+    tensor × pipeline divides the world size.
+    """
+    rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
+    devices.set_up(local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    # A world of one needs no rendezvous; under torchrun the address is in the environment.
+    store = None if "RANK" in os.environ else dist.HashStore()
+    dist.init_process_group(
+        devices.backend(),
+        store=store,
+        rank=rank,
+        world_size=launched_world_size(),
+        timeout=COLLECTIVE_TIMEOUT,
+    )
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tensor,
+        pipeline_model_parallel_size=pipeline,
+        create_gloo_process_groups=False,
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+def stop() -> None:
+    """Leaves all process groups."""
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
+
+
+def data_group() -> dist.ProcessGroup:
+    """The ranks that hold the same part of the model over different data (DP × CP)."""
+    return parallel_state.get_data_parallel_group(with_context_parallel=True)
+
+
+def tensor_group() -> dist.ProcessGroup:
+    """The ranks that share each weight matrix of a pipeline stage."""
+    return parallel_state.get_tensor_model_parallel_group()
+
+
+def pipeline_group() -> dist.ProcessGroup:
+    """The stages of this rank's pipeline."""
+    return parallel_state.get_pipeline_model_parallel_group()
+
+
+def replica_group() -> dist.ProcessGroup:
+    """The tensor × pipeline ranks of this rank's replica."""
+    return parallel_state.get_model_parallel_group()
+
+
+def data_rank() -> int:
+    return data_group().rank()
+
+
+def data_size() -> int:
+    return data_group().size()
+
+
+def is_first_stage() -> bool:
+    return pipeline_group().rank() == 0
+
+
+def is_last_stage() -> bool:
+    return pipeline_group().rank() == pipeline_group().size() - 1
+
+
+def is_replica_leader() -> bool:
+    """True on the one rank of a replica that does what must be done once per replica."""
+    return replica_group().rank() == 0
+
+
+def is_main() -> bool:
+    """True on the one rank that writes logs and talks to the user."""
+    return dist.get_rank() == 0
+
+
+def broadcast_object(value: Any, group: dist.ProcessGroup | None = None) -> Any:
+    """`value` as the first rank of `group` (default: the world) has it, on every rank of it."""
+    box = [value]
+    source = dist.get_global_rank(group, 0) if group is not None else 0
+    dist.broadcast_object_list(box, src=source, group=group, device=devices.device())
+    return box[0]
+
+
+def broadcast_from_last_stage(values: torch.Tensor) -> torch.Tensor:
+    """Fills `values` in place on every pipeline stage with what the last stage has."""
+    group = pipeline_group()
+    if group.size() > 1:
+        dist.broadcast(values, src=dist.get_global_rank(group, group.size() - 1), group=group)
+    return values
+
+
+def gather_objects(value: Any, group: dist.ProcessGroup) -> list[Any]:
+    """Every rank's `value`, in rank order, on every rank of `group`."""
+    gathered: list[Any] = [None] * group.size()
+    dist.all_gather_object(gathered, value, group=group)
+    return gathered
+
+
+def reduce_sums(values: list[float], group: dist.ProcessGroup, op=dist.ReduceOp.SUM) -> list[float]:
+    """The element-wise reduction of `values` over `group` in fp64."""
+    total = torch.tensor(values, dtype=torch.float64, device=devices.device())
+    dist.all_reduce(total, op=op, group=group)
+    return total.tolist()

@@ -1,0 +1,47 @@
+"""The models of a run, built and filled: policy, optimizer, schedule, and the reference."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from megatron_rpp import checkpoint
+from megatron_rpp.config import Config, OptimizerConfig
+from megatron_rpp.model import build
+from megatron_rpp.model.optimizer import build_optimizer
+from megatron_rpp.model.reference import OffloadedReference, Reference, ResidentReference
+
+
+@dataclass
+class Policy:
+    """The model that is trained (DDP-wrapped), with its optimizer and schedule."""
+
+    model: torch.nn.Module
+    optimizer: object
+    scheduler: object
+
+
+def build_policy(config: Config, optimizer: OptimizerConfig, vocab_size: int) -> Policy:
+    """A policy with the weights of model.init_path, or random ones from the seed."""
+    stage = build.build_model(config.model, config.parallel, vocab_size, config.seed)
+    if config.model.init_path is not None:
+        checkpoint.load_weights(stage, config.model.init_path)
+    model = build.wrap_for_training(stage, optimizer.distributed)
+    return Policy(model, *build_optimizer(model, optimizer, config.model.dtype == "bf16"))
+
+
+def build_reference(config: Config, policy: Policy, vocab_size: int) -> Reference | None:
+    """The policy's initial weights, frozen; None where no KL coefficient needs them.
+
+    Called before the policy resumes from a checkpoint, while it still holds those weights.
+    """
+    algorithm = config.algorithm
+    in_reward = algorithm.name == "reinforce++" and algorithm.kl_coef > 0
+    if not in_reward and algorithm.kl_loss_coef == 0:
+        return None
+    if config.reference.placement == "offload":
+        return OffloadedReference(policy.model)
+    stage = build.build_model(config.model, config.parallel, vocab_size, config.seed)
+    stage.load_state_dict(policy.model.module.state_dict())
+    return ResidentReference(stage)

@@ -1,0 +1,138 @@
+"""The rollout buffer: one data-parallel replica's shard of a step's samples.
+
+Columnar and ragged: tokens of all samples lie end to end, as do the values that belong to
+response tokens (log-probs, advantages, mask). Nothing is padded until a micro-batch is cut, and a
+replica holds its own samples only, so a rank's memory falls with the number of replicas. The
+ranks of one replica hold the same columns: pipeline stages write theirs by broadcast.
+
+Left out: rebalancing over replicas by token count, and saving to disk.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from megatron_rpp.data.prompts import Prompt
+from megatron_rpp.records import Generation, MicroBatch, Request
+
+
+@dataclass(kw_only=True)
+class RolloutBuffer:
+    """Samples 0..n-1 of this replica; R response tokens and L tokens in all.
+
+    tokens: [L] int64, prompt then response of each sample; offsets: [n+1] where each starts;
+    prompt_lengths: [n]; sample_ids: [n] the sample's number in the whole step; group_ids: [n]
+    its prompt's number in the step; mask: [R] bool, True where the policy wrote the token (False
+    is for tool output); behaviour_logprobs: [R] fp32 by the rollout engine; truncated: [n] bool.
+    The rest is written by the stages: scores [n], and per response token [R] old_logprobs,
+    ref_logprobs, advantages, returns.
+    """
+
+    prompts: list[Prompt]
+    tokens: torch.Tensor
+    offsets: torch.Tensor
+    prompt_lengths: torch.Tensor
+    sample_ids: torch.Tensor
+    group_ids: torch.Tensor
+    mask: torch.Tensor
+    behaviour_logprobs: torch.Tensor
+    truncated: torch.Tensor
+    scores: torch.Tensor | None = None
+    old_logprobs: torch.Tensor | None = None
+    ref_logprobs: torch.Tensor | None = None
+    advantages: torch.Tensor | None = None
+    returns: torch.Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    @property
+    def lengths(self) -> torch.Tensor:
+        """[n] tokens of each sample."""
+        return self.offsets.diff()
+
+    @property
+    def response_lengths(self) -> torch.Tensor:
+        """[n] response tokens of each sample."""
+        return self.lengths - self.prompt_lengths
+
+    @property
+    def response_offsets(self) -> torch.Tensor:
+        """[n+1] where each sample's values start in a response column."""
+        return torch.nn.functional.pad(self.response_lengths.cumsum(0), (1, 0))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes this rank holds in tensors."""
+        values = (getattr(self, field.name) for field in fields(self))
+        return sum(value.nbytes for value in values if isinstance(value, torch.Tensor))
+
+    def response(self, index: int) -> list[int]:
+        """The response tokens of sample `index`."""
+        start = int(self.offsets[index] + self.prompt_lengths[index])
+        return self.tokens[start : int(self.offsets[index + 1])].tolist()
+
+    def padded(self, column: torch.Tensor) -> torch.Tensor:
+        """A response column [R] as [n, longest response], zero (False) beyond each response."""
+        if not len(self):
+            return column.new_zeros(0, 0)
+        return pad_sequence(column.split(self.response_lengths.tolist()), batch_first=True)
+
+    def flat(self, padded: torch.Tensor) -> torch.Tensor:
+        """The inverse of `padded`."""
+        steps = torch.arange(padded.shape[1])
+        return padded[steps[None] < self.response_lengths[:, None]]
+
+    def micro_batch(self, samples: list[int], multiple: int, device: torch.device) -> MicroBatch:
+        """Cuts `samples` into one right-padded micro-batch whose length `multiple` divides.
+
+        No samples give an empty micro-batch: one padding sequence and no response token.
+        """
+        longest = max((int(self.lengths[i]) for i in samples), default=1)
+        width = -(-longest // multiple) * multiple
+        batch = max(1, len(samples))
+        tokens = torch.zeros(batch, width, dtype=torch.int64)
+        rows, targets, columns, owners = [], [], [], []
+        starts = self.response_offsets
+        for row, index in enumerate(samples):
+            own = self.tokens[self.offsets[index] : self.offsets[index + 1]]
+            tokens[row, : len(own)] = own
+            positions = torch.arange(int(self.prompt_lengths[index]), len(own))
+            rows.append((positions - 1) * batch + row)  # hidden states are [s, b]
+            targets.append(own[positions])
+            columns.append(torch.arange(int(starts[index]), int(starts[index + 1])))
+            owners.append(torch.full_like(positions, row))
+        empty = torch.zeros(0, dtype=torch.int64)
+        parts = [torch.cat([empty, *part]).to(device) for part in (rows, targets, columns, owners)]
+        return MicroBatch(tokens.to(device), *parts)
+
+
+def from_generations(
+    prompts: list[Prompt],
+    requests: list[Request],
+    generations: list[Generation],
+    samples_per_prompt: int,
+) -> RolloutBuffer:
+    """The buffer of one replica's finished generations (prompts[i] belongs to requests[i])."""
+    sequences = [
+        [*request.prompt, *generation.tokens]
+        for request, generation in zip(requests, generations, strict=True)
+    ]
+    ids = torch.tensor([request.sample_id for request in requests], dtype=torch.int64)
+    logprobs = [value for generation in generations for value in generation.logprobs]
+    lengths = torch.tensor([0, *(len(sequence) for sequence in sequences)], dtype=torch.int64)
+    return RolloutBuffer(
+        prompts=prompts,
+        tokens=torch.from_numpy(np.array([t for s in sequences for t in s], dtype=np.int64)),
+        offsets=lengths.cumsum(0),
+        prompt_lengths=torch.tensor([len(r.prompt) for r in requests], dtype=torch.int64),
+        sample_ids=ids,
+        group_ids=ids // samples_per_prompt,
+        mask=torch.ones(len(logprobs), dtype=torch.bool),
+        behaviour_logprobs=torch.tensor(logprobs, dtype=torch.float32),
+        truncated=torch.tensor([g.truncated for g in generations], dtype=torch.bool),
+    )

@@ -1,0 +1,158 @@
+"""Generation inside the training process: Megatron's own modules with a key-value cache.
+
+Every rank of a replica runs the same loop over the same sequences; the last pipeline stage samples
+and broadcasts. Prompts are grouped by length; a prompt that is sampled several times is read once
+and its cache repeated; finished sequences leave the batch.
+
+Left out: refilling the batch while it runs (continuous batching), paged caches, overlap of
+pipeline stages.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Callable, Protocol
+
+import numpy as np
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from megatron_rpp.data.tokenizer import Tokenizer
+from megatron_rpp.model.language_model import LanguageModel, decoding, unwrap
+from megatron_rpp.parallel import device as devices
+from megatron_rpp.parallel import groups, pipeline
+from megatron_rpp.records import Generation, Request, Sampling
+from megatron_rpp.rollout.sampling import choose
+from megatron_rpp.seeds import uniforms
+
+# Compact once this share of the batch has finished: a copy of the cache costs about one token.
+COMPACT_SHARE = 0.125
+
+
+class RolloutEngine(Protocol):
+    """What a step needs of whatever generates."""
+
+    def generate(
+        self, requests: list[Request], sampling: Sampling, seed: int, step: int
+    ) -> list[Generation]:
+        """One generation per request of this replica, in their order."""
+
+
+@dataclass
+class _Wave:
+    """Sequences decoded together; what they have written so far, on the host."""
+
+    requests: list[Request]
+    tokens: np.ndarray  # [n, max_new_tokens]
+    logprobs: np.ndarray
+    lengths: np.ndarray  # [n] tokens written
+    ended: np.ndarray  # [n] bool: by end-of-sequence or a stop string
+
+    @classmethod
+    def start(cls, requests: list[Request], max_new_tokens: int) -> "_Wave":
+        count = len(requests)
+        shape = (count, max_new_tokens)
+        return cls(
+            requests,
+            np.zeros(shape, np.int64),
+            np.zeros(shape, np.float32),
+            np.zeros(count, np.int64),
+            np.zeros(count, bool),
+        )
+
+    def generations(self) -> list[Generation]:
+        return [
+            Generation(self.tokens[i, :n].tolist(), self.logprobs[i, :n].tolist(), not ended)
+            for i, (n, ended) in enumerate(zip(self.lengths, self.ended))
+        ]
+
+
+class MegatronEngine:
+    """Generates with the policy's own weights, on the policy's own layout."""
+
+    def __init__(self, model: torch.nn.Module, tokenizer: Tokenizer, max_batch: int):
+        self.model = model
+        self.tokenizer = tokenizer
+        self.max_batch = max_batch
+
+    @torch.no_grad()
+    def generate(
+        self,
+        requests: list[Request],
+        sampling: Sampling,
+        seed: int,
+        step: int,
+        progress: Callable[[int], None] = lambda finished: None,
+    ) -> list[Generation]:
+        """See RolloutEngine; `progress` hears how many sequences each wave finished."""
+        order = sorted(
+            range(len(requests)), key=lambda i: (len(requests[i].prompt), requests[i].prompt)
+        )
+        results: dict[int, Generation] = {}
+        self.model.eval()
+        for start in range(0, len(order), self.max_batch):
+            chosen = order[start : start + self.max_batch]
+            wave = _Wave.start([requests[i] for i in chosen], sampling.max_new_tokens)
+            self._run(wave, sampling, seed, step)
+            results.update(zip(chosen, wave.generations(), strict=True))
+            progress(len(chosen))
+        self.model.train()
+        return [results[i] for i in range(len(requests))]
+
+    def _run(self, wave: _Wave, sampling: Sampling, seed: int, step: int) -> None:
+        model = unwrap(self.model)
+        lengths = np.array([len(request.prompt) for request in wave.requests])
+        ids = np.array([request.sample_id for request in wave.requests])
+        alive = np.arange(len(wave.requests))  # the wave's sequences that are in the batch
+        with decoding(model, int(lengths.max()) + sampling.max_new_tokens) as state:
+            hidden = self._read_prompts(wave.requests, state)
+            for position in range(sampling.max_new_tokens):
+                random = uniforms(seed, step, ids[alive], position)
+                tokens = self._next_tokens(model, hidden, random, sampling, position)
+                self._record(wave, alive, tokens, position, sampling)
+                running = ~wave.ended[alive]
+                if not running.any() or position + 1 == sampling.max_new_tokens:
+                    break
+                tokens = tokens[0].long()
+                if (~running).mean() >= COMPACT_SHARE:
+                    rows = torch.from_numpy(running.nonzero()[0]).to(tokens.device)
+                    state.keep(rows)
+                    alive, tokens = alive[running], tokens[rows]
+                positions = torch.from_numpy(lengths[alive] + position).to(tokens.device)
+                state.set_positions(positions)
+                hidden = pipeline.stage_forward(model, tokens[:, None], positions)[0]
+
+    def _read_prompts(self, requests: list[Request], state) -> torch.Tensor:
+        """Prefill: each different prompt once. Returns the last hidden row [n, h] of each."""
+        unique = {prompt: i for i, prompt in enumerate(dict.fromkeys(r.prompt for r in requests))}
+        tokens = pad_sequence([torch.tensor(prompt) for prompt in unique], batch_first=True)
+        hidden = pipeline.stage_forward(unwrap(self.model), tokens.to(devices.device()))
+        last = torch.tensor([len(prompt) - 1 for prompt in unique], device=hidden.device)
+        copies = torch.tensor([unique[r.prompt] for r in requests], device=hidden.device)
+        state.keep(copies)
+        return hidden[last, torch.arange(len(unique), device=hidden.device)][copies]
+
+    def _next_tokens(
+        self, model: LanguageModel, hidden, random, sampling: Sampling, position: int
+    ) -> torch.Tensor:
+        """fp64 [2, b]: the tokens and their log-probs, from the last stage to every stage."""
+        chosen = torch.empty(2, len(random), dtype=torch.float64, device=devices.device())
+        if groups.is_last_stage():
+            forbid = self.tokenizer.eos_id if position < sampling.min_new_tokens else None
+            tokens, logprobs = choose(model.sampling_logits(hidden), random, sampling, forbid)
+            chosen[0], chosen[1] = tokens, logprobs
+        return groups.broadcast_from_last_stage(chosen)
+
+    def _record(self, wave: _Wave, alive, chosen, position: int, sampling: Sampling) -> None:
+        """Writes the new tokens of running sequences and marks those that end with them."""
+        values = chosen.cpu().numpy()
+        running = ~wave.ended[alive]
+        rows = alive[running]
+        wave.tokens[rows, position] = values[0, running]
+        wave.logprobs[rows, position] = values[1, running]
+        wave.lengths[rows] = position + 1
+        wave.ended[rows] = wave.tokens[rows, position] == self.tokenizer.eos_id
+        if sampling.stop and position + 1 >= sampling.min_new_tokens:
+            for row in rows[~wave.ended[rows]]:
+                text = self.tokenizer.decode(wave.tokens[row, : position + 1].tolist())
+                wave.ended[row] = any(stop in text for stop in sampling.stop)

@@ -1,0 +1,62 @@
+"""The next token: a function of the logits and of (seed, step, sample, position) alone.
+
+One uniform number per token from a counter-based hash (`seeds.uniforms`), then the inverse of the cumulative
+distribution. No generator has a state, so the same run samples the same tokens on any layout, in
+any batch order and after any resume.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from megatron_rpp.records import Sampling
+
+
+def truncate(logits: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
+    """Logits [b, v] with every token outside the top k and the top-p nucleus at -inf.
+
+    The nucleus is the smallest set of most likely tokens whose probability reaches top_p
+    (Holtzman et al., arXiv 1904.09751); the most likely token always stays.
+    """
+    if top_k:
+        smallest = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < smallest, -torch.inf)
+    if top_p < 1.0:
+        ordered, order = logits.sort(descending=True)
+        probabilities = ordered.softmax(-1)
+        before = probabilities.cumsum(-1) - probabilities
+        outside = torch.zeros_like(logits, dtype=torch.bool).scatter(1, order, before >= top_p)
+        logits = logits.masked_fill(outside, -torch.inf)
+    return logits
+
+
+def choose(
+    logits: torch.Tensor, uniform: np.ndarray, sampling: Sampling, forbid: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Samples one token per row.
+
+    Args:
+        logits: [b, v] fp32, the whole vocabulary.
+        uniform: [b] numbers in [0, 1), from `seeds.uniforms`.
+        forbid: a token that may not be chosen now (end-of-sequence before min_new_tokens).
+    Returns:
+        tokens [b] int64 and their fp32 log-probs [b] under softmax(logits/temperature): the
+        distribution that training sees, before top-k, top-p and `forbid`.
+    """
+    greedy = sampling.temperature == 0.0
+    scaled = logits if greedy else logits / sampling.temperature
+    allowed = scaled
+    if forbid is not None:
+        allowed = allowed.clone()
+        allowed[:, forbid] = -torch.inf
+    if greedy:
+        tokens = allowed.argmax(-1)
+    else:
+        allowed = truncate(allowed, sampling.top_k, sampling.top_p)
+        weights = torch.exp(allowed - allowed.amax(-1, keepdim=True))
+        cumulative = weights.cumsum(-1, dtype=torch.float64)
+        draw = torch.from_numpy(uniform).to(logits.device)[:, None] * cumulative[:, -1:]
+        tokens = torch.searchsorted(cumulative, draw, right=True).squeeze(1)
+    logprobs = torch.gather(scaled, 1, tokens[:, None]).squeeze(1) - scaled.logsumexp(-1)
+    return tokens, logprobs

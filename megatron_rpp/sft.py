@@ -1,0 +1,136 @@
+"""Supervised warm start: next-token loss on the label of each prompt, on any layout.
+
+    torchrun --nproc-per-node N -m megatron_rpp.sft --config FILE [--section.key value ...]
+
+The response of a row is its label; the loss is the mean over the response tokens of the whole
+batch. The same models, micro-batches, evaluation and checkpoints as `train.py`.
+
+Left out: `messages` data, packing, checkpoints while it runs.
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+import torch.distributed as dist
+
+from megatron_rpp import checkpoint, cli, launching
+from megatron_rpp.checkpoint import RunState
+from megatron_rpp.config import Config, check_world_size
+from megatron_rpp.console import Console
+from megatron_rpp.data.prompts import Prompt, prompt_indices
+from megatron_rpp.data.tokenizer import Tokenizer
+from megatron_rpp.inputs import Inputs, check_writable, load_inputs
+from megatron_rpp.metrics import MetricsLog, evaluation_row
+from megatron_rpp.parallel import device as devices
+from megatron_rpp.parallel import groups
+from megatron_rpp.parallel.device import describe
+from megatron_rpp.policy import Policy, build_policy
+from megatron_rpp.records import Generation, MicroBatch, Request
+from megatron_rpp.rollout.buffer import RolloutBuffer, from_generations
+from megatron_rpp.rollout.engine import MegatronEngine
+from megatron_rpp.stages import scoring
+from megatron_rpp.stages.evaluation import evaluate
+from megatron_rpp.stages.rollout import shard
+from megatron_rpp.stages.update import optimizer_step
+
+
+def main(argv: list[str] | None = None) -> None:
+    config, dry_run = cli.parse(argv, program="sft")
+    check_world_size(config, groups.launched_world_size())
+    check_writable("sft.dir", config.sft.dir)
+    inputs = load_inputs(config)
+    check_labels(inputs.train, config.data.train)
+    groups.start(config.parallel.tensor, config.parallel.pipeline, config.seed)
+    finetune(config, inputs, dry_run)
+    groups.stop()
+
+
+def check_labels(prompts: list[Prompt], path: str) -> None:
+    """Raises ValueError where a row has nothing to learn from."""
+    for row, prompt in enumerate(prompts, start=1):
+        if not prompt.example.label:
+            raise ValueError(
+                f"{path}, line {row}: the row has no label, which is the response to learn: add "
+                f"it, or set data.label_key to the field that holds it"
+            )
+
+
+def batch_of(prompts: list[Prompt], tokenizer: Tokenizer) -> RolloutBuffer:
+    """The prompts with their labels (and end-of-sequence) as responses."""
+    requests = [Request(prompt.tokens, index) for index, prompt in enumerate(prompts)]
+    responses = [[*tokenizer.encode(p.example.label), tokenizer.eos_id] for p in prompts]
+    generations = [Generation(tokens, [0.0] * len(tokens), False) for tokens in responses]
+    return from_generations(prompts, requests, generations, samples_per_prompt=1)
+
+
+def finetune(config: Config, inputs: Inputs, dry_run: bool = False) -> None:
+    """Trains to sft.steps, or to the accuracy at which to stop. Collective."""
+    settings, console = config.sft, Console(groups.is_main())
+    policy = build_policy(config, settings.optimizer, inputs.vocab_size)
+    finished = checkpoint.newest(settings.dir)
+    console.say(describe())
+    if dry_run or finished is not None:
+        console.say("dry run: nothing was trained" if dry_run else f"finished before: {finished}")
+        return
+    engine = MegatronEngine(policy.model, inputs.tokenizer, config.rollout.max_batch)
+    log, state = MetricsLog(settings.dir, first_step=0), RunState()
+    while state.step < settings.steps:
+        start = time.perf_counter()
+        loss, grad_norm = _step(config, inputs, policy, state)
+        state.step += 1
+        state.prompts_seen += settings.batch_size
+        row = {"sft/loss": loss, "sft/grad_norm": grad_norm}
+        row["time/step"] = time.perf_counter() - start
+        last = state.step == settings.steps
+        if last or (settings.eval_interval and state.step % settings.eval_interval == 0):
+            result = evaluate(
+                engine, inputs.held_out, inputs.rewards, inputs.tokenizer, inputs.greedy,
+                config.evaluation.samples,
+            )  # fmt: skip
+            state.accuracy = result.accuracy
+            row |= evaluation_row(result)
+            log.samples(state.step, result)
+            console.row(
+                {"step": str(state.step), "loss": f"{loss:.4f}", "grad norm": f"{grad_norm:.3f}",
+                 "accuracy": f"{result.accuracy:.1%}", "s/step": f"{row['time/step']:.2f}"}
+            )  # fmt: skip
+        log.write(state.step - 1, row)
+        target = settings.stop_accuracy
+        if target is not None and state.accuracy is not None and state.accuracy >= target:
+            break
+    log.close()
+    path = checkpoint.save(
+        settings.dir, policy.model, policy.optimizer, policy.scheduler, state, keep=1
+    )
+    console.say(f"checkpoint: {path}")
+
+
+def _step(config: Config, inputs: Inputs, policy: Policy, state: RunState) -> tuple[float, float]:
+    """One optimizer step. Returns the mean loss per response token, and the gradient norm."""
+    size = config.sft.batch_size
+    rows = prompt_indices(state.prompts_seen, size, len(inputs.train), config.seed)
+    own = [inputs.train[rows[i]] for i in shard(size, groups.data_rank(), groups.data_size())]
+    buffer = batch_of(own, inputs.tokenizer)
+
+    def loss(batch: MicroBatch, hidden: torch.Tensor):
+        logprobs, _ = scoring.token_logprobs(policy.model, batch, hidden, temperature=1.0)
+        total = -logprobs.sum()
+        count = torch.tensor(len(logprobs), dtype=torch.int, device=total.device)
+        return total, count, torch.stack([total.detach().double(), count.double()])
+
+    budget = config.train.max_tokens_per_microbatch
+    batches = scoring.cut(policy.model, buffer, list(range(len(buffer))), budget)
+    grad_norm, reports = optimizer_step(
+        policy.model, policy.optimizer, policy.scheduler, batches, loss
+    )
+    empty = torch.zeros(2, dtype=torch.float64, device=devices.device())
+    sums = torch.stack([empty, *reports]).sum(0)
+    dist.all_reduce(sums, group=groups.data_group())
+    total, count = groups.broadcast_from_last_stage(sums).tolist()
+    return total / count, grad_norm
+
+
+if __name__ == "__main__":
+    launching.run(main)

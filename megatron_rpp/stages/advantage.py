@@ -1,0 +1,47 @@
+"""From scores and log-probs to advantages, normalised over the global batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.distributed as dist
+
+from megatron_rpp.algorithms import Moments, kl_estimate, shape_scores
+from megatron_rpp.algorithms.advantages import advantages
+from megatron_rpp.config import AlgorithmConfig, RewardConfig
+from megatron_rpp.rollout.buffer import RolloutBuffer
+
+
+@dataclass(frozen=True)
+class AdvantageStats:
+    """Moments over all replicas: raw scores by sample, advantages before normalisation by token."""
+
+    scores: Moments
+    advantages: Moments
+
+
+def fill(
+    buffer: RolloutBuffer,
+    algorithm: AlgorithmConfig,
+    reward: RewardConfig,
+    group: dist.ProcessGroup,
+) -> AdvantageStats:
+    """Writes `advantages` and `returns` [R] into the buffer; collective over `group` (DP × CP)."""
+    scores, score_moments = shape_scores(
+        buffer.scores, reward.normalize, reward.scale, reward.clip, group
+    )
+    kl = None
+    if buffer.ref_logprobs is not None:
+        kl = kl_estimate(buffer.old_logprobs, buffer.ref_logprobs, algorithm.kl_estimator)
+    values, returns, moments = advantages(
+        algorithm.name,
+        scores,
+        None if kl is None else buffer.padded(kl),
+        buffer.padded(buffer.mask),
+        buffer.group_ids,
+        algorithm.kl_coef,
+        algorithm.gamma,
+        group,
+    )
+    buffer.advantages, buffer.returns = buffer.flat(values), buffer.flat(returns)
+    return AdvantageStats(score_moments, moments)

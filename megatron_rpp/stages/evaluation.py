@@ -1,0 +1,62 @@
+"""Greedy answers to held-out prompts: accuracy, mean reward, and a few answers to read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_rpp.data.prompts import Prompt
+from megatron_rpp.data.tokenizer import Tokenizer
+from megatron_rpp.parallel import groups
+from megatron_rpp.records import Request, Sampling
+from megatron_rpp.rewards import RewardSet
+from megatron_rpp.rollout.engine import RolloutEngine
+from megatron_rpp.stages.reward import score_responses
+from megatron_rpp.stages.rollout import shard
+
+
+@dataclass(frozen=True)
+class Sample:
+    """An answer to show."""
+
+    prompt: str
+    response: str
+    label: str | None
+    score: float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Results over all held-out prompts asked; `samples` are the first ones, on the main rank."""
+
+    count: int
+    accuracy: float
+    reward: float
+    samples: list[Sample]
+
+
+def evaluate(
+    engine: RolloutEngine,
+    prompts: list[Prompt],
+    rewards: RewardSet,
+    tokenizer: Tokenizer,
+    sampling: Sampling,
+    shown: int,
+) -> Evaluation:
+    """Asks every prompt once, each replica its shard. Collective over the world.
+
+    A response is correct where the first reward function gives 1.0 or more.
+    """
+    rank, size = groups.data_rank(), groups.data_size()
+    own = [prompts[i] for i in shard(len(prompts), rank, size)]
+    requests = [Request(prompt.tokens, sample_id=0) for prompt in own]
+    generations = engine.generate(requests, sampling, seed=0, step=0)
+    responses = [generation.tokens for generation in generations]
+    scores = score_responses(rewards, tokenizer, own, responses)
+    first = next(iter(scores.parts.values()))
+    sums = [float(len(own)), float(sum(value >= 1.0 for value in first)), sum(scores.total)]
+    count, correct, reward = groups.reduce_sums(sums, groups.data_group())
+    samples = [
+        Sample(prompt.example.prompt, tokenizer.decode(response), prompt.example.label, score)
+        for prompt, response, score in list(zip(own, responses, scores.total))[:shown]
+    ]
+    return Evaluation(int(count), correct / count, reward / count, samples)

@@ -1,0 +1,49 @@
+"""Scores a buffer: once per sample on one rank of the replica, then broadcast within it.
+
+A reward that raises ends the run on every rank with the sample shown.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from megatron_rpp.data.prompts import Prompt
+from megatron_rpp.data.tokenizer import Tokenizer
+from megatron_rpp.parallel import groups
+from megatron_rpp.rewards import RewardError, RewardSet, Scores
+from megatron_rpp.rollout.buffer import RolloutBuffer
+
+
+def score_responses(
+    rewards: RewardSet, tokenizer: Tokenizer, prompts: list[Prompt], responses: list[list[int]]
+) -> Scores:
+    """The scores of this replica's responses, on each of its ranks.
+
+    Raises:
+        RewardError: on every rank of the run, where a reward function failed on any.
+    """
+    scores, failure = None, None
+    if groups.is_replica_leader():
+        examples = [prompt.example for prompt in prompts]
+        try:
+            scores = rewards.score(
+                [example.prompt for example in examples],
+                [tokenizer.decode(response) for response in responses],
+                [example.label for example in examples],
+                [example.metadata for example in examples],
+            )
+        except RewardError as error:
+            failure = str(error)
+    scores, failure = groups.broadcast_object((scores, failure), groups.replica_group())
+    for message in groups.gather_objects(failure, groups.data_group()):
+        if message is not None:
+            raise RewardError(message)
+    return scores
+
+
+def score(buffer: RolloutBuffer, rewards: RewardSet, tokenizer: Tokenizer) -> dict[str, list]:
+    """Fills `buffer.scores` [n]; returns each reward function's own scores by name."""
+    responses = [buffer.response(index) for index in range(len(buffer))]
+    scores = score_responses(rewards, tokenizer, buffer.prompts, responses)
+    buffer.scores = torch.tensor(scores.total, dtype=torch.float32)
+    return scores.parts

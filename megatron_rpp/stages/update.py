@@ -1,0 +1,143 @@
+"""The policy update: epochs of mini-batches over one rollout batch, one optimizer step each.
+
+The loss of a mini-batch is a global mean: micro-batches and data-parallel ranks add up numerators
+and counts, and Megatron divides the summed gradient once (`calculate_per_token_loss`). So neither
+the number of ranks nor the micro-batch size can change it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from megatron_rpp.algorithms import aggregate, kl_estimate, policy_loss, policy_stats
+from megatron_rpp.config import AlgorithmConfig, TrainConfig
+from megatron_rpp.parallel import device as devices
+from megatron_rpp.parallel import groups, pipeline
+from megatron_rpp.records import MicroBatch
+from megatron_rpp.rollout import planning
+from megatron_rpp.rollout.buffer import RolloutBuffer
+from megatron_rpp.stages import scoring
+
+
+@dataclass(frozen=True)
+class UpdateStats:
+    """Means over all tokens of the step's mini-batches (loss: over mini-batches)."""
+
+    loss: float
+    clip_fraction: float
+    approx_kl: float
+    entropy: float
+    ratio_max: float
+    grad_norm: float
+    learning_rate: float
+
+
+def _responses(batch: MicroBatch, values: torch.Tensor) -> torch.Tensor:
+    """[n] values of a micro-batch's response tokens as [b, t], zero elsewhere."""
+    starts = torch.searchsorted(batch.sample, batch.sample)  # where each token's response begins
+    steps = torch.arange(len(values), device=values.device) - starts
+    width = int(steps.max()) + 1 if len(steps) else 0
+    padded = values.new_zeros(batch.tokens.shape[0], width)
+    return padded.index_put((batch.sample, steps), values)
+
+
+def _loss(model, buffer: RolloutBuffer, algorithm: AlgorithmConfig, temperature: float):
+    """The loss function of a mini-batch for `pipeline.train`."""
+    clip = (algorithm.clip_low, algorithm.clip_high)
+    device = devices.device()
+
+    def column(batch: MicroBatch, values: torch.Tensor) -> torch.Tensor:
+        return _responses(batch, values[batch.column.cpu()].to(device))
+
+    def loss(batch: MicroBatch, hidden: torch.Tensor):
+        logprobs, entropy = scoring.token_logprobs(model, batch, hidden, temperature, True)
+        logprobs, entropy = _responses(batch, logprobs), _responses(batch, entropy)
+        old, advantages = column(batch, buffer.old_logprobs), column(batch, buffer.advantages)
+        mask = column(batch, buffer.mask)
+        per_token = policy_loss(logprobs, old, advantages, *clip, algorithm.dual_clip)
+        if algorithm.entropy_coef:
+            per_token = per_token - algorithm.entropy_coef * entropy
+        if algorithm.kl_loss_coef:
+            reference = column(batch, buffer.ref_logprobs)
+            kl = kl_estimate(logprobs, reference, "k2")
+            per_token = per_token + algorithm.kl_loss_coef * kl
+        total, count = aggregate(per_token, mask, algorithm.aggregation)
+        stats = policy_stats(logprobs.detach(), old, advantages, mask, *clip)
+        entropy_sum = torch.where(mask, entropy.detach(), 0.0).sum()
+        report = (total.detach(), count, *stats[:3], entropy_sum, stats.ratio_max)
+        return total, count.int(), torch.stack([value.double() for value in report])
+
+    return loss
+
+
+def _reduce(reports: list[torch.Tensor], minibatch: int) -> list[float]:
+    """A mini-batch's report over its micro-batches and replicas, on every rank.
+
+    [loss sum, count, tokens, clipped, approx_kl, entropy, largest ratio].
+    """
+    empty = torch.zeros(7, dtype=torch.float64, device=devices.device())
+    stacked = torch.stack([empty, *reports])
+    sums, peak = stacked[:, :6].sum(0), stacked[:, 6:].amax(0)
+    dist.all_reduce(sums, group=groups.data_group())
+    dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=groups.data_group())
+    values = groups.broadcast_from_last_stage(torch.cat([sums, peak])).tolist()
+    assert values[1] > 0, f"mini-batch {minibatch} has no response token on any rank"
+    return values
+
+
+def run(
+    policy: torch.nn.Module,
+    optimizer,
+    scheduler,
+    buffer: RolloutBuffer,
+    algorithm: AlgorithmConfig,
+    train: TrainConfig,
+    temperature: float,
+    sample_count: int,
+    seed: int,
+    step: int,
+) -> UpdateStats:
+    """Updates `policy` on the step's rollouts; the same on every layout of ranks.
+
+    Args:
+        policy: DDP-wrapped. buffer: this replica's shard, with old_logprobs, advantages and, where
+            a KL loss is on, ref_logprobs. temperature: of the rollout. sample_count: samples of
+            the whole step over all replicas.
+    """
+    loss = _loss(policy, buffer, algorithm, temperature)
+    rows, norms = [], []
+    for epoch in range(train.epochs):
+        number = planning.minibatch_of(sample_count, train.minibatches, seed, step, epoch)
+        own = number[buffer.sample_ids]
+        for minibatch in range(train.minibatches):
+            samples = (own == minibatch).nonzero().squeeze(1).tolist()
+            batches = scoring.cut(policy, buffer, samples, train.max_tokens_per_microbatch)
+            grad_norm, reports = optimizer_step(policy, optimizer, scheduler, batches, loss)
+            rows.append(_reduce(reports, minibatch))
+            norms.append(grad_norm)
+    tokens = sum(row[2] for row in rows)
+    return UpdateStats(
+        loss=sum(row[0] / row[1] for row in rows) / len(rows),
+        clip_fraction=sum(row[3] for row in rows) / tokens,
+        approx_kl=sum(row[4] for row in rows) / tokens,
+        entropy=sum(row[5] for row in rows) / tokens,
+        ratio_max=max(row[6] for row in rows),
+        grad_norm=sum(norms) / len(norms),
+        learning_rate=optimizer.param_groups[0]["lr"],
+    )
+
+
+def optimizer_step(policy, optimizer, scheduler, batches, loss) -> tuple[float, list]:
+    """Gradient of `loss` over `batches` and one step of the optimizer.
+
+    Returns the global gradient norm before clipping, and the loss function's reports.
+    """
+    policy.zero_grad_buffer()
+    optimizer.zero_grad()
+    reports = pipeline.train(policy, batches, loss)
+    _, grad_norm, _ = optimizer.step()
+    scheduler.step(increment=1)
+    return float(grad_norm), reports

@@ -1,0 +1,186 @@
+"""Makes the data of a run: training and held-out prompts of a task, and a tokenizer for them.
+
+    python tools/make_task.py --config launch/recipes/quickstart.yaml [--section.key value]
+
+Writes data.train, data.eval and data.tokenizer, and the settings they were made with to task.json
+next to data.train. Files made with the same settings are kept; files made with others are refused
+unless --overwrite is given. Left out: data from anywhere but reasoning-gym's procedural tasks.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs without an installation
+
+from megatron_rpp import cli
+from megatron_rpp.config import Config, DataConfig
+from megatron_rpp.data.files import write_atomic
+from megatron_rpp.data.prompts import prompt_tokens
+from megatron_rpp.data.tasks import Row, jsonl, make_task
+from megatron_rpp.data.tokenizer import load_tokenizer, train_sentencepiece
+
+console = Console(highlight=False)
+
+
+def main(argv: list[str]) -> int:
+    """Makes what is missing; returns the exit code."""
+    overwrite = "--overwrite" in argv
+    config = cli.parse([word for word in argv if word != "--overwrite"]).config
+    try:
+        paths, settings_path = output_paths(config.data)
+        settings = settings_of(config, settings_path.parent)
+        if not overwrite and is_made(paths, settings_path, settings):
+            for path in paths:
+                console.print(f"unchanged, kept {escape(str(path))}", soft_wrap=True)
+        else:
+            contents = make(config)
+            replace(paths, contents, settings_path, settings)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def output_paths(data: DataConfig) -> tuple[tuple[Path, Path, Path], Path]:
+    """The files (train, eval, tokenizer) to write, and the one that holds their settings."""
+    names = {"train": data.train, "eval": data.eval, "tokenizer": data.tokenizer}
+    for key, value in names.items():
+        if not value:
+            raise ValueError(f"data.{key} is empty: set it to the file to write")
+    settings_path = Path(data.train).parent / "task.json"
+    paths = tuple(Path(value) for value in names.values())
+    if len({path.absolute() for path in (*paths, settings_path)}) != 4:
+        raise ValueError(
+            f"data.train, data.eval, data.tokenizer and {settings_path} must be four different "
+            f"files, got {names}"
+        )
+    return paths, settings_path
+
+
+def settings_of(config: Config, folder: Path) -> dict[str, Any]:
+    """All that the files depend on, as JSON; paths from ``folder``, so that it may be moved."""
+    data = asdict(config.data)
+    for key in ("train", "eval", "tokenizer"):
+        data[key] = os.path.relpath(data[key], folder)
+    return json.loads(json.dumps({"task": asdict(config.task), "data": data}))
+
+
+def is_made(paths: Sequence[Path], settings_path: Path, settings: dict[str, Any]) -> bool:
+    """Whether all files are there, made with ``settings``.
+
+    Raises:
+        ValueError: there are files made with other or unknown settings.
+    """
+    present = [path for path in paths if path.exists()]
+    found = json.loads(settings_path.read_text()) if settings_path.exists() else None
+    if found == settings:
+        return len(present) == len(paths)
+    if present or found is not None:
+        raise ValueError(
+            f"{settings_path.parent} holds data made with other settings "
+            f"({difference(found, settings)}): choose other paths, or add --overwrite"
+        )
+    return False
+
+
+def replace(
+    paths: Sequence[Path],
+    contents: Sequence[bytes],
+    settings_path: Path,
+    settings: dict[str, Any],
+) -> None:
+    """Writes the files and their settings over what is there.
+
+    Old files go first, then the settings are written, then the new files: what is there after a
+    kill in between was made with the settings next to it.
+    """
+    for path in paths:
+        path.unlink(missing_ok=True)
+    write_atomic(settings_path, (json.dumps(settings, indent=2) + "\n").encode())
+    for path, content in zip(paths, contents, strict=True):
+        write_atomic(path, content)
+        console.print(f"wrote {escape(str(path))}", soft_wrap=True)
+
+
+def difference(found: dict[str, Any] | None, wanted: dict[str, Any]) -> str:
+    """The settings in which two task.json differ, in words."""
+    if found is None:
+        return "there is no task.json next to data.train"
+    old, new = flat(found), flat(wanted)
+    missing = "nothing"
+    return ", ".join(
+        f"{key} was {old.get(key, missing)!r} and is {new.get(key, missing)!r}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key, missing) != new.get(key, missing)
+    )
+
+
+def flat(settings: dict[str, Any]) -> dict[str, Any]:
+    """Two levels of settings as ``section.key``."""
+    return {f"{name}.{key}": value for name, section in settings.items()
+            for key, value in section.items()}
+
+
+def make(config: Config) -> tuple[bytes, bytes, bytes]:
+    """Contents of the files (train, eval, tokenizer); says what is in them."""
+    task = config.task
+    with console.status(f"drawing {task.train_size} + {task.eval_size} problems of {task.name}"):
+        train, held_out = make_task(
+            task.name, task.params, task.train_size, task.eval_size, task.train_seed, task.eval_seed
+        )
+    for kind, rows in (("training", train), ("held-out", held_out)):
+        different = len({row["prompt"] for row in rows})
+        console.print(f"{len(rows)} {kind} prompts, {different} different")
+    with console.status("training the tokenizer"):
+        model = make_tokenizer(train + held_out, task.vocab_size)
+    return (*(jsonl(file_row(row, config.data) for row in rows) for rows in (train, held_out)), model)
+
+
+def file_row(row: Row, data: DataConfig) -> Row:
+    """The row under the field names that the trainer will look for."""
+    return {
+        data.prompt_key: row["prompt"],
+        data.label_key: row["label"],
+        "metadata": row["metadata"],
+    }
+
+
+def make_tokenizer(rows: list[Row], vocab_size: int) -> bytes:
+    """A tokenizer for all rows, held-out ones too: a character seen only there needs a piece.
+
+    Raises:
+        ValueError: ``vocab_size`` is too small, or a text does not survive the tokenizer.
+    """
+    texts = [text for row in rows for text in (row["prompt"], row["label"]) if text]
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "tokenizer.model"
+        train_sentencepiece(texts, path, vocab_size)
+        tokenizer, model = load_tokenizer(path), path.read_bytes()
+    for text in texts:
+        if tokenizer.decode(tokenizer.encode(text)) != text:
+            raise ValueError(
+                f"no tokenizer keeps the task's text {text!r} (NUL, U+2581 and the names of "
+                "special pieces, such as <s>, are lost): choose another task"
+            )
+    prompts = max(len(prompt_tokens(row["prompt"], tokenizer)) for row in rows)
+    labels = max(len(tokenizer.encode(row["label"] or "")) for row in rows)
+    console.print(
+        f"{tokenizer.vocab_size} pieces; the longest prompt has {prompts} tokens, the longest "
+        f"answer {labels}"
+    )
+    return model
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
