@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Iterator
 
@@ -111,53 +111,67 @@ def step_metrics(
 
 
 class MetricsLog:
-    """Writes rows to metrics.jsonl and TensorBoard; on ranks other than the main one, nothing."""
+    """Writes the run's files; on ranks other than the main one, nothing.
 
-    def __init__(self, directory: str | Path, first_step: int):
-        """A resumed run continues its files at `first_step`; later rows of before are dropped."""
-        self.path = Path(directory) / "metrics.jsonl"
+    metrics.jsonl: a row a step (steps count from 1). evaluations.jsonl: a row an evaluation, with
+    its sample answers (step 0 is before training). TensorBoard: all of it.
+    """
+
+    def __init__(self, directory: str | Path, steps_done: int):
+        """A resumed run continues its files after `steps_done`; later rows are dropped."""
+        self.rows = Path(directory) / "metrics.jsonl"
+        self.evaluations = Path(directory) / "evaluations.jsonl"
         self.writer = None
         if not groups.is_main():
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [row for row in read_rows(self.path) if row["step"] < first_step]
-        write_atomic(self.path, "".join(json.dumps(row) + "\n" for row in kept).encode())
-        self.writer = SummaryWriter(str(directory), purge_step=first_step)
+        for path in (self.rows, self.evaluations):
+            kept = [row for row in read_rows(path) if row["step"] <= steps_done]
+            write_atomic(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
+        self.writer = SummaryWriter(str(directory), purge_step=steps_done + 1)
 
-    def write(self, step: int, row: dict[str, float]) -> None:
-        """Adds the row of a finished `step` (counted from 0)."""
+    def step(self, step: int, row: dict[str, float]) -> None:
+        """The numbers of finished step `step`."""
         if self.writer is None:
             return
-        with open(self.path, "a") as file:
-            file.write(json.dumps({"step": step, **row}) + "\n")
+        self._append(self.rows, {"step": step, **row})
         for tag, value in row.items():
             self.writer.add_scalar(tag, value, step)
         self.writer.flush()
 
+    def evaluation(self, step: int, result: Evaluation) -> None:
+        """An evaluation after `step` steps."""
+        if self.writer is None:
+            return
+        self._append(self.evaluations, {"step": step, **asdict(result)})
+        if step == 0:  # later ones come with their step's row
+            for tag, value in evaluation_row(result).items():
+                self.writer.add_scalar(tag, value, step)
+        for number, sample in enumerate(result.samples):
+            text = f"{sample.prompt}\n\n**{sample.response}** (label {sample.label})"
+            self.writer.add_text(f"eval/sample_{number}", text, step)
+
     def histograms(self, step: int, buffer: RolloutBuffer) -> None:
         """Advantages and response lengths of the main rank's shard."""
-        if self.writer is not None and len(buffer):
+        if self.writer is not None and len(buffer.advantages):
             self.writer.add_histogram("advantage/histogram", buffer.advantages, step)
             self.writer.add_histogram("response/length_histogram", buffer.response_lengths, step)
 
-    def samples(self, step: int, evaluation: Evaluation) -> None:
-        """Sample texts of an evaluation."""
-        if self.writer is not None:
-            for number, sample in enumerate(evaluation.samples):
-                text = f"{sample.prompt}\n\n**{sample.response}** (label {sample.label})"
-                self.writer.add_text(f"eval/sample_{number}", text, step)
+    @staticmethod
+    def _append(path: Path, row: dict) -> None:
+        with open(path, "a") as file:
+            file.write(json.dumps(row) + "\n")
 
     def close(self) -> None:
         if self.writer is not None:
             self.writer.close()
 
 
-def evaluation_row(evaluation: Evaluation) -> dict[str, float]:
-    return {"eval/accuracy": evaluation.accuracy, "eval/reward": evaluation.reward}
+def evaluation_row(result: Evaluation) -> dict[str, float]:
+    return {"eval/accuracy": result.accuracy, "eval/reward": result.reward}
 
 
 def read_rows(path: str | Path) -> list[dict]:
-    """The rows of a metrics.jsonl; a last line torn by a kill is left out."""
+    """The rows of a JSONL file; a last line torn by a kill is left out."""
     if not Path(path).exists():
         return []
     lines = Path(path).read_text().splitlines(keepends=True)

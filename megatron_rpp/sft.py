@@ -75,7 +75,7 @@ def finetune(config: Config, inputs: Inputs, dry_run: bool = False) -> None:
         console.say("dry run: nothing was trained" if dry_run else f"finished before: {finished}")
         return
     engine = MegatronEngine(policy.model, inputs.tokenizer, config.rollout.max_batch)
-    log, state = MetricsLog(settings.dir, first_step=0), RunState()
+    log, state = MetricsLog(settings.dir, steps_done=0), RunState()
     while state.step < settings.steps:
         start = time.perf_counter()
         loss, grad_norm = _step(config, inputs, policy, state)
@@ -91,12 +91,12 @@ def finetune(config: Config, inputs: Inputs, dry_run: bool = False) -> None:
             )  # fmt: skip
             state.accuracy = result.accuracy
             row |= evaluation_row(result)
-            log.samples(state.step, result)
+            log.evaluation(state.step, result)
             console.row(
                 {"step": str(state.step), "loss": f"{loss:.4f}", "grad norm": f"{grad_norm:.3f}",
                  "accuracy": f"{result.accuracy:.1%}", "s/step": f"{row['time/step']:.2f}"}
             )  # fmt: skip
-        log.write(state.step - 1, row)
+        log.step(state.step, row)
         target = settings.stop_accuracy
         if target is not None and state.accuracy is not None and state.accuracy >= target:
             break

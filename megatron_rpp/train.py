@@ -72,10 +72,10 @@ def train(config: Config, inputs: Inputs, dry_run: bool = False) -> None:
             with times.measure("checkpoint"), console.stage("checkpoint"):
                 _save(config, policy, state)
         row["time/checkpoint"] = times.seconds.get("checkpoint", 0.0)
-        log.write(state.step - 1, row)
+        log.step(state.step, row)
         console.row({"step": str(state.step)} | {t: f"{row[t]:.4g}" for t in SHOWN if t in row})
     log.close()
-    console.say(f"checkpoint: {config.checkpoint.dir}; metrics: {log.path}")
+    console.say(f"checkpoint: {config.checkpoint.dir}; metrics: {log.rows}")
 
 
 def _step(config: Config, inputs: Inputs, policy: Policy, reference, engine, log, console, state):
@@ -106,7 +106,7 @@ def _step(config: Config, inputs: Inputs, policy: Policy, reference, engine, log
             config.train, temperature, count * config.rollout.samples_per_prompt,
             config.seed, step,
         )  # fmt: skip
-    log.histograms(step, buffer)
+    log.histograms(step + 1, buffer)
     return step_metrics(buffer, parts, stats, updated, times)
 
 
@@ -144,7 +144,7 @@ def _evaluate(config, inputs: Inputs, engine, log, console, state: RunState) -> 
             config.evaluation.samples,
         )  # fmt: skip
     state.accuracy = result.accuracy
-    log.samples(state.step, result)
+    log.evaluation(state.step, result)
     text = f"held-out accuracy {result.accuracy:.1%}, reward {result.reward:.3f}"
     console.say(f"step {state.step}: {text} ({result.count} prompts)")
     return result

@@ -83,7 +83,7 @@ def is_made(paths: Sequence[Path], settings_path: Path, settings: dict[str, Any]
         ValueError: there are files made with other or unknown settings.
     """
     present = [path for path in paths if path.exists()]
-    found = json.loads(settings_path.read_text()) if settings_path.exists() else None
+    found = read_settings(settings_path)
     if found == settings:
         return len(present) == len(paths)
     if present or found is not None:
@@ -113,10 +113,23 @@ def replace(
         console.print(f"wrote {escape(str(path))}", soft_wrap=True)
 
 
+def read_settings(path: Path) -> dict[str, Any] | None:
+    """The settings written there: None without a file, {} where it holds something else."""
+    if not path.exists():
+        return None
+    try:
+        found = json.loads(path.read_bytes())
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) and found.keys() == {"task", "data"} else {}
+
+
 def difference(found: dict[str, Any] | None, wanted: dict[str, Any]) -> str:
     """The settings in which two task.json differ, in words."""
     if found is None:
         return "there is no task.json next to data.train"
+    if not found:
+        return "its task.json is not one of this tool"
     old, new = flat(found), flat(wanted)
     missing = "nothing"
     return ", ".join(
@@ -144,7 +157,10 @@ def make(config: Config) -> tuple[bytes, bytes, bytes]:
         console.print(f"{len(rows)} {kind} prompts, {different} different")
     with console.status("training the tokenizer"):
         model = make_tokenizer(train + held_out, task.vocab_size)
-    return (*(jsonl(file_row(row, config.data) for row in rows) for rows in (train, held_out)), model)
+    train_file, eval_file = (
+        jsonl(file_row(row, config.data) for row in rows) for rows in (train, held_out)
+    )
+    return train_file, eval_file, model
 
 
 def file_row(row: Row, data: DataConfig) -> Row:

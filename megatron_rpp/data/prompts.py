@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from megatron_rpp.data.tokenizer import Tokenizer
+from megatron_rpp.seeds import permutation
 
 
 @dataclass(frozen=True)
@@ -105,10 +106,7 @@ def prompt_indices(cursor: int, count: int, size: int, seed: int) -> list[int]:
 
 @lru_cache(maxsize=2)
 def _epoch_order(epoch: int, size: int, seed: int) -> np.ndarray:
-    # Sorted raw bits of PCG64, not Generator.permutation: numpy keeps the streams of its bit
-    # generators stable between releases, but not the methods of Generator (NEP 19).
-    sequence = np.random.SeedSequence(seed, spawn_key=(epoch,))
-    return np.argsort(np.random.PCG64(sequence).random_raw(size), kind="stable")
+    return permutation(size, seed, epoch)
 
 
 def _parse_row(line: bytes, where: str, prompt_key: str, label_key: str) -> Example:

@@ -27,22 +27,16 @@ def launched_world_size() -> int:
 
 
 def start(tensor: int, pipeline: int, seed: int) -> None:
-    """Joins the process group that torchrun prepared and splits it into parallel groups.
+    """Joins the world that torchrun prepared, if not yet done, and splits it into parallel groups.
 
     Without torchrun this process is a world of one. The caller has checked that
     tensor × pipeline divides the world size.
     """
-    rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
-    devices.set_up(local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    # A world of one needs no rendezvous; under torchrun the address is in the environment.
-    store = None if "RANK" in os.environ else dist.HashStore()
-    dist.init_process_group(
-        devices.backend(),
-        store=store,
-        rank=rank,
-        world_size=launched_world_size(),
-        timeout=COLLECTIVE_TIMEOUT,
+    devices.set_up(
+        int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     )
+    if not dist.is_initialized():
+        _join_world()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tensor,
         pipeline_model_parallel_size=pipeline,
@@ -51,9 +45,26 @@ def start(tensor: int, pipeline: int, seed: int) -> None:
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
 
 
+def _join_world() -> None:
+    # A world of one needs no rendezvous; under torchrun the address is in the environment.
+    store = None if "RANK" in os.environ else dist.HashStore()
+    dist.init_process_group(
+        devices.backend(),
+        store=store,
+        rank=int(os.environ.get("RANK", "0")),
+        world_size=launched_world_size(),
+        timeout=COLLECTIVE_TIMEOUT,
+    )
+
+
+def split_again() -> None:
+    """Forgets the parallel groups, so that `start` can make others over the same world."""
+    parallel_state.destroy_model_parallel()
+
+
 def stop() -> None:
     """Leaves all process groups."""
-    parallel_state.destroy_model_parallel()
+    split_again()
     dist.destroy_process_group()
 
 

@@ -109,9 +109,13 @@ class _Batch:
         return [self._number(name, index, score) for index, score in enumerate(scores)]
 
     def _number(self, name: str, index: int, score: Any) -> float:
-        if not isinstance(score, (Real, np.bool_)) or not math.isfinite(score):
+        try:
+            number = float(score) if isinstance(score, (Real, np.bool_)) else math.nan
+        except OverflowError:  # an int beyond the largest float
+            number = math.inf
+        if not math.isfinite(number):
             self._fail(name, f"gave the score {_short(score)}, not a finite number", index)
-        return float(score)
+        return number
 
     def _fail(
         self, name: str, problem: str, index: int | None = None, cause: Exception | None = None

@@ -83,8 +83,9 @@ def _check_scorable(index: int, task: Any, entry: dict[str, Any], first: Excepti
     try:
         task.score_answer(entry["answer"], entry)
     except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
         raise SampleError(
-            index, f"cannot score this row ({type(error).__name__}: {error}): its metadata is damaged"
+            index, f"cannot score this row ({reason}): its metadata is damaged"
         ) from first
 
 

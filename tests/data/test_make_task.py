@@ -46,9 +46,8 @@ def contents(recipe) -> dict[str, bytes]:
 
 
 def test_a_trainer_can_use_what_it_writes(recipe):
-    done = subprocess.run(
-        [sys.executable, TOOL, "--config", recipe], cwd=recipe.parent, capture_output=True, text=True
-    )
+    command = [sys.executable, TOOL, "--config", recipe]
+    done = subprocess.run(command, cwd=recipe.parent, capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == "", done
     assert "300 training prompts" in done.stdout
     assert "the longest prompt has 11 tokens" in done.stdout
@@ -100,6 +99,16 @@ def test_other_settings_need_overwrite(recipe, capsys):
     assert after["train.jsonl"] != before["train.jsonl"]
 
 
+@pytest.mark.parametrize("text", ["not JSON", "[]", '{"other": "file"}'])
+def test_a_task_json_of_something_else_is_not_overwritten(recipe, capsys, text):
+    (recipe.parent / "out").mkdir()
+    (recipe.parent / "out" / "task.json").write_text(text)
+    assert make(recipe) == 2
+    assert "its task.json is not one of this tool" in capsys.readouterr().err
+    assert contents(recipe) == {"task.json": text.encode()}
+    assert make(recipe, "--overwrite") == 0
+
+
 def test_files_of_unknown_origin_need_overwrite(recipe, capsys):
     (recipe.parent / "out").mkdir()
     (recipe.parent / "out" / "train.jsonl").write_text("mine")
@@ -113,7 +122,7 @@ def test_files_of_unknown_origin_need_overwrite(recipe, capsys):
     [
         (["--task.name", "chian_sum"], "did you mean chain_sum"),
         (["--task.vocab_size", "12"], "task.vocab_size 12 pieces, raise it"),
-        (["--task.eval_size", "999999"], "different problems: lower task.eval_size"),
+        (["--task.params", "{digits: 2}"], "has no params ['digits']"),
     ],
 )
 def test_a_mistake_leaves_the_old_files_also_with_overwrite(recipe, capsys, words, problem):

@@ -22,8 +22,12 @@ def sums():
 @pytest.fixture(scope="module")
 def model(sums, tmp_path_factory):
     path = tmp_path_factory.mktemp("tokenizer") / "sums.model"
-    train_sentencepiece([text for row in sums[0] for text in (row["prompt"], row["label"])], path, 64)
+    train_sentencepiece(texts_of(sums[0]), path, 64)
     return path
+
+
+def texts_of(rows) -> list[str]:
+    return [text for row in rows for text in (row["prompt"], row["label"])]
 
 
 def pieces(path) -> list[str]:
@@ -73,8 +77,7 @@ def test_decode_skips_special_ids_but_shows_unknown_pieces(model):
 
 
 def test_the_same_texts_give_the_same_file(model, sums, tmp_path):
-    texts = [text for row in sums[0] for text in (row["prompt"], row["label"])]
-    train_sentencepiece(iter(texts), tmp_path / "deep" / "again.model", 64)
+    train_sentencepiece(iter(texts_of(sums[0])), tmp_path / "deep" / "again.model", 64)
     assert (tmp_path / "deep" / "again.model").read_bytes() == model.read_bytes()
     assert [file.name for file in (tmp_path / "deep").iterdir()] == ["again.model"]
 

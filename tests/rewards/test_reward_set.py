@@ -82,7 +82,9 @@ def test_an_exception_names_function_error_and_first_sample(user):
     assert isinstance(error.value.__cause__, KeyError)
 
 
-@pytest.mark.parametrize("bad", ["float('nan')", "float('-inf')", "None", "'1'", "1j", "[1.0]"])
+@pytest.mark.parametrize(
+    "bad", ["float('nan')", "float('-inf')", "10**400", "None", "'1'", "1j", "[1.0]"]
+)
 def test_a_score_that_is_no_finite_number_shows_its_sample(user, bad):
     name = user(f"return [1.0, {bad}, 0.0]")
     with pytest.raises(RewardError) as error:

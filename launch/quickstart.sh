@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# From a fresh clone to a model trained by REINFORCE++, on two CPU cores and without a GPU.
+#
+#   bash launch/quickstart.sh [--section.key value ...]
+#
+#   RUN=runs/quickstart   where everything is written; a finished run is kept, an interrupted one
+#                         goes on
+#   NPROC=2               processes; the layout is the recipe's parallel section, so for example
+#                         NPROC=1 RUN=runs/tp1 bash launch/quickstart.sh --parallel.tensor 1
+set -euo pipefail
+cd "$(dirname "$0")/.."
+RUN=${RUN:-runs/quickstart}
+NPROC=${NPROC:-2}
+recipe=launch/recipes/quickstart.yaml
+settings=(
+  --config "$recipe"
+  --data.train "$RUN/data/train.jsonl" --data.eval "$RUN/data/eval.jsonl"
+  --data.tokenizer "$RUN/data/tokenizer.model"
+  --sft.dir "$RUN/sft" --checkpoint.dir "$RUN/checkpoints" --logging.dir "$RUN/logs"
+  "$@"
+)
+say() { printf '\n[%s] %s\n' "$(printf '%d:%02d' $((SECONDS / 60)) $((SECONDS % 60)))" "$*"; }
+
+say "1/5  environment"
+bash launch/install.sh
+say "2/5  task and tokenizer"
+.venv/bin/python tools/make_task.py "${settings[@]}"
+say "3/5  supervised warm start, $NPROC processes"
+bash launch/torchrun.sh --nproc-per-node "$NPROC" sft "${settings[@]}"
+say "4/5  REINFORCE++, $NPROC processes"
+bash launch/torchrun.sh --nproc-per-node "$NPROC" train "${settings[@]}" \
+  --model.init_path "$RUN/sft"
+say "5/5  result"
+.venv/bin/python tools/report.py "${settings[@]}"

@@ -1,0 +1,67 @@
+"""Draws reward, held-out accuracy, KL and response length of one or more runs as a PNG.
+
+    python tools/plot.py LOG_DIR [LOG_DIR ...] --out curves.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+# Panel title -> (file, tag, unit of the vertical axis)
+PANELS = {
+    "Reward (rollouts)": ("metrics.jsonl", "reward/mean", "mean score"),
+    "Held-out accuracy (greedy)": ("evaluations.jsonl", "accuracy", "share correct"),
+    "KL from the reference (k1)": ("metrics.jsonl", "kl/k1", "nats a token"),
+    "Response length": ("metrics.jsonl", "response/length_mean", "tokens"),
+}
+
+
+def rows_of(path: Path) -> list[dict]:
+    """The rows of a JSONL file of a run. Raises ValueError where it is missing or empty."""
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: give the logging.dir of a run that took a step")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    if not rows:
+        raise ValueError(f"{path} is empty: the run has not finished a step")
+    return rows
+
+
+def draw(log_dirs: list[Path], out: Path) -> None:
+    """Writes the picture `out`: one panel a quantity, one line a run."""
+    figure, axes = plt.subplots(2, 2, figsize=(10, 6.5), layout="constrained")
+    for axis, (title, (name, tag, unit)) in zip(axes.flat, PANELS.items()):
+        for log_dir in log_dirs:
+            points = [(row["step"], row[tag]) for row in rows_of(log_dir / name) if tag in row]
+            if points:
+                axis.plot(*zip(*points), marker="o", markersize=2.5, label=str(log_dir))
+        axis.set(title=title, xlabel="step", ylabel=unit)
+        axis.grid(alpha=0.3)
+    if len(log_dirs) > 1:
+        axes.flat[0].legend(fontsize=8)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=130)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("log_dirs", nargs="+", type=Path, help="logging.dir of each run")
+    parser.add_argument("--out", type=Path, default=Path("curves.png"))
+    arguments = parser.parse_args()
+    try:
+        draw(arguments.log_dirs, arguments.out)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    print(f"wrote {arguments.out}")
+
+
+if __name__ == "__main__":
+    main()
