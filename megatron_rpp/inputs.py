@@ -4,10 +4,10 @@ for another: every rank reads the same files and refuses the same mistakes."""
 from __future__ import annotations
 
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from megatron_rpp.config import Config
+from megatron_rpp.config import Config, RolloutConfig
 from megatron_rpp.data.prompts import Prompt, encode_prompts, read_examples
 from megatron_rpp.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_rpp.records import Sampling
@@ -73,20 +73,26 @@ def load_inputs(config: Config) -> Inputs:
     held_out = _prompts("data.eval", config.data.eval, config, tokenizer)
     if config.evaluation.prompts:
         held_out = held_out[: config.evaluation.prompts]
-    rollout = config.rollout
-    shared = dict(
-        max_new_tokens=rollout.max_new_tokens,
-        min_new_tokens=rollout.min_new_tokens,
-        stop=tuple(rollout.stop),
-    )
+    sampling, greedy = samplings(config.rollout)
     return Inputs(
         tokenizer=tokenizer,
         train=_prompts("data.train", config.data.train, config, tokenizer),
         held_out=held_out,
         rewards=RewardSet(config.reward.functions, config.reward.weights),
         vocab_size=vocab_size,
-        sampling=Sampling(
-            temperature=rollout.temperature, top_p=rollout.top_p, top_k=rollout.top_k, **shared
-        ),
-        greedy=Sampling(temperature=0.0, **shared),
+        sampling=sampling,
+        greedy=greedy,
     )
+
+
+def samplings(rollout: RolloutConfig) -> tuple[Sampling, Sampling]:
+    """How rollouts are sampled, and the greedy decoding of evaluations."""
+    sampling = Sampling(
+        max_new_tokens=rollout.max_new_tokens,
+        min_new_tokens=rollout.min_new_tokens,
+        temperature=rollout.temperature,
+        top_p=rollout.top_p,
+        top_k=rollout.top_k,
+        stop=tuple(rollout.stop),
+    )
+    return sampling, replace(sampling, temperature=0.0)

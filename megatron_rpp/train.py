@@ -20,10 +20,12 @@ from megatron_rpp.console import Console
 from megatron_rpp.inputs import Inputs, check_writable, load_inputs
 from megatron_rpp.metrics import MetricsLog, StageTimes, evaluation_row, step_metrics
 from megatron_rpp.model.build import parameter_count
+from megatron_rpp.model.reference import Reference
 from megatron_rpp.parallel import groups
 from megatron_rpp.parallel.device import describe
 from megatron_rpp.policy import Policy, build_policy, build_reference
-from megatron_rpp.rollout.engine import MegatronEngine
+from megatron_rpp.rollout.buffer import RolloutBuffer
+from megatron_rpp.rollout.engine import MegatronEngine, RolloutEngine
 from megatron_rpp.stages import advantage, reward, rollout, scoring, update
 from megatron_rpp.stages.evaluation import Evaluation, evaluate
 
@@ -61,7 +63,8 @@ def train(config: Config, inputs: Inputs, dry_run: bool = False) -> None:
     if state.step == 0:
         _evaluate(config, inputs, engine, log, console, state)
     while state.step < config.train.steps and not _reached(config, state):
-        row = _step(config, inputs, policy, reference, engine, log, console, state)
+        row, buffer = rl_step(config, inputs, policy, reference, engine, console, state)
+        log.histograms(state.step + 1, buffer)
         state.step += 1
         state.prompts_seen += config.rollout.prompts_per_step
         last = state.step == config.train.steps
@@ -78,8 +81,19 @@ def train(config: Config, inputs: Inputs, dry_run: bool = False) -> None:
     console.say(f"checkpoint: {config.checkpoint.dir}; metrics: {log.rows}")
 
 
-def _step(config: Config, inputs: Inputs, policy: Policy, reference, engine, log, console, state):
-    """One step: rollout, reward, score, advantage, update. Returns its row of metrics."""
+def rl_step(
+    config: Config,
+    inputs: Inputs,
+    policy: Policy,
+    reference: Reference | None,
+    engine: RolloutEngine,
+    console: Console,
+    state: RunState,
+) -> tuple[dict[str, float], RolloutBuffer]:
+    """One step of REINFORCE++: rollout, reward, score, advantage, update. Collective.
+
+    Returns its row of metrics (the same on every rank) and this replica's shard of the rollouts.
+    """
     times, step, temperature = StageTimes(), state.step, config.rollout.temperature
     budget, count = config.train.max_tokens_per_microbatch, config.rollout.prompts_per_step
     own_samples = count * config.rollout.samples_per_prompt // groups.data_size()
@@ -106,8 +120,7 @@ def _step(config: Config, inputs: Inputs, policy: Policy, reference, engine, log
             config.train, temperature, count * config.rollout.samples_per_prompt,
             config.seed, step,
         )  # fmt: skip
-    log.histograms(step + 1, buffer)
-    return step_metrics(buffer, parts, stats, updated, times)
+    return step_metrics(buffer, parts, stats, updated, times), buffer
 
 
 def _due(step: int, interval: int) -> bool:
