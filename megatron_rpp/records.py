@@ -44,9 +44,9 @@ class MicroBatch:
     """Right-padded sequences for one forward pass, and which of its rows predict a response token.
 
     tokens: [b, s] int64; rows: [n] indices into the flattened hidden states [s*b]; targets: [n]
-    the tokens those rows predict; column: [n] where each lies in the buffer's flat columns;
-    sample: [n] the row's sequence in 0..b-1. A rank with fewer micro-batches than its peers fills
-    up with empty ones (n = 0).
+    the tokens those rows predict; column: [n] where each lies in the buffer's flat columns (on the
+    host, as they are); sample: [n] the row's sequence in 0..b-1. A rank with fewer micro-batches
+    than its peers fills up with empty ones (n = 0).
     """
 
     tokens: torch.Tensor

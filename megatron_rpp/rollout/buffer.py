@@ -107,8 +107,16 @@ class RolloutBuffer:
             columns.append(torch.arange(int(starts[index]), int(starts[index + 1])))
             owners.append(torch.full_like(positions, row))
         empty = torch.zeros(0, dtype=torch.int64)
-        parts = [torch.cat([empty, *part]).to(device) for part in (rows, targets, columns, owners)]
-        return MicroBatch(tokens.to(device), *parts)
+        rows, targets, columns, owners = (
+            torch.cat([empty, *part]) for part in (rows, targets, columns, owners)
+        )
+        return MicroBatch(
+            tokens=tokens.to(device),
+            rows=rows.to(device),
+            targets=targets.to(device),
+            column=columns,
+            sample=owners.to(device),
+        )
 
 
 def from_generations(

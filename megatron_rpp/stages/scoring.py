@@ -66,5 +66,5 @@ def response_logprobs(
 
     column = torch.zeros(len(buffer.mask), dtype=torch.float32, device=devices.device())
     for batch, logprobs in zip(batches, pipeline.score(model, batches, head)):
-        column[batch.column] = logprobs
+        column[batch.column.to(column.device)] = logprobs
     return groups.broadcast_from_last_stage(column).cpu()

@@ -50,7 +50,7 @@ def _loss(model, buffer: RolloutBuffer, algorithm: AlgorithmConfig, temperature:
     device = devices.device()
 
     def column(batch: MicroBatch, values: torch.Tensor) -> torch.Tensor:
-        return _responses(batch, values[batch.column.cpu()].to(device))
+        return _responses(batch, values[batch.column].to(device))
 
     def loss(batch: MicroBatch, hidden: torch.Tensor):
         logprobs, entropy = scoring.token_logprobs(model, batch, hidden, temperature, True)
