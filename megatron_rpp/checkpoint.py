@@ -13,7 +13,7 @@ Left out: asynchronous saves, checksums, the rollout buffer of a step under way.
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -27,22 +27,11 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factor
 from megatron_rpp.data.files import write_atomic
 from megatron_rpp.model.language_model import unwrap
 from megatron_rpp.parallel import groups
+from megatron_rpp.run_state import RunState
 
 POINTER = "latest_checkpointed_iteration.txt"
 # Adam's state in the model's own shapes, so that it loads on any other layout too.
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
-
-
-@dataclass
-class RunState:
-    """Where a run stands."""
-
-    step: int = 0
-    """Steps done."""
-    prompts_seen: int = 0
-    """Data position: prompts taken from the shuffled data set so far."""
-    accuracy: float | None = None
-    """Held-out accuracy of the last evaluation."""
 
 
 def newest(directory: str | Path) -> Path | None:
@@ -81,12 +70,33 @@ def _model_state(model: torch.nn.Module) -> dict:
     return unwrap(model).sharded_state_dict(metadata=dict(_METADATA))
 
 
-def _check_shapes(model: torch.nn.Module, path: Path) -> None:
+def _architecture(model: torch.nn.Module) -> dict:
+    """What the shapes of the tensors do not tell (the vocabulary's are padded), by setting."""
+    stage = unwrap(model)
+    config = stage.config
+    return {
+        "heads": config.num_attention_heads,
+        "kv_heads": config.num_query_groups,
+        "head_dim": config.kv_channels,
+        "vocab_size": stage.true_vocab_size,
+        "tied_embeddings": stage.share_embeddings_and_output_weights,
+        "rope_theta": float(stage.rotary_base),
+        "norm_eps": config.layernorm_epsilon,
+    }
+
+
+def _check_fit(model: torch.nn.Module, path: Path) -> None:
     """Refuses a checkpoint of another model, alike on every rank."""
     stored = dist_checkpointing.load_tensors_metadata(str(path))
+    # A checkpoint from elsewhere has no such record; its tensors' shapes must do.
+    theirs = dist_checkpointing.load_common_state_dict(str(path)).get("architecture", {})
     own = _model_state(model)
     apply_factories(own)
-    problems = []
+    problems = [
+        f"{name} is {theirs[name]} there, {value} here"
+        for name, value in _architecture(model).items()
+        if theirs.get(name, value) != value
+    ]
     for entry in nested_values(own):
         if not isinstance(entry, ShardedTensor) or entry.allow_shape_mismatch:
             continue
@@ -96,10 +106,10 @@ def _check_shapes(model: torch.nn.Module, path: Path) -> None:
         elif found.global_shape != entry.global_shape:
             shapes = f"{list(found.global_shape)} there, {list(entry.global_shape)} here"
             problems.append(f"{entry.key} is {shapes}")
-    for theirs in groups.gather_objects(problems[:3], dist.group.WORLD):
-        if theirs:
+    for found in groups.gather_objects(problems[:3], dist.group.WORLD):
+        if found:
             raise ValueError(
-                f"checkpoint {path} does not fit the model: {'; '.join(theirs)}. "
+                f"checkpoint {path} does not fit the model: {'; '.join(found)}. "
                 f"Set the model section to the shape it was saved with, or load another"
             )
 
@@ -107,7 +117,7 @@ def _check_shapes(model: torch.nn.Module, path: Path) -> None:
 def load_weights(model: torch.nn.Module, directory: str | Path) -> None:
     """Fills `model` with the weights of a checkpoint, whatever layout wrote it."""
     path = require(directory)
-    _check_shapes(model, path)
+    _check_fit(model, path)
     loaded = dist_checkpointing.load({"model": _model_state(model)}, str(path))
     unwrap(model).load_state_dict(loaded["model"])
 
@@ -123,12 +133,66 @@ def _whole_state(model, optimizer, scheduler, loading: bool) -> dict:
     }
 
 
+def _allocate_moments(optimizer) -> None:
+    """Gives Adam its state, which Megatron reads before it loads it.
+
+    Megatron's fused Adam has one from the start, torch's makes it in its first step.
+    """
+    for part in optimizer.chained_optimizers:
+        for group in part.optimizer.param_groups:
+            for parameter in group["params"]:
+                state = part.optimizer.state[parameter]
+                if not state:
+                    state["step"] = torch.tensor(0.0)
+                    state["exp_avg"] = torch.zeros_like(parameter)
+                    state["exp_avg_sq"] = torch.zeros_like(parameter)
+
+
+def _load_optimizer(optimizer, content: dict) -> None:
+    """Adam's state from the checkpoint; its settings stay those of this run.
+
+    torch's Adam counts steps beside the moments. Megatron 0.16 looks for that count among the
+    sharded moments, so it is set aside while they load, and it gives all parameters one tensor to
+    count in, which would count every step as many times: each gets its own.
+    """
+    (part,) = optimizer.chained_optimizers
+    settings = ("max_lr", "min_lr", "betas", "eps")
+    own = [{name: group[name] for name in settings} for group in part.optimizer.param_groups]
+    moments = content.pop("param_state", None)
+    part.load_state_dict(content)
+    states = list(part.optimizer.state.values())
+    steps = [state.pop("step", None) for state in states]
+    if moments is not None:
+        part.load_parameter_state_from_fully_reshardable(moments)
+    for state, step in zip(states, steps):
+        if step is not None:
+            state["step"] = step.clone()
+    for group, mine in zip(part.optimizer.param_groups, own):
+        group.update(mine)
+
+
+def _check_optimizer(content: dict, path: Path) -> None:
+    stored = dist_checkpointing.load_common_state_dict(str(path))["optimizer"]
+    theirs, own = ("param_state_sharding_type" in state for state in (stored, content))
+    if theirs != own:
+        raise ValueError(
+            f"checkpoint {path} was saved with optimizer.distributed {theirs}, this run has {own}: "
+            f"set it to {theirs}, or start from its weights alone with model.init_path"
+        )
+
+
 def resume(model: torch.nn.Module, optimizer, scheduler, path: Path) -> RunState:
-    """Restores everything that `save` wrote at `path`."""
-    _check_shapes(model, path)
-    loaded = dist_checkpointing.load(_whole_state(model, optimizer, scheduler, True), str(path))
+    """Restores everything that `save` wrote at `path`.
+
+    Raises ValueError, on every rank, where it is of another model or kind of optimizer.
+    """
+    _check_fit(model, path)
+    _allocate_moments(optimizer)
+    content = _whole_state(model, optimizer, scheduler, True)
+    _check_optimizer(content["optimizer"], path)
+    loaded = dist_checkpointing.load(content, str(path))
     unwrap(model).load_state_dict(loaded["model"])
-    optimizer.load_state_dict(loaded["optimizer"])
+    _load_optimizer(optimizer, loaded["optimizer"])
     scheduler.load_state_dict(loaded["scheduler"])
     return RunState(**loaded["run"])
 
@@ -144,7 +208,8 @@ def save(
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     dist.barrier()
-    content = _whole_state(model, optimizer, scheduler, False) | {"run": asdict(state)}
+    content = _whole_state(model, optimizer, scheduler, False)
+    content |= {"run": asdict(state), "architecture": _architecture(model)}
     dist_checkpointing.save(content, str(temporary))
     dist.barrier()
     if groups.is_main():

@@ -11,6 +11,7 @@ import os
 import socket
 import sys
 import traceback
+from pathlib import Path
 from typing import Callable
 
 import torch.distributed as dist
@@ -18,6 +19,16 @@ import torch.distributed as dist
 from megatron_rpp.rewards import RewardError
 
 FAILED, REFUSED = 1, 2
+_PACKAGE = str(Path(__file__).parent)
+
+
+def _is_refusal(error: Exception) -> bool:
+    """A ValueError that this package raised: a mistake it found, the same on every rank.
+
+    One that comes out of a library is a failure of this rank and keeps its traceback.
+    """
+    origin = traceback.extract_tb(error.__traceback__)[-1].filename
+    return isinstance(error, ValueError) and origin.startswith(_PACKAGE)
 
 
 def _print_error(text: str) -> None:
@@ -41,10 +52,10 @@ def run(main: Callable[[], None]) -> None:
     """Runs `main` and turns what it raises into a message and an exit code."""
     try:
         main()
-    except (ValueError, RewardError) as error:
-        _print_error(str(error))
-        _leave(REFUSED if isinstance(error, ValueError) else FAILED)
-    except Exception:
+    except Exception as error:
+        if _is_refusal(error) or isinstance(error, RewardError):
+            _print_error(str(error))
+            _leave(REFUSED if isinstance(error, ValueError) else FAILED)
         rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
         # One write, so that the tracebacks of several ranks do not run into each other.
         print(f"rank {rank} of {world} failed:\n{traceback.format_exc()}", file=sys.stderr)

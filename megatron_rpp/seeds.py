@@ -13,7 +13,7 @@ def permutation(size: int, *key: int) -> np.ndarray:
     Sorted raw bits of PCG64, not Generator.permutation: NumPy keeps the streams of its bit
     generators stable between releases, but not the methods of Generator (NEP 19).
     """
-    bits = np.random.PCG64(np.random.SeedSequence(list(key))).random_raw(size)
+    bits = np.random.PCG64(np.random.SeedSequence([len(key), *key])).random_raw(size)
     return np.argsort(bits, kind="stable")
 
 

@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 
 from megatron_rpp import checkpoint, cli, launching
-from megatron_rpp.checkpoint import RunState
 from megatron_rpp.config import Config, check_world_size
 from megatron_rpp.console import Console
 from megatron_rpp.data.prompts import Prompt, prompt_indices
@@ -30,6 +29,7 @@ from megatron_rpp.policy import Policy, build_policy
 from megatron_rpp.records import Generation, MicroBatch, Request
 from megatron_rpp.rollout.buffer import RolloutBuffer, from_generations
 from megatron_rpp.rollout.engine import MegatronEngine
+from megatron_rpp.run_state import RunState, due
 from megatron_rpp.stages import scoring
 from megatron_rpp.stages.evaluation import evaluate
 from megatron_rpp.stages.rollout import shard
@@ -41,19 +41,25 @@ def main(argv: list[str] | None = None) -> None:
     check_world_size(config, groups.launched_world_size())
     check_writable("sft.dir", config.sft.dir)
     inputs = load_inputs(config)
-    check_labels(inputs.train, config.data.train)
+    check_labels(inputs.train, inputs.tokenizer, config.data.train, config.model.max_length)
     groups.start(config.parallel.tensor, config.parallel.pipeline, config.seed)
     finetune(config, inputs, dry_run)
     groups.stop()
 
 
-def check_labels(prompts: list[Prompt], path: str) -> None:
-    """Raises ValueError where a row has nothing to learn from."""
+def check_labels(prompts: list[Prompt], tokenizer: Tokenizer, path: str, context: int) -> None:
+    """Raises ValueError where a row has nothing to learn from, or more than fits."""
     for row, prompt in enumerate(prompts, start=1):
         if not prompt.example.label:
             raise ValueError(
                 f"{path}, line {row}: the row has no label, which is the response to learn: add "
                 f"it, or set data.label_key to the field that holds it"
+            )
+        tokens = len(prompt.tokens) + len(tokenizer.encode(prompt.example.label)) + 1
+        if tokens > context:
+            raise ValueError(
+                f"{path}, line {row}: prompt and label have {tokens} tokens, model.max_length is "
+                f"{context}: raise it, or remove the row"
             )
 
 
@@ -76,30 +82,14 @@ def finetune(config: Config, inputs: Inputs, dry_run: bool = False) -> None:
         return
     engine = MegatronEngine(policy.model, inputs.tokenizer, config.rollout.max_batch)
     log, state = MetricsLog(settings.dir, steps_done=0), RunState()
-    while state.step < settings.steps:
-        start = time.perf_counter()
-        loss, grad_norm = _step(config, inputs, policy, state)
-        state.step += 1
-        state.prompts_seen += settings.batch_size
-        row = {"sft/loss": loss, "sft/grad_norm": grad_norm}
-        row["time/step"] = time.perf_counter() - start
-        last = state.step == settings.steps
-        if last or (settings.eval_interval and state.step % settings.eval_interval == 0):
-            result = evaluate(
-                engine, inputs.held_out, inputs.rewards, inputs.tokenizer, inputs.greedy,
-                config.evaluation.samples,
-            )  # fmt: skip
-            state.accuracy = result.accuracy
-            row |= evaluation_row(result)
-            log.evaluation(state.step, result)
-            console.row(
-                {"step": str(state.step), "loss": f"{loss:.4f}", "grad norm": f"{grad_norm:.3f}",
-                 "accuracy": f"{result.accuracy:.1%}", "s/step": f"{row['time/step']:.2f}"}
-            )  # fmt: skip
-        log.step(state.step, row)
-        target = settings.stop_accuracy
-        if target is not None and state.accuracy is not None and state.accuracy >= target:
-            break
+    with console.stage("supervised steps", settings.steps) as progress:
+        while state.step < settings.steps and not state.reached(settings.stop_accuracy):
+            row = _step(config, inputs, policy, state)
+            if state.step == settings.steps or due(state.step, settings.eval_interval):
+                row |= _evaluate(config, inputs, engine, log, state)
+                console.row({"step": str(state.step)} | {tag: f"{row[tag]:.4g}" for tag in row})
+            log.step(state.step, row)
+            progress(1)
     log.close()
     path = checkpoint.save(
         settings.dir, policy.model, policy.optimizer, policy.scheduler, state, keep=1
@@ -107,8 +97,19 @@ def finetune(config: Config, inputs: Inputs, dry_run: bool = False) -> None:
     console.say(f"checkpoint: {path}")
 
 
-def _step(config: Config, inputs: Inputs, policy: Policy, state: RunState) -> tuple[float, float]:
-    """One optimizer step. Returns the mean loss per response token, and the gradient norm."""
+def _evaluate(config: Config, inputs: Inputs, engine, log: MetricsLog, state: RunState) -> dict:
+    result = evaluate(
+        engine, inputs.held_out, inputs.rewards, inputs.tokenizer, inputs.greedy,
+        config.evaluation.samples,
+    )  # fmt: skip
+    state.accuracy = result.accuracy
+    log.evaluation(state.step, result)
+    return evaluation_row(result)
+
+
+def _step(config: Config, inputs: Inputs, policy: Policy, state: RunState) -> dict[str, float]:
+    """One optimizer step, counted in `state`. Returns its metrics: loss in nats a token."""
+    start = time.perf_counter()
     size = config.sft.batch_size
     rows = prompt_indices(state.prompts_seen, size, len(inputs.train), config.seed)
     own = [inputs.train[rows[i]] for i in shard(size, groups.data_rank(), groups.data_size())]
@@ -129,7 +130,10 @@ def _step(config: Config, inputs: Inputs, policy: Policy, state: RunState) -> tu
     sums = torch.stack([empty, *reports]).sum(0)
     dist.all_reduce(sums, group=groups.data_group())
     total, count = groups.broadcast_from_last_stage(sums).tolist()
-    return total / count, grad_norm
+    state.step += 1
+    state.prompts_seen += size
+    seconds = time.perf_counter() - start
+    return {"sft/loss": total / count, "sft/grad_norm": grad_norm, "time/step": seconds}
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from __future__ import annotations
 from functools import partial
 
 from megatron_rpp import checkpoint, cli, launching
-from megatron_rpp.checkpoint import RunState
 from megatron_rpp.config import Config, check_world_size
 from megatron_rpp.console import Console
 from megatron_rpp.inputs import Inputs, check_writable, load_inputs
@@ -26,6 +25,7 @@ from megatron_rpp.parallel.device import describe
 from megatron_rpp.policy import Policy, build_policy, build_reference
 from megatron_rpp.rollout.buffer import RolloutBuffer
 from megatron_rpp.rollout.engine import MegatronEngine, RolloutEngine
+from megatron_rpp.run_state import RunState, due
 from megatron_rpp.stages import advantage, reward, rollout, scoring, update
 from megatron_rpp.stages.evaluation import Evaluation, evaluate
 
@@ -54,7 +54,8 @@ def train(config: Config, inputs: Inputs, dry_run: bool = False) -> None:
     if dry_run:
         console.say("dry run: everything is built and nothing was trained")
         return
-    if state.step >= config.train.steps or _reached(config, state):
+    target = config.train.stop_accuracy
+    if state.step >= config.train.steps or state.reached(target):
         console.say(f"finished before, at step {state.step}: raise train.steps to go on")
         return
 
@@ -62,16 +63,16 @@ def train(config: Config, inputs: Inputs, dry_run: bool = False) -> None:
     log = MetricsLog(config.logging.dir, state.step)
     if state.step == 0:
         _evaluate(config, inputs, engine, log, console, state)
-    while state.step < config.train.steps and not _reached(config, state):
+    while state.step < config.train.steps and not state.reached(target):
         row, buffer = rl_step(config, inputs, policy, reference, engine, console, state)
         log.histograms(state.step + 1, buffer)
         state.step += 1
         state.prompts_seen += config.rollout.prompts_per_step
         last = state.step == config.train.steps
-        if last or _due(state.step, config.evaluation.interval):
+        if last or due(state.step, config.evaluation.interval):
             row |= evaluation_row(_evaluate(config, inputs, engine, log, console, state))
         times = StageTimes()
-        if last or _reached(config, state) or _due(state.step, config.checkpoint.interval):
+        if last or state.reached(target) or due(state.step, config.checkpoint.interval):
             with times.measure("checkpoint"), console.stage("checkpoint"):
                 _save(config, policy, state)
         row["time/checkpoint"] = times.seconds.get("checkpoint", 0.0)
@@ -121,16 +122,6 @@ def rl_step(
             config.seed, step,
         )  # fmt: skip
     return step_metrics(buffer, parts, stats, updated, times), buffer
-
-
-def _due(step: int, interval: int) -> bool:
-    return interval > 0 and step % interval == 0
-
-
-def _reached(config: Config, state: RunState) -> bool:
-    """Whether the last evaluation reached the accuracy at which to stop."""
-    target = config.train.stop_accuracy
-    return target is not None and state.accuracy is not None and state.accuracy >= target
 
 
 def _resume(config: Config, policy: Policy) -> RunState:

@@ -64,7 +64,6 @@ def rl_step_worker(steps: int, settings: list[str]) -> None:
     import torch
 
     from megatron_rpp import cli
-    from megatron_rpp.checkpoint import RunState
     from megatron_rpp.config import check_world_size
     from megatron_rpp.console import Console
     from megatron_rpp.data.prompts import Example, Prompt
@@ -74,6 +73,7 @@ def rl_step_worker(steps: int, settings: list[str]) -> None:
     from megatron_rpp.policy import build_policy, build_reference
     from megatron_rpp.rewards import RewardSet
     from megatron_rpp.rollout.engine import MegatronEngine
+    from megatron_rpp.run_state import RunState
     from megatron_rpp.train import rl_step
 
     work = [f"--{name}={value}" for name, value in REFERENCE_WORK.items()]

@@ -28,7 +28,8 @@ def rows_of(path: Path) -> list[dict]:
     """The rows of a JSONL file of a run. Raises ValueError where it is missing or empty."""
     if not path.is_file():
         raise ValueError(f"{path} is missing: give the logging.dir of a run that took a step")
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    lines = path.read_text().splitlines(keepends=True)
+    rows = [json.loads(line) for line in lines if line.endswith("\n")]  # not one half written
     if not rows:
         raise ValueError(f"{path} is empty: the run has not finished a step")
     return rows

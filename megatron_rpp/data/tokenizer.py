@@ -79,7 +79,9 @@ class SentencePieceTokenizer:
 
         An unknown piece stays visible as " ⁇ ": dropped, "5<unk>7" would pass for the answer 57.
         """
-        return self._processor.decode([int(i) for i in ids if int(i) not in self._special])
+        known = range(self.vocab_size)  # a model may have more words than its tokenizer has pieces
+        pieces = [int(i) if int(i) in known else self._processor.unk_id() for i in ids]
+        return self._processor.decode([piece for piece in pieces if piece not in self._special])
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:

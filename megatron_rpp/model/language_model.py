@@ -59,7 +59,8 @@ class LanguageModel(GPTModel):
     def _rotary(self, length: int, positions: torch.Tensor | None) -> torch.Tensor:
         """Rotary angles [s, 1, 1, d], or [1, b, 1, d] while decoding."""
         if self._rotary_table is None:
-            self._rotary_table = self.rotary_pos_emb(self.max_sequence_length)
+            padding = self.pg_collection.tp.size() - 1
+            self._rotary_table = self.rotary_pos_emb(self.max_sequence_length + padding)
         if positions is None:
             return self._rotary_table[:length]
         return self._rotary_table[positions].transpose(0, 1)

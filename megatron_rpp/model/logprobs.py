@@ -46,7 +46,7 @@ class _VocabParallelLogProbs(torch.autograd.Function):
         mine = (local >= 0) & (local < words)
         logprobs = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         log_sums, mean_logits = torch.empty_like(logprobs), torch.zeros_like(logprobs)
-        for rows in _chunks(len(hidden), words):
+        for rows in _chunks(len(hidden), len(weight)):
             logits = _logits(hidden[rows], weight, words, temperature)
             peak = logits.amax(-1) if words else logprobs.new_full((len(logits),), -torch.inf)
             if group.size() > 1:
@@ -78,7 +78,7 @@ class _VocabParallelLogProbs(torch.autograd.Function):
             grad_logprobs = torch.zeros_like(log_sums)
         grad_hidden = torch.zeros_like(hidden)
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
-        for rows in _chunks(len(hidden), words):
+        for rows in _chunks(len(hidden), len(weight)):
             logits = _logits(hidden[rows], weight, words, temperature)
             probabilities = torch.exp(logits - log_sums[rows, None])
             if grad_entropy is None:

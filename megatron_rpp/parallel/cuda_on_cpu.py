@@ -50,6 +50,14 @@ class CudaOnCpu(TorchFunctionMode):
         return result
 
 
+class _Engine(type(torch.autograd.Variable._execution_engine)):
+    """Keeps the mode in force in backward: torch suspends it for `backward()` and `grad()`."""
+
+    def run_backward(self, *args, **kwargs):
+        with CudaOnCpu():
+            return super().run_backward(*args, **kwargs)
+
+
 class _Event:
     """A CUDA event on a device that never runs behind the host: always done, zero time apart."""
 
@@ -131,6 +139,7 @@ def install() -> bool:
     if _active is None:
         _replace_torch_cuda()
         _replace_megatron_rng()
+        torch.autograd.Variable._execution_engine = _Engine()
         _active = CudaOnCpu()
         _active.__enter__()
     return True

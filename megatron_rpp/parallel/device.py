@@ -42,10 +42,10 @@ def set_up(local_rank: int, local_world_size: int) -> None:
         torch.set_num_threads(max(1, cores // local_world_size))
         return
     count = torch.cuda.device_count()
-    if local_rank >= count:
+    if local_world_size > count:
         raise ValueError(
-            f"local rank {local_rank} has no GPU: this host has {count}; "
-            f"start at most {count} processes per node (--nproc-per-node)"
+            f"{local_world_size} processes on a host with {count} GPUs: start at most {count} "
+            f"per node (--nproc-per-node)"
         )
     torch.cuda.set_device(local_rank)
 

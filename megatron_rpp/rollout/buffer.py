@@ -92,30 +92,21 @@ class RolloutBuffer:
 
         No samples give an empty micro-batch: one padding sequence and no response token.
         """
-        longest = max((int(self.lengths[i]) for i in samples), default=1)
-        width = -(-longest // multiple) * multiple
+        index = torch.tensor(samples, dtype=torch.int64)
+        lengths, prompts = self.lengths[index, None], self.prompt_lengths[index, None]
+        longest = int(lengths.max()) if samples else 1
+        steps = torch.arange(-(-longest // multiple) * multiple)[None]
+        inside = steps < lengths  # [b, s]
+        tokens = torch.zeros(len(samples), steps.shape[1], dtype=torch.int64)
+        tokens[inside] = self.tokens[(self.offsets[index, None] + steps)[inside]]
+        sample, position = (inside & (steps >= prompts)).nonzero(as_tuple=True)
         batch = max(1, len(samples))
-        tokens = torch.zeros(batch, width, dtype=torch.int64)
-        rows, targets, columns, owners = [], [], [], []
-        starts = self.response_offsets
-        for row, index in enumerate(samples):
-            own = self.tokens[self.offsets[index] : self.offsets[index + 1]]
-            tokens[row, : len(own)] = own
-            positions = torch.arange(int(self.prompt_lengths[index]), len(own))
-            rows.append((positions - 1) * batch + row)  # hidden states are [s, b]
-            targets.append(own[positions])
-            columns.append(torch.arange(int(starts[index]), int(starts[index + 1])))
-            owners.append(torch.full_like(positions, row))
-        empty = torch.zeros(0, dtype=torch.int64)
-        rows, targets, columns, owners = (
-            torch.cat([empty, *part]) for part in (rows, targets, columns, owners)
-        )
         return MicroBatch(
-            tokens=tokens.to(device),
-            rows=rows.to(device),
-            targets=targets.to(device),
-            column=columns,
-            sample=owners.to(device),
+            tokens=(tokens if samples else torch.zeros_like(steps)).to(device),
+            rows=((position - 1) * batch + sample).to(device),  # hidden states are [s, b]
+            targets=tokens[sample, position].to(device),
+            column=self.response_offsets[index][sample] + position - prompts[sample, 0],
+            sample=sample.to(device),
         )
 
 

@@ -33,9 +33,17 @@ class RolloutEngine(Protocol):
     """What a step needs of whatever generates."""
 
     def generate(
-        self, requests: list[Request], sampling: Sampling, seed: int, step: int
+        self,
+        requests: list[Request],
+        sampling: Sampling,
+        seed: int,
+        step: int,
+        progress: Callable[[int], None] = lambda finished: None,
     ) -> list[Generation]:
-        """One generation per request of this replica, in their order."""
+        """One generation per request of this replica, in their order.
+
+        `progress` hears how many more sequences are finished.
+        """
 
 
 @dataclass
@@ -84,7 +92,7 @@ class MegatronEngine:
         step: int,
         progress: Callable[[int], None] = lambda finished: None,
     ) -> list[Generation]:
-        """See RolloutEngine; `progress` hears how many sequences each wave finished."""
+        """See RolloutEngine."""
         order = sorted(
             range(len(requests)), key=lambda i: (len(requests[i].prompt), requests[i].prompt)
         )

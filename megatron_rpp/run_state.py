@@ -1,0 +1,24 @@
+"""Where a run stands: what a checkpoint keeps beside weights and optimizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass
+class RunState:
+    step: int = 0
+    """Steps done."""
+    prompts_seen: int = 0
+    """Data position: prompts taken from the shuffled data set so far."""
+    accuracy: float | None = None
+    """Held-out accuracy of the last evaluation."""
+
+    def reached(self, target: float | None) -> bool:
+        """Whether the last evaluation reached the accuracy at which to stop (None: never)."""
+        return target is not None and self.accuracy is not None and self.accuracy >= target
+
+
+def due(step: int, interval: int) -> bool:
+    """Whether something that happens every `interval` steps (0: never) happens after `step`."""
+    return interval > 0 and step % interval == 0

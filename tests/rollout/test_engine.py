@@ -1,0 +1,242 @@
+"""Generation with the key-value cache, in a world of one: what comes out depends on the request
+alone, never on the batch it ran in.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megatron_rpp.config import ModelConfig, ParallelConfig
+from megatron_rpp.data.prompts import Example, Prompt, prompt_tokens
+from megatron_rpp.data.tokenizer import load_tokenizer, train_sentencepiece
+from megatron_rpp.model import build
+from megatron_rpp.model.attention import CoreAttention
+from megatron_rpp.model.language_model import Decoding
+from megatron_rpp.parallel import groups
+from megatron_rpp.records import Request, Sampling
+from megatron_rpp.rollout import engine as engine_module
+from megatron_rpp.rollout.buffer import from_generations
+from megatron_rpp.rollout.engine import MegatronEngine
+from megatron_rpp.stages import scoring
+
+SEED, STEP, MAX_LENGTH = 21, 3, 48
+TEXTS = [f"{a} + {b} = {a + b}" for a in range(12) for b in range(12)]
+QUESTIONS = ["1 + 2 = ", "11 + 4 = ", "7", "3 + 3 + 3 = ", "10 + 10 = ", "5 + 8 = "]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def world():
+    groups.start(1, 1, 7)
+    torch.set_num_threads(1)  # the matrices are tiny
+    yield
+    groups.stop()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
+    train_sentencepiece(TEXTS, path, 40)
+    return load_tokenizer(path)
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    config = ModelConfig(
+        layers=2,
+        hidden=32,
+        ffn_hidden=48,
+        heads=4,
+        kv_heads=2,
+        max_length=MAX_LENGTH,
+        init_std=0.3,
+    )
+    return build.build_model(config, ParallelConfig(), tokenizer.vocab_size, 5)
+
+
+@pytest.fixture(scope="module")
+def generate(model, tokenizer):
+    """(requests, max_batch, **sampling) -> generations."""
+
+    def run(requests, max_batch=64, **settings):
+        sampling = Sampling(**{"max_new_tokens": 16} | settings)
+        return MegatronEngine(model, tokenizer, max_batch).generate(requests, sampling, SEED, STEP)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def requests(tokenizer):
+    """Four samples of each question: prompts of different lengths, 24 sequences."""
+    prompts = [prompt_tokens(text, tokenizer) for text in QUESTIONS]
+    assert len({len(prompt) for prompt in prompts}) >= 3
+    return [Request(prompts[i // 4], i) for i in range(4 * len(prompts))]
+
+
+def tokens_of(generations):
+    return [generation.tokens for generation in generations]
+
+
+def assert_same(found, expected):
+    """The same tokens, and the same log-probs but for the rounding of another batch size."""
+    assert tokens_of(found) == tokens_of(expected)
+    assert [g.truncated for g in found] == [g.truncated for g in expected]
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.logprobs == pytest.approx(theirs.logprobs, abs=1e-4)
+
+
+@torch.no_grad()
+def continue_greedily(model, prompt, count, eos_id):
+    """Argmax of a full forward over everything so far, again and again."""
+    tokens = list(prompt)
+    for _ in range(count):
+        hidden = model(torch.tensor([tokens]))
+        tokens.append(int(model.sampling_logits(hidden[-1]).argmax()))
+        if tokens[-1] == eos_id:
+            break
+    return tokens[len(prompt) :]
+
+
+def test_greedy_equals_the_argmax_of_repeated_full_forwards(generate, model, requests, tokenizer):
+    found = generate(requests, temperature=0.0)
+    for request, generation in zip(requests, found, strict=True):
+        expected = continue_greedily(model, request.prompt, 16, tokenizer.eos_id)
+        assert generation.tokens == expected
+    assert len({tuple(tokens) for tokens in tokens_of(found)}) == len(QUESTIONS)
+
+
+@pytest.mark.parametrize("max_batch", [1, 5, 23])
+def test_tokens_do_not_depend_on_the_batch_size(generate, requests, max_batch):
+    assert_same(generate(requests, max_batch), generate(requests))
+
+
+def test_tokens_do_not_depend_on_the_order_of_the_requests(generate, requests):
+    order = torch.randperm(len(requests), generator=torch.Generator().manual_seed(1)).tolist()
+    whole = generate(requests)
+    assert_same(generate([requests[i] for i in order], 7), [whole[i] for i in order])
+
+
+def test_samples_of_one_prompt_equal_single_ones(generate, requests):
+    """The prompt is read once and its cache repeated."""
+    four = requests[:4]
+    assert len({request.prompt for request in four}) == 1
+    together = generate(four)
+    assert_same(together, [generate([request])[0] for request in four])
+    assert len({tuple(tokens) for tokens in tokens_of(together)}) == 4, "samples repeat each other"
+
+
+def test_another_seed_step_or_sample_gives_other_tokens(model, tokenizer, generate, requests):
+    engine, sampling = MegatronEngine(model, tokenizer, 64), Sampling(max_new_tokens=16)
+    base = tokens_of(generate(requests))
+    for seed, step in [(SEED + 1, STEP), (SEED, STEP + 1)]:
+        assert tokens_of(engine.generate(requests, sampling, seed, step)) != base
+    moved = [Request(request.prompt, request.sample_id + 100) for request in requests]
+    assert tokens_of(generate(moved)) != base
+
+
+def test_sequences_that_end_at_different_times_leave_the_others_alone(
+    generate, requests, monkeypatch
+):
+    """Compaction at every end, at some share of the batch, or never: the same generations."""
+    kept, keep = [], Decoding.keep
+
+    def counting_keep(self, rows):
+        kept.append(len(rows))
+        keep(self, rows)
+
+    monkeypatch.setattr(Decoding, "keep", counting_keep)
+    runs, sizes = [], []
+    for share in (1e-9, engine_module.COMPACT_SHARE, 2.0):
+        monkeypatch.setattr(engine_module, "COMPACT_SHARE", share)
+        kept.clear()
+        runs.append(generate(requests, temperature=1.2))
+        sizes.append(list(kept))
+    lengths = sorted({len(generation.tokens) for generation in runs[0]})
+    assert len(lengths) >= 4, "all sequences ended at the same time"
+    always, some, never = sizes
+    assert len(always) > len(some) > len(never) == 1, "prefill keeps once, then every compaction"
+    assert always == sorted(always, reverse=True) and some[-1] < len(requests)
+    assert_same(runs[1], runs[0])
+    assert_same(runs[2], runs[0])
+    alone = [generate([request], temperature=1.2)[0] for request in requests]
+    assert_same(runs[0], alone)
+
+
+def test_end_of_sequence_ends_and_max_new_tokens_truncates(generate, requests, tokenizer):
+    generations = generate(requests, temperature=1.2)
+    assert {generation.truncated for generation in generations} == {False, True}
+    for generation in generations:
+        assert tokenizer.eos_id not in generation.tokens[:-1]
+        assert generation.truncated == (generation.tokens[-1] != tokenizer.eos_id)
+        assert len(generation.logprobs) == len(generation.tokens) <= 16
+        if generation.truncated:
+            assert len(generation.tokens) == 16
+
+
+def test_a_shorter_limit_gives_the_beginning_of_the_same_response(generate, requests):
+    longer, shorter = generate(requests), generate(requests, max_new_tokens=5)
+    for long, short in zip(longer, shorter, strict=True):
+        assert short.tokens == long.tokens[:5]
+        assert short.truncated == (len(long.tokens) > 5 or long.truncated)
+
+
+def test_min_new_tokens_forbids_the_end(generate, requests, tokenizer):
+    free = generate(requests, temperature=1.2)
+    assert min(len(generation.tokens) for generation in free) < 6
+    held = generate(requests, temperature=1.2, min_new_tokens=6)
+    for generation in held:
+        assert tokenizer.eos_id not in generation.tokens[:6]
+    assert any(not generation.truncated for generation in held), "no sequence ends afterwards"
+
+
+def test_stop_strings_end_a_response(generate, requests, tokenizer):
+    def text(generation):
+        return tokenizer.decode(generation.tokens)
+
+    free = generate(requests)
+    assert sum("1" in text(generation) for generation in free) >= 6
+    stopped = generate(requests, stop=("1", " + "))
+    by_stop = 0
+    for whole, generation in zip(free, stopped, strict=True):
+        assert whole.tokens[: len(generation.tokens)] == generation.tokens
+        before = tokenizer.decode(generation.tokens[:-1])
+        assert "1" not in before and " + " not in before
+        if "1" in text(generation) or " + " in text(generation):
+            by_stop += 1
+            assert not generation.truncated
+        else:
+            assert_same([generation], [whole])
+    assert by_stop >= 6
+
+
+def test_min_new_tokens_holds_back_stop_strings(generate, requests):
+    stopped = generate(requests, stop=("1",), min_new_tokens=4)
+    assert min(len(generation.tokens) for generation in stopped) == 4
+    assert min(len(generation.tokens) for generation in generate(requests, stop=("1",))) < 4
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"temperature": 0.7}, {"temperature": 1.3, "top_k": 5, "top_p": 0.8, "min_new_tokens": 4}],
+    ids=["plain", "temperature", "truncated"],
+)
+def test_log_probs_equal_those_of_scoring(generate, model, requests, settings):
+    """fp32 through the cache against whole sequences in micro-batches: within 1e-4."""
+    generations = generate(requests, **settings)
+    prompts = [Prompt(Example("?"), request.prompt) for request in requests]
+    buffer = from_generations(prompts, requests, generations, 4)
+    temperature = settings.get("temperature", 1.0)
+    scored = scoring.response_logprobs(model, buffer, 100, temperature)
+    torch.testing.assert_close(scored, buffer.behaviour_logprobs, rtol=0, atol=1e-4)
+    other = scoring.response_logprobs(model, buffer, 100, temperature * 1.01)
+    assert (other - buffer.behaviour_logprobs).abs().max() > 1e-3, "the tolerance hides mistakes"
+
+
+def test_the_model_is_left_as_it_was(generate, model, requests, tokenizer):
+    finished = []
+    sampling = Sampling(max_new_tokens=2)
+    MegatronEngine(model, tokenizer, 10).generate(requests, sampling, 0, 0, finished.append)
+    assert finished == [10, 10, 4]
+    attentions = [m for m in model.modules() if isinstance(m, CoreAttention)]
+    assert model.training and all(a.cache is None for a in attentions)
+    assert generate([]) == []

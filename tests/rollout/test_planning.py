@@ -1,0 +1,137 @@
+"""Mini-batches depend on the seed and the step; micro-batches stay within a token budget."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_rpp.data.prompts import Example, Prompt
+from megatron_rpp.records import Generation, Request
+from megatron_rpp.rollout.buffer import from_generations
+from megatron_rpp.rollout.planning import micro_batches, minibatch_of, plan
+from megatron_rpp.seeds import permutation
+
+
+def test_a_plan_by_hand():
+    # Longest first: 5 + 5 fill the budget of 10; a third sequence would be padded to 5 as well.
+    assert plan([5, 1, 5, 1], [0, 1, 2, 3], 10) == [[0, 2], [1, 3]]
+    # Only the samples asked for, whatever their order.
+    assert plan([5, 1, 5, 1], [3, 0], 10) == [[0, 3]]
+    # Padding counts: 4 + 3 tokens are 2 x 4 = 8 in the batch.
+    assert plan([4, 3], [0, 1], 7) == [[0], [1]]
+    assert plan([4, 3], [0, 1], 8) == [[0, 1]]
+    assert plan([4, 3], [], 8) == []
+
+
+def test_a_sample_above_the_budget_travels_alone():
+    assert plan([50, 2, 2, 60], [0, 1, 2, 3], 10) == [[3], [0], [1, 2]]
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 40), max_size=40), st.integers(1, 100), st.data())
+def test_a_plan_covers_each_sample_once_within_the_budget(lengths, budget, data):
+    everything = list(range(len(lengths)))
+    samples = data.draw(st.permutations([i for i in everything if data.draw(st.booleans())]))
+    groups = plan(lengths, samples, budget)
+    assert sorted(i for group in groups for i in group) == sorted(samples)
+    assert plan(lengths, sorted(samples), budget) == groups, "the order asked for must not matter"
+    for group in groups:
+        assert group, "an empty group"
+        assert len(group) == 1 or len(group) * max(lengths[i] for i in group) <= budget
+    flat = [lengths[i] for group in groups for i in group]
+    assert flat == sorted(flat, reverse=True)
+    # No group could have taken the sample that opened the next one.
+    for group, following in zip(groups, groups[1:]):
+        assert (len(group) + 1) * lengths[group[0]] > budget, (group, following)
+
+
+def make_buffer(lengths):
+    """Samples of one prompt token and a response; sample i is made of tokens i + 1."""
+    prompts = [Prompt(Example("?"), (i + 1,)) for i in range(len(lengths))]
+    requests = [Request(prompt.tokens, i) for i, prompt in enumerate(prompts)]
+    generations = [
+        Generation([i + 1] * (n - 1), [0.0] * (n - 1), False) for i, n in enumerate(lengths)
+    ]
+    return from_generations(prompts, requests, generations, 1)
+
+
+def cut(buffer, samples, budget, agree):
+    return micro_batches(buffer, samples, budget, 1, torch.device("cpu"), agree)
+
+
+def test_micro_batches_are_filled_up_to_the_agreed_count():
+    buffer = make_buffer([4, 2, 4])
+    asked = []
+
+    def agree(count):
+        asked.append(count)
+        return 5
+
+    batches = cut(buffer, [0, 1, 2], 8, agree)
+    assert asked == [2], "one agreement, on the own count"
+    assert [batch.tokens.tolist() for batch in batches] == [
+        [[1, 1, 1, 1], [3, 3, 3, 3]],
+        [[2, 2]],
+        [[0]],
+        [[0]],
+        [[0]],
+    ]
+    assert [len(batch.targets) for batch in batches] == [6, 1, 0, 0, 0]
+
+
+def test_a_rank_without_samples_still_joins_the_agreement():
+    batches = cut(make_buffer([4, 2]), [], 8, lambda count: count + 2)
+    assert [batch.tokens.tolist() for batch in batches] == [[[0]], [[0]]]
+
+
+def test_every_response_token_is_in_one_micro_batch():
+    buffer = make_buffer([3, 9, 4, 4, 2, 12])
+    batches = cut(buffer, list(range(6)), 10, lambda count: count)
+    columns = torch.cat([batch.column for batch in batches])
+    assert sorted(columns.tolist()) == list(range(len(buffer.mask)))
+
+
+@settings(deadline=None)
+@given(st.integers(1, 8), st.integers(1, 12), st.integers(0, 99), st.integers(0, 9))
+def test_mini_batches_are_a_balanced_partition(minibatches, each, seed, step):
+    count = minibatches * each
+    numbers = minibatch_of(count, minibatches, seed, step, 0)
+    assert numbers.shape == (count,)
+    assert torch.bincount(numbers, minlength=minibatches).tolist() == [each] * minibatches
+
+
+def test_uneven_mini_batches_differ_by_one_at_most():
+    sizes = torch.bincount(minibatch_of(11, 4, 1, 0, 0), minlength=4)
+    assert sorted(sizes.tolist()) == [2, 3, 3, 3]
+
+
+def test_mini_batches_do_not_depend_on_the_ranks():
+    """A replica looks its samples up in the whole step's table: 1, 2 or 4 of them agree."""
+    whole = minibatch_of(32, 4, 7, 3, 1)
+    for replicas in (1, 2, 4):
+        ids = torch.arange(32).chunk(replicas)
+        tables = [minibatch_of(32, 4, 7, 3, 1)[own] for own in ids]
+        assert torch.equal(torch.cat(tables), whole)
+
+
+def test_mini_batches_change_with_seed_step_and_epoch():
+    tables = {
+        key: tuple(minibatch_of(32, 4, *key).tolist())
+        for key in [(7, 0, 0), (7, 0, 1), (7, 1, 0), (7, 1, 1), (7, 2, 0), (8, 0, 0)]
+    }
+    assert len(set(tables.values())) == len(tables)
+    assert tables[7, 1, 0] == tuple(minibatch_of(32, 4, 7, 1, 0).tolist())
+
+
+def test_permutations_are_pinned():
+    """A resumed run must cut the mini-batches of the run it resumes, on any NumPy."""
+    assert permutation(8, 1, 2, 3).tolist() == [1, 3, 7, 5, 2, 0, 4, 6]
+    assert permutation(0, 1).tolist() == []
+    assert sorted(permutation(1000, 5).tolist()) == list(range(1000))
+
+
+def test_streams_of_different_keys_are_different():
+    """(seed, epoch) orders the prompts, (seed, step, epoch) cuts the mini-batches."""
+    assert permutation(64, 1, 2).tolist() != permutation(64, 1, 2, 0).tolist()
+    assert permutation(64, 1, 2, 3).tolist() != permutation(64, 1, 3, 2).tolist()

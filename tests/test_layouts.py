@@ -1,0 +1,212 @@
+"""The whole loop gives the same numbers on every layout of ranks.
+
+Every case trains from the same seed (two steps of two epochs of two mini-batches, real generation)
+and is compared with the same recipe on one rank: all metrics, the held-out answers, the final
+weights. `pytest -s` shows the table.
+
+Adam divides a gradient by its own size, so an element whose gradient is nothing but fp32 rounding
+moves as far as any other, in a direction that the rounding decides. Its epsilon is set above that
+rounding here; `PLAIN_ADAM` keeps the usual 1e-8 and shows what remains of it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch.distributed as dist
+
+from megatron_rpp.stages import advantage
+from tests.distributed import run_ranks
+from tests.small_run import config_of, make_data
+from tests.whole_runs import (
+    TOLERANCE,
+    VARIED,
+    Deviation,
+    compare_rows,
+    compare_weights,
+    rows,
+    train_run,
+    weights,
+)
+
+RECIPES = {
+    "reinforce++": {},
+    "baseline": {
+        "algorithm__name": "reinforce++_baseline",
+        "algorithm__kl_coef": 0,
+        "algorithm__kl_loss_coef": 0.05,
+    },
+    "all options": {
+        "model__tied_embeddings": "true",
+        "algorithm__aggregation": "sequence_mean",
+        "algorithm__entropy_coef": 0.01,
+        "algorithm__kl_estimator": "k3",
+        "algorithm__kl_loss_coef": 0.02,
+        "algorithm__gamma": 0.9,
+        "algorithm__dual_clip": 1.2,
+        "reward__normalize": "true",
+        "reward__clip": 1.5,
+        "rollout__temperature": 0.8,
+        "rollout__top_p": 0.95,
+        "rollout__top_k": 20,
+        "rollout__min_new_tokens": 2,
+        "rollout__max_batch": 7,
+        "optimizer__warmup_steps": 2,
+        "optimizer__decay_steps": 10,
+        "optimizer__weight_decay": 0.1,
+    },
+}
+TP2, PP2 = {"parallel__tensor": 2}, {"parallel__pipeline": 2}
+SP = {"parallel__sequence_parallel": "true"}
+
+
+class Case(NamedTuple):
+    name: str
+    ranks: int
+    recipe: str
+    settings: dict
+
+
+CASES = [
+    Case("offloaded reference", 1, "reinforce++", {"reference__placement": "offload"}),
+    Case("micro-batches of 1-2", 1, "reinforce++", {"train__max_tokens_per_microbatch": 40}),
+    Case("TP2", 2, "reinforce++", TP2),
+    Case("TP2 SP", 2, "reinforce++", TP2 | SP),
+    Case("PP2", 2, "reinforce++", PP2),
+    Case("DP2", 2, "reinforce++", {}),
+    Case("DP2 whole optimizer", 2, "reinforce++", {"optimizer__distributed": "false"}),
+    Case("TP2", 2, "baseline", TP2),
+    Case("DP2", 2, "baseline", {}),
+    Case("PP2", 2, "all options", PP2),
+    Case("TP2xPP2", 4, "reinforce++", TP2 | PP2),
+    Case("TP2xDP2", 4, "reinforce++", TP2),
+    Case("PP2xDP2", 4, "baseline", PP2),
+    Case("TP2xPP2 SP", 4, "all options", TP2 | PP2 | SP),
+    Case("DP4", 4, "all options", {}),
+]
+WRONG_GROUP = Case("DP2, wrong group", 2, "reinforce++", {})
+PLAIN_ADAM = Case("TP2, Adam's eps 1e-8", 2, "reinforce++", TP2 | {"optimizer__eps": 1e-8})
+
+
+def settings_of(case: Case) -> dict:
+    return VARIED | {"optimizer__eps": 1e-5} | RECIPES[case.recipe] | case.settings
+
+
+def folder(base: Path, case: Case) -> Path:
+    return base / f"{case.ranks} {case.name} {case.recipe}"
+
+
+def train_cases(rank: int, base: Path, cases: list[Case]) -> None:
+    """On every rank of a world: its cases, one after the other."""
+    for case in cases:
+        train_run(base, folder(base, case), **settings_of(case))
+
+
+def train_two_ranks(rank: int, base: Path, cases: list[Case]) -> None:
+    train_cases(rank, base, [*cases, PLAIN_ADAM])
+    alone = [dist.new_group([member]) for member in range(2)][rank]
+    right = advantage.fill
+    advantage.fill = lambda *args: right(*args[:-1], alone)
+    train_cases(rank, base, [WRONG_GROUP])
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    """The folder of all runs, finished."""
+    base = tmp_path_factory.mktemp("layouts")
+    make_data(base)
+    one_rank = [Case("one rank", 1, recipe, {}) for recipe in RECIPES]
+    one_rank.append(PLAIN_ADAM._replace(ranks=1, settings={"optimizer__eps": 1e-8}))
+    train_cases(0, base, one_rank + [case for case in CASES if case.ranks == 1])
+    two, four = ([case for case in CASES if case.ranks == count] for count in (2, 4))
+    run_ranks(train_two_ranks, 2, base, base, two)
+    run_ranks(train_cases, 4, base, base, four)
+    return base
+
+
+def compare(base: Path, case: Case, expected: Case | None = None) -> tuple[Deviation, Deviation]:
+    """Deviations of metrics and of final weights from one rank."""
+    ours = folder(base, case)
+    theirs = folder(base, expected or Case("one rank", 1, case.recipe, {}))
+    config = config_of(base, ours, **settings_of(case))
+    mine, other = (weights(config, run / "checkpoints") for run in (ours, theirs))
+    logs = (rows(run / "logs/metrics.jsonl") for run in (ours, theirs))
+    return compare_rows(*logs), compare_weights(mine, other)
+
+
+@pytest.fixture(scope="module")
+def deviations(base) -> dict[Case, tuple[Deviation, Deviation]]:
+    plain = PLAIN_ADAM._replace(ranks=1, settings={"optimizer__eps": 1e-8})
+    found = {key(case): compare(base, case) for case in [*CASES, WRONG_GROUP]}
+    found[key(PLAIN_ADAM)] = compare(base, PLAIN_ADAM, plain)
+    print(f"\n{'layout':24}{'recipe':14}{'metrics':>9}  {'where':34}{'weights':>9}  where")
+    for (name, recipe), (metric, weight) in found.items():
+        print(
+            f"{name:24}{recipe:14}{metric.size:9.1e}  {metric.where:34}{weight.size:9.1e}  "
+            f"{weight.where.removeprefix('decoder.')}"
+        )
+    return found
+
+
+def key(case: Case) -> tuple[str, str]:
+    return case.name, case.recipe
+
+
+def named(case: Case) -> str:
+    return f"{case.name}, {case.recipe}"
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_run_to_compare_with_learns(base, recipe):
+    """Runs in which nothing happens would agree, too."""
+    first, second = rows(folder(base, Case("one rank", 1, recipe, {})) / "logs/metrics.jsonl")
+    assert first["reward/std"] > 0.1 and first["policy/grad_norm"] > 0.1
+    assert first["policy/clip_fraction"] > 0 and first["policy/ratio_max"] > 1.1
+    assert first["kl/k2"] == 0 and second["kl/k2"] > 1e-3
+    assert 0 < first["response/truncated_share"] < 1
+    assert first["response/length_mean"] != second["response/length_mean"]
+
+
+@pytest.mark.parametrize("case", CASES, ids=named)
+def test_metrics_are_those_of_one_rank(deviations, case):
+    metric, _ = deviations[key(case)]
+    assert metric.size <= TOLERANCE, metric
+
+
+@pytest.mark.parametrize("case", CASES, ids=named)
+def test_final_weights_are_those_of_one_rank(deviations, case):
+    """Read from each layout's checkpoint by one rank: it loads on another layout, too."""
+    _, weight = deviations[key(case)]
+    assert weight.size <= TOLERANCE, weight
+
+
+@pytest.mark.parametrize("case", CASES, ids=named)
+def test_held_out_answers_are_those_of_one_rank(base, case):
+    one_rank = Case("one rank", 1, case.recipe, {})
+    ours, theirs = (rows(folder(base, c) / "logs/evaluations.jsonl") for c in (case, one_rank))
+    assert [row["step"] for row in ours] == [0, 2]
+    for mine, other in zip(ours, theirs):
+        assert mine["samples"] == other["samples"] and mine["count"] == other["count"] == 16
+        assert mine["reward"] == pytest.approx(other["reward"], abs=1e-12)
+        assert mine["accuracy"] == other["accuracy"]
+
+
+def test_whitening_over_the_wrong_group_is_seen(deviations):
+    """slime#2235: each rank normalises over its own samples alone. The gate can fail."""
+    metric, weight = deviations[key(WRONG_GROUP)]
+    assert metric.size > 100 * TOLERANCE and weight.size > 100 * TOLERANCE
+
+
+def test_the_usual_epsilon_of_adam_amplifies_rounding(deviations):
+    metric, weight = deviations[key(PLAIN_ADAM)]
+    assert metric.size < 1e-3 and weight.size < 5e-3
+
+
+def test_a_model_may_have_more_words_than_the_tokenizer(base):
+    """As padded vocabularies of published models do; such a word reads as an unknown one."""
+    run = base / "more words"
+    train_run(base, run, model__vocab_size=60, train__steps=1)
+    answers = [sample["response"] for sample in rows(run / "logs/evaluations.jsonl")[0]["samples"]]
+    assert any("\u2047" in answer for answer in answers)

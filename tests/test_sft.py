@@ -1,0 +1,159 @@
+"""The warm start: it learns, alike on every layout, and training starts from its checkpoint."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from megatron_rpp import sft, train
+from megatron_rpp.inputs import load_inputs
+from megatron_rpp.policy import build_policy
+from tests.distributed import run_ranks
+from tests.small_run import arguments, config_of, make_data
+from tests.whole_runs import (
+    TOLERANCE,
+    compare_rows,
+    compare_weights,
+    layout,
+    relative,
+    rows,
+    run_program,
+    weights,
+)
+
+# Adam's epsilon: see test_layouts.py. 13 samples do not divide evenly over two replicas.
+SETTINGS = {
+    "sft__steps": 12,
+    "sft__batch_size": 13,
+    "sft__eval_interval": 6,
+    "sft__optimizer__lr": 3e-3,
+    "sft__optimizer__eps": 1e-5,
+    "model__init_std": 0.02,
+}
+LAYOUTS = {
+    "TP2": {"parallel__tensor": 2, "parallel__sequence_parallel": "true"},
+    "PP2": {"parallel__pipeline": 2},
+    "DP2": {},
+}
+
+
+def finetune(base: Path, name: str, **settings) -> None:
+    config = config_of(base, base / name, **(SETTINGS | settings))
+    inputs = load_inputs(config)
+    with layout(config):
+        sft.finetune(config, inputs)
+
+
+def on_two_ranks(rank: int, base: Path) -> None:
+    for name, settings in LAYOUTS.items():
+        finetune(base, name, **settings)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    """The folder of the data and of run "one", a warm start by the program itself on one rank."""
+    base = tmp_path_factory.mktemp("sft")
+    make_data(base)
+    run_program(sft.main, arguments(base, base / "one", **SETTINGS))
+    return base
+
+
+@pytest.fixture(scope="module")
+def layouts(base, tmp_path_factory) -> Path:
+    run_ranks(on_two_ranks, 2, tmp_path_factory.mktemp("ranks"), base)
+    return base
+
+
+def log(base: Path, run: str) -> list[dict]:
+    return rows(base / run / "sft/metrics.jsonl")
+
+
+def test_the_loss_falls_from_that_of_a_guess(base):
+    """Small random weights give every token of the 41 pieces about the same probability."""
+    losses = [row["sft/loss"] for row in log(base, "one")]
+    assert len(losses) == 12
+    assert losses[0] == pytest.approx(math.log(41), rel=0.02)
+    assert losses[-1] < 0.75 * losses[0]
+
+
+def test_the_log_has_evaluations(base):
+    measured = [row["step"] for row in log(base, "one") if "eval/accuracy" in row]
+    assert measured == [6, 12]
+    assert [row["step"] for row in rows(base / "one/sft/evaluations.jsonl")] == [6, 12]
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_layout_learns_the_same(layouts, name):
+    deviation = compare_rows(log(layouts, name), log(layouts, "one"))
+    assert deviation.size <= TOLERANCE, deviation
+    config = config_of(layouts, layouts / name, **SETTINGS)
+    ours, theirs = (weights(config, layouts / run / "sft") for run in (name, "one"))
+    assert compare_weights(ours, theirs).size <= TOLERANCE
+
+
+def test_another_order_of_the_data_is_seen(base):
+    """The comparison can fail."""
+    finetune(base, "other seed", seed=4321)
+    losses = (log(base, run)[-1]["sft/loss"] for run in ("other seed", "one"))
+    assert relative(*losses) > 100 * TOLERANCE
+
+
+def test_a_finished_warm_start_is_left_alone(base, capsys):
+    files = {path: path.stat().st_mtime_ns for path in (base / "one").rglob("*") if path.is_file()}
+    run_program(sft.main, arguments(base, base / "one", **SETTINGS))
+    assert "finished before: " in capsys.readouterr().out
+    for path, changed in files.items():
+        assert path.stat().st_mtime_ns == changed
+
+
+def test_training_starts_from_its_weights(base):
+    config = config_of(base, base / "rl", **SETTINGS, model__init_path=base / "one/sft")
+    own = weights(config, base / "one/sft")
+    with layout(config):
+        policy = build_policy(config, config.optimizer, 41)
+        started = {
+            name.removeprefix("module."): value.detach().clone()
+            for name, value in policy.model.named_parameters()
+        }
+    assert compare_weights(started, own).size == 0
+    random = config_of(base, base / "rl", **SETTINGS)
+    with layout(random):
+        policy = build_policy(random, random.optimizer, 41)
+        assert any(
+            (value != own[name.removeprefix("module.")]).any()
+            for name, value in policy.model.named_parameters()
+        )
+
+
+def test_the_first_evaluation_of_training_is_the_last_of_the_warm_start(base):
+    settings = SETTINGS | {"model__init_path": base / "one/sft", "train__steps": 1}
+    run_program(train.main, arguments(base, base / "rl", **settings))
+    before = rows(base / "rl/logs/evaluations.jsonl")[0]
+    after = rows(base / "one/sft/evaluations.jsonl")[-1]
+    assert before | {"step": 0} == after | {"step": 0}
+
+
+BAD_LABELS = {
+    "none": ({"prompt": "1 + 1 ="}, "line 2: the row has no label.*set data.label_key"),
+    "empty": ({"prompt": "1 + 1 =", "label": ""}, "line 2: the row has no label"),
+    # 13 tokens of prompt at most, 32 of context: the rest is the label's and end-of-sequence.
+    "too long": (
+        {"prompt": "1 + 1 =", "label": "1 + " * 20},
+        "line 2: prompt and label have .* tokens.*model.max_length.* 32",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_LABELS)
+def test_a_row_that_cannot_be_learned_is_refused(base, tmp_path, kind):
+    row, message = BAD_LABELS[kind]
+    good = rows(base / "train.jsonl")[0]
+    path = tmp_path / "train.jsonl"
+    path.write_text("".join(json.dumps(content) + "\n" for content in (good, row)))
+    with pytest.raises(ValueError, match=message) as refused:
+        run_program(sft.main, arguments(base, tmp_path, **SETTINGS, data__train=path))
+    assert str(path) in str(refused.value)
+    assert not (tmp_path / "sft/metrics.jsonl").exists()

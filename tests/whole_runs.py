@@ -1,0 +1,119 @@
+"""Whole runs of `train.py` for tests, and the comparison of what two of them left behind.
+
+Real ranks, models, generation and checkpoints; only the sizes are small (small_run.py).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Callable, Iterator, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from megatron_rpp import checkpoint, train
+from megatron_rpp.config import Config, ParallelConfig
+from megatron_rpp.inputs import load_inputs
+from megatron_rpp.model.build import build_model
+from megatron_rpp.parallel import groups
+from tests.small_run import config_of
+
+# Measurements differ between any two runs; the last is itself the rounding between two kernels.
+MEASURED = ("time/", "throughput/", "memory/", "rollout/logprob_abs_diff")
+TOLERANCE, FLOOR = 1e-5, 1e-6
+# For runs that must learn: exact_match gives an untrained model nothing but zeros.
+VARIED = {"reward__functions": "[tests.whole_runs:varied]"}
+
+
+def varied(prompts, responses, labels, metadata) -> list[float]:
+    """A reward of 0, 0.1 .. 0.9 that depends on every character of the response."""
+    return [sum(map(ord, response)) % 10 / 10 for response in responses]
+
+
+@contextmanager
+def layout(config: Config) -> Iterator[None]:
+    """The groups of `config` over the ranks that there are; without any, a world of one.
+
+    Each rank computes on one thread: the tests share the machine.
+    """
+    alone = not dist.is_initialized()
+    os.environ["LOCAL_WORLD_SIZE"] = str(len(os.sched_getaffinity(0)))
+    groups.start(config.parallel.tensor, config.parallel.pipeline, config.seed)
+    del os.environ["LOCAL_WORLD_SIZE"]
+    try:
+        yield
+    finally:
+        groups.stop() if alone else groups.split_again()
+
+
+def train_run(data: Path, run: Path, **settings) -> Config:
+    """Trains by config_of(data, run, **settings) with the reward `varied`, in this process."""
+    config = config_of(data, run, **(VARIED | settings))
+    inputs = load_inputs(config)
+    with layout(config):
+        train.train(config, inputs)
+    return config
+
+
+def run_program(main: Callable[[list[str]], None], argv: list[str]) -> None:
+    """A program's `main` in a world of one, of which nothing is left where it raises."""
+    try:
+        main(argv)
+    finally:
+        if dist.is_initialized():
+            groups.stop()
+
+
+def rows(path: Path) -> list[dict]:
+    """The rows of a JSONL file."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def weights(config: Config, path: str | Path) -> dict[str, torch.Tensor]:
+    """The weights of a checkpoint, read by one rank whatever layout wrote it."""
+    alone = replace(config, parallel=ParallelConfig())
+    with layout(alone):
+        # Another seed than any run's: what the checkpoint left unfilled would be seen.
+        model = build_model(alone.model, alone.parallel, load_inputs(alone).vocab_size, seed=99)
+        checkpoint.load_weights(model, path)
+        return {name: value.detach().clone() for name, value in model.named_parameters()}
+
+
+class Deviation(NamedTuple):
+    """The largest relative deviation, and where it is."""
+
+    size: float
+    where: str
+
+
+def relative(ours: float, theirs: float) -> float:
+    """Their distance relative to the larger one; 0 within FLOOR."""
+    difference = abs(ours - theirs)
+    assert math.isfinite(difference), f"{ours} against {theirs}"
+    return 0.0 if difference <= FLOOR else difference / max(abs(ours), abs(theirs))
+
+
+def compare_rows(ours: list[dict], theirs: list[dict]) -> Deviation:
+    """Over all tags of all steps but those in MEASURED."""
+    assert [row["step"] for row in ours] == [row["step"] for row in theirs]
+    assert [row.keys() for row in ours] == [row.keys() for row in theirs]
+    return max(
+        Deviation(relative(mine[tag], other[tag]), f"{tag} of step {mine['step']}")
+        for mine, other in zip(ours, theirs)
+        for tag in mine
+        if not tag.startswith(MEASURED)
+    )
+
+
+def compare_weights(ours: dict, theirs: dict) -> Deviation:
+    """Per tensor, relative to its largest element."""
+    assert ours.keys() == theirs.keys()
+    return max(
+        Deviation(float((ours[name] - theirs[name]).abs().max() / theirs[name].abs().max()), name)
+        for name in ours
+    )
