@@ -156,7 +156,7 @@ def versus_trl(nproc: int, steps: int, rounds: int, settings: list[str]) -> dict
     theirs_command = [str(trl_python()), str(ROOT / "tools" / "benchmark_trl.py")]
     ours, theirs = [], []
     for _ in range(rounds):
-        theirs.append(last_json([*theirs_command, "--steps", str(steps), "--micro-batch", "64"]))
+        theirs.append(last_json([*theirs_command, "--steps", str(steps)]))
         ours.append(run_ours(nproc, steps, settings))
 
     def middle(runs: list[dict], pick) -> float:
