@@ -207,7 +207,7 @@ class SftConfig:
     dir: str = "runs/default/sft"
     """Directory of the checkpoint and the logs of the warm start."""
     eval_interval: int = 50
-    """Steps between evaluations; 0 = only before the first and after the last step."""
+    """Steps between evaluations; 0 = only after the last step."""
     stop_accuracy: float | None = None
     """Stop when the held-out accuracy reaches this share; null = never."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

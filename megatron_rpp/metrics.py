@@ -54,12 +54,12 @@ def _shard_sums(buffer: RolloutBuffer, parts: dict[str, list]) -> dict[str, floa
         "masked": int(buffer.mask.sum()),
         "difference": float(difference.double().sum()),
     }
-    groups_here, member = buffer.group_ids.unique(return_inverse=True)
-    low = torch.full((len(groups_here),), torch.inf).scatter_reduce(0, member, buffer.scores, "amin")
-    high = torch.full((len(groups_here),), -torch.inf).scatter_reduce(
-        0, member, buffer.scores, "amax"
+    found, member = buffer.group_ids.unique(return_inverse=True)
+    low, high = (
+        torch.full((len(found),), start).scatter_reduce(0, member, buffer.scores, reduction)
+        for start, reduction in ((torch.inf, "amin"), (-torch.inf, "amax"))
     )
-    sums |= {"groups": len(groups_here), "flat_groups": int((low == high).sum())}
+    sums |= {"groups": len(found), "flat_groups": int((low == high).sum())}
     for kind in KL_KINDS if buffer.ref_logprobs is not None else ():
         kl = kl_estimate(buffer.old_logprobs, buffer.ref_logprobs, kind)[buffer.mask]
         sums[f"kl/{kind}"] = float(kl.double().sum())

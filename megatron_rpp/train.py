@@ -63,6 +63,9 @@ def train(config: Config, inputs: Inputs, dry_run: bool = False) -> None:
     log = MetricsLog(config.logging.dir, state.step)
     if state.step == 0:
         _evaluate(config, inputs, engine, log, console, state)
+        if state.reached(target):
+            console.say(f"train.stop_accuracy {target} is reached before the first step")
+            return
     while state.step < config.train.steps and not state.reached(target):
         row, buffer = rl_step(config, inputs, policy, reference, engine, console, state)
         log.histograms(state.step + 1, buffer)

@@ -73,7 +73,7 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig) -> Transfor
         pipeline_model_parallel_size=parallel.pipeline,
         sequence_parallel=parallel.sequence_parallel,
         variable_seq_lengths=parallel.pipeline > 1,
-        moe_token_dispatcher_type="alltoall",  # without experts: Megatron wants it said all the same
+        moe_token_dispatcher_type="alltoall",  # Megatron asks for it even without experts
         calculate_per_token_loss=True,
         gradient_accumulation_fusion=devices.has_apex(),
         bias_activation_fusion=not devices.ON_CPU,

@@ -20,8 +20,9 @@ def minibatch_of(
     sample_count: int, minibatches: int, seed: int, step: int, epoch: int
 ) -> torch.Tensor:
     """[sample_count] the mini-batch, 0..minibatches-1, of each sample of the whole step."""
+    order = permutation(sample_count, seed, step, epoch)
     number = np.empty(sample_count, dtype=np.int64)
-    number[permutation(sample_count, seed, step, epoch)] = np.arange(sample_count) * minibatches // sample_count
+    number[order] = np.arange(sample_count) * minibatches // sample_count
     return torch.from_numpy(number)
 
 
