@@ -1,9 +1,5 @@
-"""How a program of this package starts and ends: exit codes and messages, the same on every rank.
-
-    0  done
-    1  a rank failed while it ran; its number and the traceback are on stderr
-    2  refused: the user's mistake, one line, before any expensive work
-"""
+"""How a program of this package ends: what it raised becomes a message and an exit code, the same
+on every rank (the codes: failures.py)."""
 
 from __future__ import annotations
 
@@ -16,9 +12,8 @@ from typing import Callable
 
 import torch.distributed as dist
 
-from megatron_rpp.rewards import RewardError
+from megatron_rpp.failures import FAILED, REFUSED, RunFailure
 
-FAILED, REFUSED = 1, 2
 _PACKAGE = str(Path(__file__).parent)
 
 
@@ -53,7 +48,7 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except Exception as error:
-        if _is_refusal(error) or isinstance(error, RewardError):
+        if _is_refusal(error) or isinstance(error, RunFailure):
             _print_error(str(error))
             _leave(REFUSED if isinstance(error, ValueError) else FAILED)
         rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")

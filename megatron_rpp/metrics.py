@@ -117,20 +117,24 @@ class MetricsLog:
     its sample answers (step 0 is before training). TensorBoard: all of it.
     """
 
-    def __init__(self, directory: str | Path, steps_done: int):
-        """A resumed run continues its files after `steps_done`; later rows are dropped.
-
-        With no step done the files start anew: the evaluation of step 0 is about to come again.
-        """
-        self.rows = Path(directory) / "metrics.jsonl"
-        self.evaluations = Path(directory) / "evaluations.jsonl"
+    def __init__(self, directory: str | Path):
+        self.directory = Path(directory)
+        self.rows = self.directory / "metrics.jsonl"
+        self.evaluations = self.directory / "evaluations.jsonl"
         self.writer = None
+
+    def start(self, steps_done: int) -> None:
+        """Opens the files. A resumed run continues them after `steps_done`; later rows are dropped.
+
+        With no step done they start anew: the evaluation of step 0 is about to come again.
+        """
         if not groups.is_main():
             return
         for path in (self.rows, self.evaluations):
             kept = [row for row in read_rows(path) if 0 < steps_done >= row["step"]]
             write_atomic(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
-        self.writer = SummaryWriter(str(directory), purge_step=steps_done + 1 if steps_done else 0)
+        purged = steps_done + 1 if steps_done else 0
+        self.writer = SummaryWriter(str(self.directory), purge_step=purged)
 
     def step(self, step: int, row: dict[str, float]) -> None:
         """The numbers of finished step `step`."""

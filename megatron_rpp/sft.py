@@ -21,17 +21,15 @@ from megatron_rpp.console import Console
 from megatron_rpp.data.prompts import Prompt, prompt_indices
 from megatron_rpp.data.tokenizer import Tokenizer
 from megatron_rpp.inputs import Inputs, check_writable, load_inputs
-from megatron_rpp.metrics import MetricsLog, evaluation_row
 from megatron_rpp.parallel import device as devices
 from megatron_rpp.parallel import groups
 from megatron_rpp.parallel.device import describe
 from megatron_rpp.policy import Policy, build_policy
 from megatron_rpp.records import Generation, MicroBatch, Request
 from megatron_rpp.rollout.buffer import RolloutBuffer, from_generations
-from megatron_rpp.rollout.engine import MegatronEngine
+from megatron_rpp.run import assemble, evaluate_held_out
 from megatron_rpp.run_state import RunState, due
 from megatron_rpp.stages import scoring
-from megatron_rpp.stages.evaluation import evaluate
 from megatron_rpp.stages.rollout import shard
 from megatron_rpp.stages.update import optimizer_step
 
@@ -80,13 +78,14 @@ def finetune(config: Config, inputs: Inputs, dry_run: bool = False) -> None:
     if dry_run or finished is not None:
         console.say("dry run: nothing was trained" if dry_run else f"finished before: {finished}")
         return
-    engine = MegatronEngine(policy.model, inputs.tokenizer, config.rollout.max_batch)
-    log, state = MetricsLog(settings.dir, steps_done=0), RunState()
+    run = assemble(config, inputs, console, policy, None, settings.dir)
+    log, state = run.log, run.state
+    log.start(steps_done=0)
     with console.stage("supervised steps", settings.steps) as progress:
         while state.step < settings.steps and not state.reached(settings.stop_accuracy):
             row = _step(config, inputs, policy, state)
             if state.step == settings.steps or due(state.step, settings.eval_interval):
-                row |= _evaluate(config, inputs, engine, log, state)
+                row |= evaluate_held_out(run)
                 console.row({"step": str(state.step)} | {tag: f"{row[tag]:.4g}" for tag in row})
             log.step(state.step, row)
             progress(1)
@@ -95,16 +94,6 @@ def finetune(config: Config, inputs: Inputs, dry_run: bool = False) -> None:
         settings.dir, policy.model, policy.optimizer, policy.scheduler, state, keep=1
     )
     console.say(f"checkpoint: {path}")
-
-
-def _evaluate(config: Config, inputs: Inputs, engine, log: MetricsLog, state: RunState) -> dict:
-    result = evaluate(
-        engine, inputs.held_out, inputs.rewards, inputs.tokenizer, inputs.greedy,
-        config.evaluation.samples,
-    )  # fmt: skip
-    state.accuracy = result.accuracy
-    log.evaluation(state.step, result)
-    return evaluation_row(result)
 
 
 def _step(config: Config, inputs: Inputs, policy: Policy, state: RunState) -> dict[str, float]:

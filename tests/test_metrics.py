@@ -14,11 +14,10 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_rpp import train
-from megatron_rpp.run_state import RunState
 from megatron_rpp.console import Console
 from megatron_rpp.inputs import load_inputs
-from megatron_rpp.policy import build_policy, build_reference
-from megatron_rpp.rollout.engine import MegatronEngine
+from megatron_rpp.run import build
+from megatron_rpp.run_state import RunState
 from tests.small_run import config_of, make_data
 from tests.whole_runs import layout, rows, train_run
 
@@ -67,16 +66,10 @@ def steps(data, tmp_path_factory) -> list[tuple]:
     config = config_of(data, tmp_path_factory.mktemp("steps"), **SETTINGS)
     inputs = load_inputs(config)
     with layout(config):
-        policy = build_policy(config, config.optimizer, inputs.vocab_size)
-        reference = build_reference(config, policy, inputs.vocab_size)
-        engine = MegatronEngine(policy.model, inputs.tokenizer, config.rollout.max_batch)
-        return [
-            train.rl_step(
-                config, inputs, policy, reference, engine, Console(False),
-                RunState(step=step, prompts_seen=6 * step),
-            )  # fmt: skip
-            for step in range(2)
-        ]
+        run = build(config, inputs, Console(False))
+        first = train.rl_step(run)
+        run.state = RunState(step=1, prompts_seen=6)
+        return [first, train.rl_step(run)]
 
 
 @pytest.fixture(scope="module")

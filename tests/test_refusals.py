@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from megatron_rpp import launching, train
+from megatron_rpp import failures, launching, train
 from tests.small_run import arguments, make_data
 from tests.whole_runs import VARIED, rows, train_run
 
@@ -124,7 +124,7 @@ def refused(argv: list[str], capsys) -> str:
     """The message with which the program ends; checks its form and the exit code."""
     with pytest.raises(SystemExit) as ended:
         launching.run(lambda: train.main(argv))
-    assert ended.value.code == launching.REFUSED == 2
+    assert ended.value.code == failures.REFUSED == 2
     assert not dist.is_initialized(), "refused only after the ranks had joined"
     output, errors = capsys.readouterr()
     assert output == "" and errors.count("\n") == 1 and errors.startswith("error: ")

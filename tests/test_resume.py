@@ -19,7 +19,7 @@ from megatron_rpp.checkpoint import POINTER
 from megatron_rpp.console import Console
 from megatron_rpp.inputs import load_inputs
 from megatron_rpp.policy import build_policy
-from megatron_rpp.rollout.engine import MegatronEngine
+from megatron_rpp.run import assemble
 from megatron_rpp.run_state import RunState
 from tests.distributed import run_ranks
 from tests.small_run import arguments, config_of, make_data
@@ -224,8 +224,9 @@ def test_the_moments_of_adam_come_back(base, tmp_path):
     inputs = load_inputs(config)
 
     def step(policy, state: RunState) -> None:
-        engine = MegatronEngine(policy.model, inputs.tokenizer, config.rollout.max_batch)
-        train.rl_step(config, inputs, policy, None, engine, Console(False), state)
+        run = assemble(config, inputs, Console(False), policy, None, config.logging.dir)
+        run.state = state
+        train.rl_step(run)
 
     with layout(config):
         first, resumed, without = (

@@ -70,10 +70,8 @@ def rl_step_worker(steps: int, settings: list[str]) -> None:
     from megatron_rpp.inputs import Inputs, samplings
     from megatron_rpp.parallel import groups
     from megatron_rpp.parallel.device import describe
-    from megatron_rpp.policy import build_policy, build_reference
     from megatron_rpp.rewards import RewardSet
-    from megatron_rpp.rollout.engine import MegatronEngine
-    from megatron_rpp.run_state import RunState
+    from megatron_rpp.run import build
     from megatron_rpp.train import rl_step
 
     work = [f"--{name}={value}" for name, value in REFERENCE_WORK.items()]
@@ -87,15 +85,12 @@ def rl_step_worker(steps: int, settings: list[str]) -> None:
         *samplings(config.rollout),
     )  # fmt: skip
     groups.start(config.parallel.tensor, config.parallel.pipeline, config.seed)
-    policy = build_policy(config, config.optimizer, VOCABULARY)
-    reference = build_reference(config, policy, VOCABULARY)
-    engine = MegatronEngine(policy.model, inputs.tokenizer, config.rollout.max_batch)
-    console, state, measured = Console(main=False), RunState(), []
+    run, measured = build(config, inputs, Console(main=False)), []
     for _ in range(WARMUP + steps):
-        row, buffer = rl_step(config, inputs, policy, reference, engine, console, state)
+        row, buffer = rl_step(run)
         assert bool((buffer.response_lengths == NEW_TOKENS).all())
-        state.step += 1
-        state.prompts_seen += PROMPTS
+        run.state.step += 1
+        run.state.prompts_seen += PROMPTS
         measured.append(row)
     if groups.is_main():
         print(json.dumps(summary(measured[WARMUP:], groups, config.parallel, describe())))

@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from megatron_rpp.failures import RunFailure
 from megatron_rpp.rewards.rules import SampleError
 from megatron_rpp.rewards.user import RewardFunction, load_reward
 
@@ -25,7 +26,7 @@ _SHOWN = 500
 """Characters of a text in an error message."""
 
 
-class RewardError(RuntimeError):
+class RewardError(RunFailure):
     """A reward function failed: names the function and shows the sample."""
 
 

@@ -1,0 +1,14 @@
+"""How a run can end: its exit codes, and the failures that one message explains.
+
+    0   done
+    1   failed: a rank raised (its traceback), or a RunFailure (its message) on every rank
+    2   refused: the user's mistake, one line, before any expensive work
+"""
+
+from __future__ import annotations
+
+DONE, FAILED, REFUSED = 0, 1, 2
+
+
+class RunFailure(RuntimeError):
+    """Ends the run, alike on every rank, with a message that needs no traceback: exit code 1."""

@@ -1,0 +1,86 @@
+"""What a run holds, from the moment everything is built: the one argument of the loop's stages."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Callable, Iterator
+
+from megatron_rpp.config import Config
+from megatron_rpp.console import Console
+from megatron_rpp.inputs import Inputs
+from megatron_rpp.metrics import MetricsLog, StageTimes, evaluation_row
+from megatron_rpp.model.reference import Reference
+from megatron_rpp.parallel import groups
+from megatron_rpp.policy import Policy, build_policy, build_reference
+from megatron_rpp.rollout.engine import MegatronEngine, RolloutEngine
+from megatron_rpp.run_state import RunState
+from megatron_rpp.stages.evaluation import evaluate
+
+
+@dataclass
+class Run:
+    """Built by `build`; `state` is where it stands, everything else stays."""
+
+    config: Config
+    inputs: Inputs
+    policy: Policy
+    reference: Reference | None
+    """None where no KL coefficient needs it, and in the supervised warm start."""
+    engine: RolloutEngine
+    console: Console
+    log: MetricsLog
+    state: RunState = field(default_factory=RunState)
+
+    @contextmanager
+    def stage(
+        self, times: StageTimes, name: str, total: int | None = None
+    ) -> Iterator[Callable[[int], None]]:
+        """Times a stage of the step under way and shows a bar; yields what advances the bar."""
+        title = f"step {self.state.step + 1}/{self.config.train.steps} {name}"
+        with times.measure(name), self.console.stage(title, total) as progress:
+            yield progress
+
+
+def build(config: Config, inputs: Inputs, console: Console) -> Run:
+    """A run of train.py at step 0, with fresh models and nothing written yet. Collective."""
+    policy = build_policy(config, config.optimizer, inputs.vocab_size)
+    reference = build_reference(config, policy, inputs.vocab_size)
+    return assemble(config, inputs, console, policy, reference, config.logging.dir)
+
+
+def assemble(
+    config: Config,
+    inputs: Inputs,
+    console: Console,
+    policy: Policy,
+    reference: Reference | None,
+    log_dir: str,
+) -> Run:
+    """The run of these models, with the engine that samples from `policy`."""
+    engine = MegatronEngine(policy.model, inputs.tokenizer, config.rollout.max_batch)
+    return Run(config, inputs, policy, reference, engine, console, MetricsLog(log_dir))
+
+
+def evaluate_held_out(run: Run) -> dict[str, float]:
+    """Asks the held-out prompts, logs and shows the answer; its part of the step's row. Collective.
+
+    Its accuracy is kept in `run.state`.
+    """
+    inputs, state = run.inputs, run.state
+    with run.console.stage("evaluation"):
+        result = evaluate(
+            run.engine, inputs.held_out, inputs.rewards, inputs.tokenizer, inputs.greedy,
+            run.config.evaluation.samples,
+        )  # fmt: skip
+    state.accuracy = result.accuracy
+    run.log.evaluation(state.step, result)
+    text = f"held-out accuracy {result.accuracy:.1%}, reward {result.reward:.3f}"
+    run.console.say(f"step {state.step}: {text} ({result.count} prompts)")
+    return evaluation_row(result)
+
+
+def own_samples(config: Config) -> int:
+    """Responses of one step that this replica samples."""
+    rollout = config.rollout
+    return rollout.prompts_per_step * rollout.samples_per_prompt // groups.data_size()
