@@ -20,9 +20,18 @@ class DataConfig:
     eval: str = ""
     """JSONL file of held-out prompts."""
     tokenizer: str = ""
-    """SentencePiece .model file."""
+    """SentencePiece .model file, or directory of a Hugging Face tokenizer."""
+    trust_remote_code: bool = False
+    """Run the Python code that a tokenizer's directory brings along."""
+    chat_template: str | None = None
+    """File of a chat template (Jinja); null = the tokenizer's own."""
+    apply_chat_template: bool = False
+    """Ask prompts that are texts as one user message; lists of messages always go through the
+    template."""
+    system_prompt: str = ""
+    """System message in front of conversations that have none; empty = none."""
     prompt_key: str = "prompt"
-    """JSONL key of the prompt text."""
+    """JSONL key of the prompt: a text, or a list of messages {role, content}."""
     label_key: str = "label"
     """JSONL key of the label handed to the reward."""
 

@@ -7,7 +7,8 @@ import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from megatron_rpp.config import Config, RolloutConfig
+from megatron_rpp.config import Config, DataConfig, RolloutConfig
+from megatron_rpp.data.chat import PromptFormat
 from megatron_rpp.data.prompts import Prompt, encode_prompts, read_examples
 from megatron_rpp.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_rpp.records import Sampling
@@ -17,6 +18,7 @@ from megatron_rpp.rewards import RewardSet
 @dataclass(frozen=True)
 class Inputs:
     tokenizer: Tokenizer
+    form: PromptFormat
     train: list[Prompt]
     held_out: list[Prompt]
     rewards: RewardSet
@@ -47,11 +49,11 @@ def _given(setting: str, value: str) -> str:
     return value
 
 
-def _prompts(setting: str, path: str, config: Config, tokenizer: Tokenizer) -> list[Prompt]:
+def _prompts(setting: str, path: str, config: Config, form: PromptFormat) -> list[Prompt]:
     data = config.data
     examples = read_examples(_given(setting, path), data.prompt_key, data.label_key)
     limit = config.model.max_length - config.rollout.max_new_tokens
-    return encode_prompts(examples, tokenizer, limit, path)
+    return encode_prompts(examples, form, limit, path)
 
 
 def load_inputs(config: Config) -> Inputs:
@@ -62,7 +64,7 @@ def load_inputs(config: Config) -> Inputs:
             that leaves no room for the response, a tokenizer larger than the model's vocabulary,
             a reward that cannot be imported.
     """
-    tokenizer = load_tokenizer(_given("data.tokenizer", config.data.tokenizer))
+    tokenizer, form = open_tokenizer(config.data)
     vocab_size = config.model.vocab_size or tokenizer.vocab_size
     if tokenizer.vocab_size > vocab_size:
         raise ValueError(
@@ -70,19 +72,28 @@ def load_inputs(config: Config) -> Inputs:
             f"model.vocab_size {vocab_size}: raise model.vocab_size, or leave it out to take the "
             f"tokenizer's"
         )
-    held_out = _prompts("data.eval", config.data.eval, config, tokenizer)
+    held_out = _prompts("data.eval", config.data.eval, config, form)
     if config.evaluation.prompts:
         held_out = held_out[: config.evaluation.prompts]
     sampling, greedy = samplings(config.rollout)
     return Inputs(
         tokenizer=tokenizer,
-        train=_prompts("data.train", config.data.train, config, tokenizer),
+        form=form,
+        train=_prompts("data.train", config.data.train, config, form),
         held_out=held_out,
         rewards=RewardSet(config.reward.functions, config.reward.weights),
         vocab_size=vocab_size,
         sampling=sampling,
         greedy=greedy,
     )
+
+
+def open_tokenizer(data: DataConfig) -> tuple[Tokenizer, PromptFormat]:
+    """The tokenizer, and how prompts become its tokens."""
+    tokenizer = load_tokenizer(
+        _given("data.tokenizer", data.tokenizer), data.chat_template, data.trust_remote_code
+    )
+    return tokenizer, PromptFormat(tokenizer, data.apply_chat_template, data.system_prompt)
 
 
 def samplings(rollout: RolloutConfig) -> tuple[Sampling, Sampling]:

@@ -75,7 +75,7 @@ MISTAKES = {
     "no data set named": ({"data__train": ""}, "data.train is empty: name a file with --data."),
     "no held-out set named": ({"data__eval": ""}, "data.eval is empty: name a file"),
     "no tokenizer named": ({"data__tokenizer": ""}, "data.tokenizer is empty: name a file"),
-    "no tokenizer file": ({"data__tokenizer": "DATA/gone.model"}, "gone.model is not a file"),
+    "no tokenizer file": ({"data__tokenizer": "DATA/gone.model"}, "gone.model is not a file or"),
     "not a tokenizer": (
         {"data__tokenizer": "DATA/train.jsonl"},
         "train.jsonl is not a SentencePiece model",

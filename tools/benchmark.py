@@ -44,6 +44,7 @@ class NumberTokenizer:
     """Token ids as their own text: the reference work is about speed, not language."""
 
     vocab_size, bos_id, eos_id, pad_id = VOCABULARY, None, VOCABULARY - 1, VOCABULARY - 1
+    eos_ids = (eos_id,)
 
     def encode(self, text: str) -> list[int]:
         return [int(word) for word in text.split()]
@@ -66,6 +67,7 @@ def rl_step_worker(steps: int, settings: list[str]) -> None:
     from megatron_rpp import cli
     from megatron_rpp.config import check_world_size
     from megatron_rpp.console import Console
+    from megatron_rpp.data.chat import PromptFormat
     from megatron_rpp.data.prompts import Example, Prompt
     from megatron_rpp.inputs import Inputs, samplings
     from megatron_rpp.parallel import groups
@@ -80,9 +82,10 @@ def rl_step_worker(steps: int, settings: list[str]) -> None:
     generator = torch.Generator().manual_seed(0)
     rows = torch.randint(VOCABULARY - 1, (1024, PROMPT_TOKENS), generator=generator).tolist()
     prompts = [Prompt(Example("benchmark"), tuple(row)) for row in rows]
+    tokenizer = NumberTokenizer()
     inputs = Inputs(
-        NumberTokenizer(), prompts, prompts[:1], RewardSet(config.reward.functions), VOCABULARY,
-        *samplings(config.rollout),
+        tokenizer, PromptFormat(tokenizer), prompts, prompts[:1], RewardSet(config.reward.functions),
+        VOCABULARY, *samplings(config.rollout),
     )  # fmt: skip
     groups.start(config.parallel.tensor, config.parallel.pipeline, config.seed)
     run, measured = build(config, inputs, Console(main=False)), []

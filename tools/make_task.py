@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs without an 
 from megatron_rpp import cli
 from megatron_rpp.config import Config, DataConfig
 from megatron_rpp.data.files import write_atomic
-from megatron_rpp.data.prompts import prompt_tokens
+from megatron_rpp.data.chat import prompt_tokens
 from megatron_rpp.data.tasks import Row, jsonl, make_task
 from megatron_rpp.data.tokenizer import load_tokenizer, train_sentencepiece
 

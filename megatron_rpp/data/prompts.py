@@ -1,9 +1,9 @@
 """Prompt data sets: JSONL rows, their tokens, and the order they are trained in.
 
 A row is ``{"prompt": ..., "label": ..., "metadata": {...}}``; label and metadata are optional and
-other fields are ignored. The order is a function of (seed, position) alone, so a run resumed at
+other fields are ignored. The prompt is a text or a conversation (chat.py). The order is a function of (seed, position) alone, so a run resumed at
 any step, on any number of ranks, takes the same prompts. Left out: streaming of files that do not
-fit in memory, chat templates (a prompt is the text the model sees).
+fit in memory.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_rpp.data.tokenizer import Tokenizer
+from megatron_rpp.data.chat import Message, PromptFormat, last_user_text
 from megatron_rpp.seeds import permutation
 
 
@@ -26,13 +26,16 @@ class Example:
     """One row of a data set: ``label`` and ``metadata`` are for the reward functions."""
 
     prompt: str
+    """Of a conversation: its last user message."""
     label: str | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
+    messages: tuple[Message, ...] = ()
+    """The conversation; empty where the prompt is a text."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """An example and the token ids the model sees: begin-of-sequence (if any) and the prompt."""
+    """An example and the token ids the model sees."""
 
     example: Example
     tokens: tuple[int, ...]
@@ -58,16 +61,20 @@ def read_examples(path: str | Path, prompt_key: str, label_key: str) -> list[Exa
 
 
 def encode_prompts(
-    examples: Sequence[Example], tokenizer: Tokenizer, max_prompt_tokens: int, path: str | Path
+    examples: Sequence[Example], form: PromptFormat, max_prompt_tokens: int, path: str | Path
 ) -> list[Prompt]:
     """Tokenizes the prompts of the data set ``path``; the limit counts begin-of-sequence.
 
     Raises:
-        ValueError: a prompt of more than ``max_prompt_tokens`` tokens.
+        ValueError: a prompt of more than ``max_prompt_tokens`` tokens, or one that the chat
+            template refuses.
     """
     prompts = []
     for line, example in enumerate(examples, start=1):
-        tokens = prompt_tokens(example.prompt, tokenizer)
+        try:
+            tokens = form.tokens(example.messages or example.prompt)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {line}: {error}") from error
         if len(tokens) > max_prompt_tokens:
             raise ValueError(
                 f"{path}, line {line}: the prompt has {len(tokens)} tokens, the limit is "
@@ -76,12 +83,6 @@ def encode_prompts(
             )
         prompts.append(Prompt(example, tokens))
     return prompts
-
-
-def prompt_tokens(text: str, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """Token ids of a prompt: begin-of-sequence where the tokenizer has one, then the text."""
-    begin = () if tokenizer.bos_id is None else (tokenizer.bos_id,)
-    return (*begin, *tokenizer.encode(text))
 
 
 def prompt_indices(cursor: int, count: int, size: int, seed: int) -> list[int]:
@@ -121,12 +122,29 @@ def _parse_row(line: bytes, where: str, prompt_key: str, label_key: str) -> Exam
             f"{where} has no field {prompt_key!r}, only {sorted(row)}: set data.prompt_key to the "
             "field that holds the prompt"
         )
-    prompt, metadata = row[prompt_key], row.get("metadata", {})
-    if not isinstance(prompt, str) or not prompt.strip():
-        raise ValueError(f"{where}: {prompt_key!r} is {prompt!r}, it must be a non-empty string")
+    messages = _messages(row[prompt_key], f"{where}: {prompt_key!r}")
+    prompt = last_user_text(messages) if messages else row[prompt_key]
+    metadata = row.get("metadata", {})
     if not isinstance(metadata, dict):
         raise ValueError(f"{where}: 'metadata' is {_kind(metadata)}, it must be a JSON object")
-    return Example(prompt, _label(row.get(label_key), where, label_key), metadata)
+    return Example(prompt, _label(row.get(label_key), where, label_key), metadata, messages)
+
+
+def _messages(prompt: Any, where: str) -> tuple[Message, ...]:
+    """The checked conversation, empty where the prompt is a text."""
+    if isinstance(prompt, str) and prompt.strip():
+        return ()
+    if not isinstance(prompt, list) or not prompt:
+        raise ValueError(
+            f"{where} is {prompt!r}, it must be a non-empty string or a list of messages"
+        )
+    for number, message in enumerate(prompt):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise ValueError(
+                f"{where}: message {number} is {message!r}, it must be an object with the fields "
+                "'role' and 'content'"
+            )
+    return tuple(prompt)
 
 
 def _label(value: Any, where: str, label_key: str) -> str | None:

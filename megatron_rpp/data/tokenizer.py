@@ -2,7 +2,8 @@
 
 SFT and rollout encode prompt and response apart, so the tokenizers trained here add no space in
 front and change no character: ``decode(encode(x)) == x`` for the text they were trained on.
-Left out: Hugging Face tokenizers, chat templates, byte fallback (256 pieces of a tiny vocabulary).
+Hugging Face tokenizers are in hf_tokenizer.py. Left out: chat templates for SentencePiece models,
+byte fallback in those trained here (256 pieces of a tiny vocabulary).
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ import io
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, NoReturn, Protocol
 
 import sentencepiece
 
 from megatron_rpp.data.files import write_atomic
+from megatron_rpp.data.hf_tokenizer import HuggingFaceTokenizer
 
 PAD, UNK, BOS, EOS = range(4)
 """Ids of the special pieces in the tokenizers trained here."""
@@ -31,7 +33,9 @@ class Tokenizer(Protocol):
     bos_id: int | None
     """Begin-of-sequence, in front of every prompt; None = the tokenizer has none."""
     eos_id: int
-    """End-of-sequence, ends a response."""
+    """End-of-sequence, written at the end of a response that is learned."""
+    eos_ids: tuple[int, ...]
+    """All that end a generated response, eos_id among them."""
     pad_id: int
     """Fills unused positions, which are always masked."""
 
@@ -39,7 +43,14 @@ class Tokenizer(Protocol):
         """Ids of the text, no special ids added."""
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of the ids; special ids give no text, an unknown piece gives " ⁇ "."""
+        """Text of the ids; special ids give no text, an unknown one gives " ⁇ " or U+FFFD."""
+
+    def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
+        """``encode`` of each text."""
+
+    def render(self, messages: Sequence[dict[str, Any]], generation_prompt: bool) -> str:
+        """The conversation as the chat template writes it, up to where the assistant answers where
+        ``generation_prompt``; ValueError where there is no template."""
 
 
 class SentencePieceTokenizer:
@@ -49,8 +60,8 @@ class SentencePieceTokenizer:
         """Raises ValueError: no such file, not a SentencePiece model, or one without end piece."""
         if not Path(path).is_file():
             raise ValueError(
-                f"tokenizer {path} is not a file: correct data.tokenizer, or make the file with "
-                "tools/make_task.py"
+                f"tokenizer {path} is not a file or a directory: correct data.tokenizer, or make "
+                "the file with tools/make_task.py"
             )
         try:
             processor = sentencepiece.SentencePieceProcessor(model_proto=Path(path).read_bytes())
@@ -63,16 +74,22 @@ class SentencePieceTokenizer:
                 f"tokenizer {path} has no end-of-sequence piece: responses could never end; train "
                 "it with an eos_id"
             )
+        self._path = Path(path)
         self._processor = processor
         self.vocab_size: int = processor.get_piece_size()
         self.bos_id: int | None = processor.bos_id() if processor.bos_id() >= 0 else None
         self.eos_id: int = processor.eos_id()
+        self.eos_ids: tuple[int, ...] = (self.eos_id,)
         self.pad_id: int = processor.pad_id() if processor.pad_id() >= 0 else self.eos_id
         self._special = {self.bos_id, self.eos_id, self.pad_id}
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text, no special ids added; characters without a piece become unknown."""
         return self._processor.encode(text)
+
+    def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
+        """``encode`` of each text."""
+        return self._processor.encode(list(texts))
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the ids, special ids skipped.
@@ -83,9 +100,29 @@ class SentencePieceTokenizer:
         pieces = [int(i) if int(i) in known else self._processor.unk_id() for i in ids]
         return self._processor.decode([piece for piece in pieces if piece not in self._special])
 
+    def render(self, messages: Sequence[dict[str, Any]], generation_prompt: bool) -> NoReturn:
+        """Raises ValueError: a SentencePiece model has no chat template."""
+        raise ValueError(
+            f"tokenizer {self._path} is a SentencePiece model, which has no chat template: set "
+            "data.tokenizer to a Hugging Face directory, or use prompts that are texts without "
+            "data.apply_chat_template"
+        )
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Opens the tokenizer of a run; ValueError where the file is missing or is not one."""
+
+def load_tokenizer(
+    path: str | Path, chat_template: str | None = None, trust_remote_code: bool = False
+) -> Tokenizer:
+    """Opens the tokenizer of a run: a SentencePiece file or a Hugging Face directory.
+
+    Args:
+        chat_template: file of a template, in the place of the directory's own.
+        trust_remote_code: run the Python code of a directory that brings its own tokenizer.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if Path(path).is_dir():
+        return HuggingFaceTokenizer(path, chat_template, trust_remote_code)
     return SentencePieceTokenizer(path)
 
 

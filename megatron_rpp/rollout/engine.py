@@ -146,7 +146,7 @@ class MegatronEngine:
         """fp64 [2, b]: the tokens and their log-probs, from the last stage to every stage."""
         chosen = torch.empty(2, len(random), dtype=torch.float64, device=devices.device())
         if groups.is_last_stage():
-            forbid = self.tokenizer.eos_id if position < sampling.min_new_tokens else None
+            forbid = self.tokenizer.eos_ids if position < sampling.min_new_tokens else ()
             tokens, logprobs = choose(model.sampling_logits(hidden), random, sampling, forbid)
             chosen[0], chosen[1] = tokens, logprobs
         return groups.broadcast_from_last_stage(chosen)
@@ -159,7 +159,7 @@ class MegatronEngine:
         wave.tokens[rows, position] = values[0, running]
         wave.logprobs[rows, position] = values[1, running]
         wave.lengths[rows] = position + 1
-        wave.ended[rows] = wave.tokens[rows, position] == self.tokenizer.eos_id
+        wave.ended[rows] = np.isin(wave.tokens[rows, position], self.tokenizer.eos_ids)
         if sampling.stop and position + 1 >= sampling.min_new_tokens:
             for row in rows[~wave.ended[rows]]:
                 text = self.tokenizer.decode(wave.tokens[row, : position + 1].tolist())

@@ -7,6 +7,8 @@ layout, in any batch order and after any resume.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
@@ -34,14 +36,14 @@ def truncate(logits: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
 
 
 def choose(
-    logits: torch.Tensor, uniform: np.ndarray, sampling: Sampling, forbid: int | None = None
+    logits: torch.Tensor, uniform: np.ndarray, sampling: Sampling, forbid: Sequence[int] = ()
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Samples one token per row.
 
     Args:
         logits: [b, v] fp32, the whole vocabulary.
         uniform: [b] numbers in [0, 1), from `seeds.uniforms`.
-        forbid: a token that may not be chosen now (end-of-sequence before min_new_tokens).
+        forbid: tokens that may not be chosen now (end-of-sequence before min_new_tokens).
     Returns:
         tokens [b] int64 and their fp32 log-probs [b] under softmax(logits/temperature): the
         distribution that training sees, before top-k, top-p and `forbid`.
@@ -49,9 +51,9 @@ def choose(
     greedy = sampling.temperature == 0.0
     scaled = logits if greedy else logits / sampling.temperature
     allowed = scaled
-    if forbid is not None:
+    if forbid:
         allowed = allowed.clone()
-        allowed[:, forbid] = -torch.inf
+        allowed[:, list(forbid)] = -torch.inf
     if greedy:
         tokens = allowed.argmax(-1)
     else:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_rpp.data.chat import PromptFormat
 from megatron_rpp.data.prompts import encode_prompts, read_examples
 from megatron_rpp.data.tokenizer import load_tokenizer
 from megatron_rpp.rewards import RewardSet
@@ -55,7 +56,7 @@ def test_a_trainer_can_use_what_it_writes(recipe):
     tokenizer = load_tokenizer(out / "sums.model")
     for path, size in ((out / "train.jsonl", 300), (out / "held" / "eval.jsonl", 20)):
         examples = read_examples(path, "prompt", "label")
-        prompts = encode_prompts(examples, tokenizer, 11, path)
+        prompts = encode_prompts(examples, PromptFormat(tokenizer), 11, path)
         assert len(prompts) == size
         answers = [tokenizer.decode(tokenizer.encode(e.label)) for e in examples]
         scores = RewardSet(["exact_match", "reasoning_gym"]).score(

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_rpp.data.chat import PromptFormat
 from megatron_rpp.data.prompts import (
     Example,
     Prompt,
@@ -19,7 +20,7 @@ class CodePoints:
     """A real tokenizer of the simplest kind: one id per character, after the special ids."""
 
     vocab_size = 4 + 0x110000
-    eos_id, pad_id = 3, 0
+    eos_id, eos_ids, pad_id = 3, (3,), 0
 
     def __init__(self, bos_id: int | None) -> None:
         self.bos_id = bos_id
@@ -72,6 +73,8 @@ def test_keys_are_the_users_and_a_missing_last_newline_is_fine(tmp_path):
         ('{"prompt": ""}', "non-empty string"),
         ('{"prompt": " \\n"}', "non-empty string"),
         ('{"prompt": 7}', "'prompt' is 7"),
+        ('{"prompt": []}', r"'prompt' is \[\], it must be a non-empty string or a list of messages"),
+        ('{"prompt": [{"content": "a"}]}', "message 0 is .* must be an object with the fields 'role'"),
         ('{"prompt": "a", "label": true}', "'label' is true or false"),
         ('{"prompt": "a", "label": ["b"]}', "'label' is a list"),
         ('{"prompt": "a", "metadata": "b"}', "'metadata' is a string"),
@@ -100,15 +103,15 @@ def test_missing_and_empty_files(tmp_path):
 
 def test_prompts_start_with_begin_of_sequence_where_there_is_one():
     example = Example("ab", "c", {})
-    assert encode_prompts([example], CodePoints(2), 3, "f") == [Prompt(example, (2, 101, 102))]
-    assert encode_prompts([example], CodePoints(None), 3, "f") == [Prompt(example, (101, 102))]
+    assert encode_prompts([example], PromptFormat(CodePoints(2)), 3, "f") == [Prompt(example, (2, 101, 102))]
+    assert encode_prompts([example], PromptFormat(CodePoints(None)), 3, "f") == [Prompt(example, (101, 102))]
 
 
 def test_prompt_over_the_limit_is_refused_with_the_remedies():
     examples = [Example("ab"), Example("abc")]
-    assert len(encode_prompts(examples, CodePoints(2), 4, "f")) == 2
+    assert len(encode_prompts(examples, PromptFormat(CodePoints(2)), 4, "f")) == 2
     with pytest.raises(ValueError) as error:
-        encode_prompts(examples, CodePoints(2), 3, "data/train.jsonl")
+        encode_prompts(examples, PromptFormat(CodePoints(2)), 3, "data/train.jsonl")
     assert str(error.value) == (
         "data/train.jsonl, line 2: the prompt has 4 tokens, the limit is 3: raise "
         "model.max_length, lower rollout.max_new_tokens, or remove the row"

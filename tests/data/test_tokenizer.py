@@ -37,7 +37,7 @@ def pieces(path) -> list[str]:
 
 def test_special_ids_and_size(model):
     tokenizer = load_tokenizer(model)
-    assert (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id) == (0, 2, 3)
+    assert (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_ids) == (0, 2, (3,))
     assert pieces(model)[:4] == ["<pad>", "<unk>", "<s>", "</s>"]
     assert 4 < tokenizer.vocab_size == len(pieces(model)) <= 64
 
@@ -103,10 +103,8 @@ def test_too_few_pieces_for_the_characters(tmp_path):
 
 
 def test_files_that_are_no_tokenizer(tmp_path):
-    with pytest.raises(ValueError, match="absent.model is not a file: correct data.tokenizer"):
+    with pytest.raises(ValueError, match="absent.model is not a file or a directory: correct"):
         load_tokenizer(tmp_path / "absent.model")
-    with pytest.raises(ValueError, match="is not a file"):
-        load_tokenizer(tmp_path)
     for content in (b"", b'{"model": "bpe"}'):
         (tmp_path / "other.model").write_bytes(content)
         with pytest.raises(ValueError, match="other.model is not a SentencePiece model"):

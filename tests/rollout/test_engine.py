@@ -4,11 +4,14 @@ alone, never on the batch it ran in.
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
 from megatron_rpp.config import ModelConfig, ParallelConfig
-from megatron_rpp.data.prompts import Example, Prompt, prompt_tokens
+from megatron_rpp.data.chat import prompt_tokens
+from megatron_rpp.data.prompts import Example, Prompt
 from megatron_rpp.data.tokenizer import load_tokenizer, train_sentencepiece
 from megatron_rpp.model import build
 from megatron_rpp.model.attention import CoreAttention
@@ -171,6 +174,22 @@ def test_end_of_sequence_ends_and_max_new_tokens_truncates(generate, requests, t
         assert len(generation.logprobs) == len(generation.tokens) <= 16
         if generation.truncated:
             assert len(generation.tokens) == 16
+
+
+def test_any_of_several_ends_ends(generate, model, requests, tokenizer):
+    free = generate(requests)
+    other = max(set(free[0].tokens) - {tokenizer.eos_id}, key=free[0].tokens.count)
+    two_ends = copy.copy(tokenizer)
+    two_ends.eos_ids = (tokenizer.eos_id, other)
+    engine = MegatronEngine(model, two_ends, 64)
+    ended = engine.generate(requests, Sampling(max_new_tokens=16), SEED, STEP)
+    for whole, generation in zip(free, ended, strict=True):
+        until = whole.tokens.index(other) + 1 if other in whole.tokens else len(whole.tokens)
+        assert generation.tokens == whole.tokens[:until]
+        assert generation.truncated == (generation.tokens[-1] not in two_ends.eos_ids)
+    held = Sampling(max_new_tokens=16, min_new_tokens=6)
+    for generation in engine.generate(requests, held, SEED, STEP):
+        assert not set(generation.tokens[:6]) & set(two_ends.eos_ids)
 
 
 def test_a_shorter_limit_gives_the_beginning_of_the_same_response(generate, requests):

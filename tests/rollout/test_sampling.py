@@ -92,7 +92,7 @@ LOGITS = torch.tensor([1.0, -0.5, 0.3, 2.0, -1.0, 0.0, 1.5, -2.0])
 CHI_SQUARE_7 = 24.3  # 99.9 % point of 7 degrees of freedom
 
 
-def draw(logits, count=2000, step=0, forbid=None, **settings):
+def draw(logits, count=2000, step=0, forbid=(), **settings):
     """`count` tokens of one distribution, each with the number of another sample."""
     sampling = Sampling(max_new_tokens=1, **settings)
     uniform = uniforms(11, step, np.arange(count), 0)
@@ -116,8 +116,7 @@ def test_frequencies_are_those_of_the_softmax(temperature):
 def allowed_by_hand(logits, sampling, forbid):
     """The truncated distribution in plain float64 loops."""
     values = np.asarray(logits, np.float64) / sampling.temperature
-    if forbid is not None:
-        values[forbid] = -np.inf
+    values[list(forbid)] = -np.inf
     ranked = sorted(range(len(values)), key=lambda i: -values[i])
     kept = ranked[: sampling.top_k] if sampling.top_k else ranked
     probabilities = dict(zip(kept, softmax(values[kept]), strict=True))
@@ -137,7 +136,7 @@ RANDOM_LOGITS = torch.from_numpy(np.random.default_rng(2).normal(size=(40, 50)) 
 
 @pytest.mark.parametrize("top_k", [0, 1, 5, 50, 99])
 @pytest.mark.parametrize("top_p", [1.0, 0.9, 0.3, 0.01])
-@pytest.mark.parametrize("forbid", [None, 7], ids=["", "forbid"])
+@pytest.mark.parametrize("forbid", [(), (7,), (7, 30)], ids=["", "one", "two"])
 def test_tokens_are_the_inverse_of_the_truncated_distribution(top_k, top_p, forbid):
     sampling = Sampling(max_new_tokens=1, temperature=0.8, top_k=top_k, top_p=top_p)
     for step in range(10):
@@ -173,12 +172,13 @@ def test_greedy_takes_the_largest_logit():
     torch.testing.assert_close(logprobs.double(), expected, rtol=0, atol=1e-5)
 
 
-def test_a_forbidden_token_is_never_chosen():
-    best = int(LOGITS.argmax())
+def test_forbidden_tokens_are_never_chosen():
+    best, second = LOGITS.topk(2).indices.tolist()
     assert best in draw(LOGITS, temperature=1.0)[0]
-    assert best not in draw(LOGITS, temperature=1.0, forbid=best)[0]
-    assert best not in draw(LOGITS, 3, temperature=0.0, forbid=best)[0]
-    assert best not in draw(LOGITS, 100, top_k=1, forbid=best)[0]
+    assert best not in draw(LOGITS, temperature=1.0, forbid=[best])[0]
+    assert best not in draw(LOGITS, 3, temperature=0.0, forbid=[best])[0]
+    assert best not in draw(LOGITS, 100, top_k=1, forbid=[best])[0]
+    assert not {best, second} & set(draw(LOGITS, forbid=[best, second])[0].tolist())
     assert LOGITS[best] == 2.0, "the caller's logits were written to"
 
 
@@ -187,7 +187,7 @@ def test_log_probs_are_of_the_whole_distribution_at_the_temperature(temperature)
     """As training sees it: before top-k, top-p and `forbid`."""
     sampling = Sampling(max_new_tokens=1, temperature=temperature, top_k=4, top_p=0.7)
     uniform = uniforms(1, 1, np.arange(40), 1)
-    tokens, logprobs = choose(RANDOM_LOGITS, uniform, sampling, forbid=7)
+    tokens, logprobs = choose(RANDOM_LOGITS, uniform, sampling, forbid=[7])
     whole = (RANDOM_LOGITS.double() / (temperature or 1.0)).log_softmax(-1)
     expected = whole.gather(1, tokens[:, None]).squeeze(1)
     torch.testing.assert_close(logprobs.double(), expected, rtol=0, atol=1e-5)
@@ -214,13 +214,13 @@ logit = st.floats(-30, 30, width=32) | st.just(-math.inf)
     st.sampled_from([0.5, 1.0, 2.0]),
     st.integers(0, 3),
     st.sampled_from([1.0, 0.9, 0.1]),
-    st.sampled_from([None, 0]),
+    st.sampled_from([(), (0,)]),
 )
 def test_never_a_token_of_probability_zero(row, number, temperature, top_k, top_p, forbid):
     sampling = Sampling(max_new_tokens=1, temperature=temperature, top_k=top_k, top_p=top_p)
     tokens, _ = choose(torch.tensor([row]), np.array([number]), sampling, forbid)
     assert 0 <= tokens.item() < len(row)
-    assert row[tokens.item()] > -math.inf and tokens.item() != forbid
+    assert row[tokens.item()] > -math.inf and tokens.item() not in forbid
 
 
 def test_both_ends_of_a_large_vocabulary():

@@ -1,0 +1,138 @@
+"""Hugging Face tokenizers: a directory with tokenizer.json, as models are published with.
+
+Special tokens are never added by the library: begin-of-sequence comes from `prompt_tokens` or from
+the chat template, and so never twice. Left out: downloading from the Hub, and keeping a special
+token's text that stands in a prompt (`<|im_end|>`) from becoming that token, as everywhere else.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+UNKNOWN = "\ufffd"
+"""Text of an id that the tokenizer does not know: a model may have more rows than it has tokens."""
+
+
+class HuggingFaceTokenizer:
+    """A directory of Hugging Face tokenizer files as a ``Tokenizer``."""
+
+    def __init__(
+        self,
+        path: str | Path,
+        chat_template: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        """``chat_template``: a file, in the place of the directory's own template.
+
+        Raises:
+            ValueError: not a tokenizer directory, no such template, or no end-of-sequence token.
+        """
+        from transformers import AutoTokenizer  # here: runs on SentencePiece need not load it
+
+        try:
+            self._tokenizer = AutoTokenizer.from_pretrained(
+                path, local_files_only=True, trust_remote_code=trust_remote_code
+            )
+        except Exception as error:  # the many formats of old and new files raise whatever they like
+            reason = " ".join(str(error).split())
+            raise ValueError(
+                f"tokenizer {path} is not a directory of Hugging Face tokenizer files "
+                f"({type(error).__name__}: {reason}): correct data.tokenizer"
+            ) from error
+        self._path = Path(path)
+        self._template = _read_template(chat_template)
+        tokens = self._tokenizer.get_vocab()
+        self.vocab_size: int = max(tokens.values()) + 1
+        self._known = frozenset(tokens.values())
+        self.eos_ids: tuple[int, ...] = self._end_ids()
+        self.eos_id: int = self.eos_ids[0]
+        self.bos_id: int | None = self._begin_id()
+        pad_id = self._tokenizer.pad_token_id
+        self.pad_id: int = self.eos_id if pad_id is None else pad_id
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of the text, none added; the text of a special token becomes that token."""
+        return self.encode_many([text])[0]
+
+    def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
+        """``encode`` of each text, on all cores."""
+        encoded = self._tokenizer(
+            list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False
+        )
+        return encoded["input_ids"]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of the ids, special ids skipped; an unknown id gives U+FFFD."""
+        runs = groupby(map(int, ids), key=self._known.__contains__)
+        return "".join(self._text(list(run)) if known else UNKNOWN for known, run in runs)
+
+    def render(self, messages: Sequence[dict[str, Any]], generation_prompt: bool) -> str:
+        """The conversation as the chat template writes it, special tokens included.
+
+        Raises:
+            ValueError: there is no template, or it refuses the messages.
+        """
+        if self._template is None and self._tokenizer.chat_template is None:
+            raise ValueError(
+                f"tokenizer {self._path} has no chat template: name a template file with "
+                "data.chat_template, or use prompts that are texts without data.apply_chat_template"
+            )
+        try:
+            return self._tokenizer.apply_chat_template(
+                list(messages),
+                chat_template=self._template,
+                add_generation_prompt=generation_prompt,
+                tokenize=False,
+            )
+        except (jinja2.TemplateError, TypeError) as error:
+            raise ValueError(
+                f"the chat template refuses the messages {list(messages)} ({error}): correct them, "
+                "or name another template with data.chat_template"
+            ) from error
+
+    def _text(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(
+            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+
+    def _begin_id(self) -> int | None:
+        """The begin token, where the tokenizer itself puts it in front of a text."""
+        added = self._tokenizer("", return_attention_mask=False)["input_ids"]
+        bos_id = self._tokenizer.bos_token_id
+        return bos_id if bos_id in added[:1] else None
+
+    def _end_ids(self) -> tuple[int, ...]:
+        """The tokenizer's end token, then those that the model's files name beside it."""
+        own = self._tokenizer.eos_token_id
+        ids = [] if own is None else [own]
+        for name in ("generation_config.json", "config.json"):
+            if (self._path / name).is_file():
+                named = json.loads((self._path / name).read_bytes()).get("eos_token_id")
+                ids += named if isinstance(named, list) else [] if named is None else [named]
+        if not ids:
+            raise ValueError(
+                f"tokenizer {self._path} has no end-of-sequence token: responses could never end; "
+                "set eos_token in its tokenizer_config.json"
+            )
+        unknown = sorted(set(ids) - self._known)
+        if unknown:
+            raise ValueError(
+                f"{self._path} names the end-of-sequence ids {unknown}, which its tokenizer does "
+                "not have: correct eos_token_id in its generation_config.json and config.json"
+            )
+        return tuple(dict.fromkeys(ids))
+
+
+def _read_template(path: str | None) -> str | None:
+    if path is None:
+        return None
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"data.chat_template {path} cannot be read ({error})") from error
