@@ -24,6 +24,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 
+from megatron_rpp.config_model import SIZES
 from megatron_rpp.data.files import write_atomic
 from megatron_rpp.model.language_model import unwrap
 from megatron_rpp.parallel import groups
@@ -70,21 +71,6 @@ def _model_state(model: torch.nn.Module) -> dict:
     return unwrap(model).sharded_state_dict(metadata=dict(_METADATA))
 
 
-def _architecture(model: torch.nn.Module) -> dict:
-    """What the shapes of the tensors do not tell (the vocabulary's are padded), by setting."""
-    stage = unwrap(model)
-    config = stage.config
-    return {
-        "heads": config.num_attention_heads,
-        "kv_heads": config.num_query_groups,
-        "head_dim": config.kv_channels,
-        "vocab_size": stage.true_vocab_size,
-        "tied_embeddings": stage.share_embeddings_and_output_weights,
-        "rope_theta": float(stage.rotary_base),
-        "norm_eps": config.layernorm_epsilon,
-    }
-
-
 def _check_fit(model: torch.nn.Module, path: Path) -> None:
     """Refuses a checkpoint of another model, alike on every rank."""
     stored = dist_checkpointing.load_tensors_metadata(str(path))
@@ -94,8 +80,8 @@ def _check_fit(model: torch.nn.Module, path: Path) -> None:
     apply_factories(own)
     problems = [
         f"{name} is {theirs[name]} there, {value} here"
-        for name, value in _architecture(model).items()
-        if theirs.get(name, value) != value
+        for name, value in unwrap(model).architecture.items()
+        if name not in SIZES and theirs.get(name, value) != value  # SIZES: the shapes tell more
     ]
     for entry in nested_values(own):
         if not isinstance(entry, ShardedTensor) or entry.allow_shape_mismatch:
@@ -209,7 +195,7 @@ def save(
         temporary.mkdir(parents=True)
     dist.barrier()
     content = _whole_state(model, optimizer, scheduler, False)
-    content |= {"run": asdict(state), "architecture": _architecture(model)}
+    content |= {"run": asdict(state), "architecture": unwrap(model).architecture}
     dist_checkpointing.save(content, str(temporary))
     dist.barrier()
     if groups.is_main():

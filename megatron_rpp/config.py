@@ -28,58 +28,7 @@ from megatron_rpp.config_learning import (
     RolloutConfig,
     TaskConfig,
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """Decoder-only transformer: RMSNorm, rotary positions, SwiGLU, grouped-query attention."""
-
-    layers: int = 4
-    """Transformer layers."""
-    hidden: int = 128
-    """Width of the residual stream."""
-    ffn_hidden: int = 344
-    """Width of the SwiGLU inner layer."""
-    heads: int = 4
-    """Query heads."""
-    kv_heads: int | None = None
-    """Key and value heads, a divisor of heads (grouped-query attention); null = heads."""
-    head_dim: int | None = None
-    """Channels per head, even; null = hidden / heads."""
-    vocab_size: int | None = None
-    """Token ids before padding; null = the size of the tokenizer."""
-    max_length: int = 256
-    """Context in tokens, prompt and response together."""
-    rope_theta: float = 10000.0
-    """Base of the rotary frequencies."""
-    norm_eps: float = 1e-5
-    """Epsilon inside the square root of RMSNorm."""
-    tied_embeddings: bool = False
-    """Use one matrix for the input embedding and the output layer."""
-    init_std: float = 0.02
-    """Standard deviation of the random initial weights."""
-    dtype: Literal["fp32", "bf16"] = "fp32"
-    """Arithmetic of forward and backward; the optimizer always keeps fp32 master weights."""
-    init_path: str | None = None
-    """Megatron checkpoint directory whose weights policy and reference start from; null = random
-    weights from the seed."""
-
-    def __post_init__(self) -> None:
-        check_range("model", self, "layers hidden ffn_hidden heads kv_heads vocab_size", at_least=1)
-        check_range("model", self, "max_length head_dim", at_least=2)
-        check_range("model", self, "rope_theta norm_eps init_std", above=0)
-        check_choices("model", self)
-        if self.head_dim is None:
-            remedy = "change one of them or set model.head_dim"
-            check_divides("model.hidden", self.hidden, "model.heads", self.heads, remedy)
-        head_dim = self.head_dim or self.hidden // self.heads
-        if head_dim % 2:
-            raise ValueError(
-                f"model.head_dim (model.hidden / model.heads where it is null) must be even, got "
-                f"{head_dim}: rotary positions turn pairs of channels"
-            )
-        if self.kv_heads is not None:
-            check_divides("model.heads", self.heads, "model.kv_heads", self.kv_heads)
+from megatron_rpp.config_model import ModelConfig
 
 
 @dataclass(frozen=True, kw_only=True)

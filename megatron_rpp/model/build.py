@@ -3,7 +3,7 @@
 With TransformerEngine Megatron's fused linear and norm modules are used, without it the local
 ones and our RMSNorm; core attention is ours in both (it carries the key-value cache).
 
-Left out: mixture of experts, virtual pipeline stages, context parallelism, rope scaling.
+Left out: mixture of experts, virtual pipeline stages, context parallelism.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from megatron_rpp.model import initialization
 from megatron_rpp.model.attention import CoreAttention
 from megatron_rpp.model.language_model import LanguageModel, unwrap
 from megatron_rpp.model.norm import RMSNorm
+from megatron_rpp.model.rotary import inverse_frequencies
 from megatron_rpp.parallel import groups
 
 # Embedding rows are padded to a multiple of this (and of the tensor-parallel size), so that the
@@ -45,7 +46,7 @@ def _leave(parameter: torch.Tensor) -> torch.Tensor:
 
 
 def transformer_config(model: ModelConfig, parallel: ParallelConfig) -> TransformerConfig:
-    """Megatron's configuration of a Llama-like decoder: RMSNorm, SwiGLU, no biases."""
+    """Megatron's configuration of a Llama-like decoder: RMSNorm, SwiGLU."""
     bf16 = model.dtype == "bf16"
     dtype = torch.bfloat16 if bf16 else torch.float32
     config = TransformerConfig(
@@ -60,6 +61,8 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig) -> Transfor
         gated_linear_unit=True,
         activation_func=F.silu,
         add_bias_linear=False,
+        add_qkv_bias=model.qkv_bias,
+        qk_layernorm=model.qk_norm,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         # Megatron marks the sharded parameters while it initialises them; initialization.py then
@@ -85,14 +88,17 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig) -> Transfor
     return config
 
 
-def layer_spec():
+def layer_spec(qk_norm: bool):
     """TransformerEngine's layer where it is present, else Megatron's own; attention is ours."""
     if devices.has_transformer_engine():
-        spec = get_gpt_layer_with_transformer_engine_spec()
+        spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_norm)
     else:
-        spec = get_gpt_layer_local_spec(normalization="RMSNorm")
+        spec = get_gpt_layer_local_spec(qk_layernorm=qk_norm, normalization="RMSNorm")
         spec.submodules.input_layernorm = RMSNorm
         spec.submodules.pre_mlp_layernorm = RMSNorm
+        if qk_norm:
+            attention = spec.submodules.self_attention.submodules
+            attention.q_layernorm = attention.k_layernorm = RMSNorm
     spec.submodules.self_attention.submodules.core_attention = CoreAttention
     return spec
 
@@ -105,7 +111,7 @@ def build_model(
     The same seed gives the same whole model on every layout.
     """
     config = transformer_config(model, parallel)
-    layer = layer_spec()
+    layer = layer_spec(model.qk_norm)
     block = layer
     if not devices.has_transformer_engine():
         layers = [layer] * (model.layers // parallel.pipeline)
@@ -114,13 +120,14 @@ def build_model(
         config=config,
         transformer_layer_spec=block,
         vocab_size=padded_vocab_size(vocab_size, parallel.tensor),
-        true_vocab_size=vocab_size,
+        architecture=model.architecture(vocab_size),
         max_sequence_length=model.max_length,
         pre_process=groups.is_first_stage(),
         post_process=groups.is_last_stage(),
         share_embeddings_and_output_weights=model.tied_embeddings,
         rotary_base=model.rope_theta,
     )
+    stage.rotary_pos_emb.inv_freq = inverse_frequencies(model).to(devices.device())
     stage.to(devices.device())
     initialization.fill(stage, model.init_std, seed)
     return stage

@@ -24,9 +24,10 @@ from megatron_rpp.model.attention import CoreAttention, KeyValueCache
 class LanguageModel(GPTModel):
     """One pipeline stage of a decoder-only transformer."""
 
-    def __init__(self, *, true_vocab_size: int, **kwargs):
+    def __init__(self, *, architecture: dict, **kwargs):
         super().__init__(position_embedding_type="rope", **kwargs)
-        self.true_vocab_size = true_vocab_size  # the embedding has padding rows above it
+        self.architecture = architecture  # see ModelConfig.architecture; checkpoints keep it
+        self.true_vocab_size = architecture["vocab_size"]  # the embedding pads it with rows
         self._rotary_table: torch.Tensor | None = None
 
     def forward(
