@@ -10,14 +10,19 @@ model. How they are put together is one of three kinds:
     GATE_UP   the gate above the up projection
 
 A tensor-parallel rank's part of the result is made of the same part of each source, in all three.
+Behind each source stands its shape:
+
+    v vocabulary · h hidden · f feed-forward · d head · q all query heads · k all key-value heads
 
 Left out: mixtures of experts, multi-head latent attention, layers that differ from each other.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 
@@ -30,7 +35,14 @@ class Row:
 
     megatron: str
     hf: tuple[str, ...]
+    shapes: tuple[str, ...]
     kind: Kind = "COPY"
+
+    @classmethod
+    def made_of(cls, megatron: str, *sources: str, kind: Kind = "COPY") -> "Row":
+        """A row from sources written as "name [shape]"."""
+        names, shapes = zip(*(source.rstrip("]").split(" [") for source in sources))
+        return cls(megatron, names, shapes, kind)
 
     @property
     def per_layer(self) -> bool:
@@ -39,7 +51,19 @@ class Row:
     def of_layer(self, layer: int) -> "Row":
         """The row with its names filled in."""
         names = tuple(name.format(layer=layer) for name in self.hf)
-        return Row(self.megatron.format(layer=layer), names, self.kind)
+        return Row(self.megatron.format(layer=layer), names, self.shapes, self.kind)
+
+    def sizes(self, settings: dict[str, Any]) -> list[tuple[int, ...]]:
+        """The shape of each source in a model of these settings (ModelConfig.architecture)."""
+        size = {
+            "v": settings["vocab_size"],
+            "h": settings["hidden"],
+            "f": settings["ffn_hidden"],
+            "d": settings["head_dim"],
+            "q": settings["heads"] * settings["head_dim"],
+            "k": settings["kv_heads"] * settings["head_dim"],
+        }
+        return [tuple(size[letter] for letter in shape.split()) for shape in self.shapes]
 
     def merge(self, parts: list[torch.Tensor], head_dim: int) -> torch.Tensor:
         """Megatron's tensor from `parts`, the tensors of `hf` or one rank's part of each."""
@@ -61,51 +85,57 @@ class Row:
         parts = grouped.split([queries, 1, 1], 1)
         return [part.flatten(0, 2).contiguous() for part in parts]
 
-    def part_shapes(
-        self, shape: tuple[int, ...], heads: int, kv_heads: int
-    ) -> list[tuple[int, ...]]:
-        """The shapes of what `split` gives for a whole of `shape`."""
-        whole = torch.empty(shape, device="meta")
-        return [tuple(part.shape) for part in self.split(whole, heads, kv_heads)]
-
 
 EMBEDDING = "embedding.word_embeddings.weight"
 OUTPUT = "output_layer.weight"
-_LAYER, _HF_LAYER = "decoder.layers.{layer}.", "model.layers.{layer}."
 
 
-def _layer(megatron: str, *hf: str, kind: Kind = "COPY") -> Row:
-    return Row(_LAYER + megatron, tuple(_HF_LAYER + name for name in hf), kind)
-
-
-def _qkv(field: str) -> Row:
-    sources = (f"self_attn.{x}_proj.{field}" for x in "qkv")
-    return _layer(f"self_attention.linear_qkv.{field}", *sources, kind="QKV")
+def _layer(megatron: str, *sources: str, kind: Kind = "COPY") -> Row:
+    sources = (f"model.layers.{{layer}}.{source}" for source in sources)
+    return Row.made_of(f"decoder.layers.{{layer}}.{megatron}", *sources, kind=kind)
 
 
 _LLAMA = (
-    Row(EMBEDDING, ("model.embed_tokens.weight",)),
-    _layer("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight"),
-    _qkv("weight"),
-    _layer("self_attention.linear_proj.weight", "self_attn.o_proj.weight"),
-    _layer("mlp.linear_fc1.layer_norm_weight", "post_attention_layernorm.weight"),
+    Row.made_of(EMBEDDING, "model.embed_tokens.weight [v h]"),
+    _layer("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight [h]"),
     _layer(
-        "mlp.linear_fc1.weight", "mlp.gate_proj.weight", "mlp.up_proj.weight", kind="GATE_UP"
+        "self_attention.linear_qkv.weight",
+        "self_attn.q_proj.weight [q h]",
+        "self_attn.k_proj.weight [k h]",
+        "self_attn.v_proj.weight [k h]",
+        kind="QKV",
     ),
-    _layer("mlp.linear_fc2.weight", "mlp.down_proj.weight"),
-    Row("decoder.final_layernorm.weight", ("model.norm.weight",)),
-    Row(OUTPUT, ("lm_head.weight",)),
+    _layer("self_attention.linear_proj.weight", "self_attn.o_proj.weight [h q]"),
+    _layer("mlp.linear_fc1.layer_norm_weight", "post_attention_layernorm.weight [h]"),
+    _layer(
+        "mlp.linear_fc1.weight",
+        "mlp.gate_proj.weight [f h]",
+        "mlp.up_proj.weight [f h]",
+        kind="GATE_UP",
+    ),
+    _layer("mlp.linear_fc2.weight", "mlp.down_proj.weight [h f]"),
+    Row.made_of("decoder.final_layernorm.weight", "model.norm.weight [h]"),
+    Row.made_of(OUTPUT, "lm_head.weight [v h]"),
+)
+_QKV_BIAS = (
+    _layer(
+        "self_attention.linear_qkv.bias",
+        "self_attn.q_proj.bias [q]",
+        "self_attn.k_proj.bias [k]",
+        "self_attn.v_proj.bias [k]",
+        kind="QKV",
+    ),
 )
 _QK_NORM = (
-    _layer("self_attention.q_layernorm.weight", "self_attn.q_norm.weight"),
-    _layer("self_attention.k_layernorm.weight", "self_attn.k_norm.weight"),
+    _layer("self_attention.q_layernorm.weight", "self_attn.q_norm.weight [d]"),
+    _layer("self_attention.k_layernorm.weight", "self_attn.k_norm.weight [d]"),
 )
 
 # Llama 2 and 3, SmolLM2 · Mistral · Qwen2 and 2.5 · Qwen3 (dense)
 FAMILIES: dict[str, tuple[Row, ...]] = {
     "LlamaForCausalLM": _LLAMA,
     "MistralForCausalLM": _LLAMA,
-    "Qwen2ForCausalLM": (*_LLAMA, _qkv("bias")),
+    "Qwen2ForCausalLM": (*_LLAMA, *_QKV_BIAS),
     "Qwen3ForCausalLM": (*_LLAMA, *_QK_NORM),
 }
 
@@ -127,20 +157,40 @@ def canonical(name: str) -> str:
     return name
 
 
-def rows_of(architecture: str, layers: int, tied: bool) -> list[Row]:
-    """Every row of a whole model, layer numbers filled in.
-
-    Raises ValueError where the architecture has no table.
-    """
-    if architecture not in FAMILIES:
-        raise ValueError(
-            f"no table for the architecture {architecture!r}: known are {', '.join(FAMILIES)}; "
-            f"add it to megatron_rpp/hf/families.py"
-        )
+def rows_of(architecture: str, settings: dict[str, Any]) -> list[Row]:
+    """Every row of a whole model of these settings, layer numbers filled in."""
     rows: list[Row] = []
     for row in FAMILIES[architecture]:
         if row.per_layer:
-            rows += [row.of_layer(layer) for layer in range(layers)]
-        elif not (tied and row.megatron == OUTPUT):
+            rows += [row.of_layer(layer) for layer in range(settings["layers"])]
+        elif not (settings["tied_embeddings"] and row.megatron == OUTPUT):
             rows.append(row)
     return rows
+
+
+def check_tensors(
+    rows: list[Row],
+    settings: dict[str, Any],
+    shapes: Mapping[str, tuple[int, ...]],
+    directory: str | Path,
+) -> None:
+    """Raises ValueError where a tensor is missing, of another shape, or belongs to no row.
+
+    Where embeddings are tied the output projection may be stored too, and is not read.
+    """
+    needed = {name: size for row in rows for name, size in zip(row.hf, row.sizes(settings))}
+    there = {name for name in shapes if not name.endswith(IGNORED)}
+    if settings["tied_embeddings"]:
+        there.discard("lm_head.weight")
+    for problem, wrong in (
+        ("lacks", needed.keys() - there),
+        ("has besides", there - needed.keys()),
+        ("has in another shape", {n for n in there & needed.keys() if shapes[n] != needed[n]}),
+    ):
+        if wrong:
+            shown = ", ".join(sorted(wrong)[:3])
+            raise ValueError(
+                f"{directory} does not fit the table of its architecture: it {problem} "
+                f"{shown}{' ...' if len(wrong) > 3 else ''} ({len(wrong)} in all): the files or "
+                f"config.json are of another model"
+            )

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,13 +17,6 @@ from safetensors import SafetensorError, safe_open
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-
-
-class Stored(NamedTuple):
-    """What a file says of a tensor."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
 
 
 class Weights:
@@ -35,7 +27,8 @@ class Weights:
         self.directory = Path(directory)
         self._open: tuple[Path, object] | None = None
         self.files = self._files()
-        self.stored: dict[str, Stored] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, torch.dtype] = {}
         for file in sorted(set(self.files.values())):
             self._read_header(file)
 
@@ -74,13 +67,13 @@ class Weights:
             if name not in there:
                 raise ValueError(f"{file} does not hold {name}, which the index says it does")
             tensor = handle.get_slice(name)
-            dtype = DTYPES.get(tensor.get_dtype())
-            if dtype is None:
+            if tensor.get_dtype() not in DTYPES:
                 raise ValueError(
                     f"{name} in {file} is of type {tensor.get_dtype()}: only "
                     f"{', '.join(DTYPES)} are read, dequantise the model first"
                 )
-            self.stored[name] = Stored(tuple(tensor.get_shape()), dtype)
+            self.shapes[name] = tuple(tensor.get_shape())
+            self.dtypes[name] = DTYPES[tensor.get_dtype()]
 
     def read(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None):
         """`name`, or its part from `start` to `stop` along `dim`; a view of the file."""

@@ -1,0 +1,77 @@
+"""Fills a pipeline stage from a Hugging Face directory; each rank reads its own slices only.
+
+A file is memory-mapped, so a rank touches the bytes of its own layers and tensor-parallel parts.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from megatron_rpp.hf.architecture import read_architecture
+from megatron_rpp.hf.families import EMBEDDING, OUTPUT, Row, canonical, check_tensors, rows_of
+from megatron_rpp.hf.safetensors_in import Weights
+from megatron_rpp.model import initialization
+from megatron_rpp.model.language_model import LanguageModel, unwrap
+
+
+def fits(stage: torch.nn.Module, directory: str | Path) -> None:
+    """Raises ValueError where the directory holds another model than `stage`."""
+    ours, theirs = unwrap(stage).architecture, read_architecture(directory).settings
+    other = [
+        f"{name} is {theirs[name]} there, {value} here"
+        for name, value in ours.items()
+        if theirs[name] != value
+    ]
+    if other:
+        raise ValueError(
+            f"{directory} does not fit the model: {'; '.join(other)}. Leave these settings of the "
+            f"model section out: model.hf_path brings its own"
+        )
+
+
+@torch.no_grad()
+def load_hf(stage: torch.nn.Module, directory: str | Path) -> None:
+    """Fills every parameter of `stage`, cast to the stage's own type.
+
+    Raises ValueError, the same on every rank, where the directory holds another model.
+    """
+    model = unwrap(stage)
+    fits(model, directory)
+    source = read_architecture(directory)
+    weights = Weights(directory)
+    rows = rows_of(source.name, source.settings)
+    check_tensors(rows, source.settings, weights.shapes, directory)
+    by_name = {row.megatron: row for row in rows}
+    for name, parameter in model.named_parameters():
+        row = by_name[canonical(initialization.global_name(model, name))]
+        parameter.copy_(own_part(model, row, parameter, weights))
+
+
+def own_part(
+    model: LanguageModel, row: Row, parameter: torch.nn.Parameter, weights: Weights
+) -> torch.Tensor:
+    """This rank's part of the tensor of `row`, read as slices of its sources."""
+    tensor = model.pg_collection.tp
+    rank, size = tensor.rank(), tensor.size()
+    if row.megatron in (EMBEDDING, OUTPUT):
+        return _vocabulary_rows(row, parameter, weights, rank * len(parameter))
+    if not initialization.is_tensor_sharded(parameter):
+        rank, size = 0, 1
+    dim = parameter.partition_dim if size > 1 else 0
+    parts = []
+    for name in row.hf:
+        length = weights.shapes[name][dim] // size
+        parts.append(weights.read(name, dim, rank * length, (rank + 1) * length))
+    return row.merge(parts, model.config.kv_channels)
+
+
+def _vocabulary_rows(row: Row, parameter, weights: Weights, first: int) -> torch.Tensor:
+    """Rows from `first` on; those past the vocabulary pad it and are zero."""
+    (name,) = row.hf
+    words = weights.shapes[name][0]
+    part = torch.zeros(parameter.shape, dtype=weights.dtypes[name], device="cpu")
+    own = weights.read(name, 0, min(first, words), min(first + len(parameter), words))
+    part[: len(own)] = own
+    return part

@@ -1,0 +1,78 @@
+"""Small random models of every family, made and saved by transformers: the oracle of these tests.
+
+Odd vocabularies, grouped queries, head sizes unlike hidden / heads, norms and biases that are not
+one and zero: whatever is confused with something else changes the logits.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+SIZES = {
+    "vocab_size": 101,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.2,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+_PLAIN = {"rope_type": "default", "rope_theta": 500.0}
+# Family: its class in transformers, and what is special about it.
+FAMILIES = {
+    "llama2": ("Llama", {"rope_parameters": _PLAIN, "num_key_value_heads": 4}),
+    "llama3": ("Llama", {"rope_parameters": LLAMA3, "head_dim": 16}),
+    "smollm2": ("Llama", {"rope_parameters": _PLAIN, "tie_word_embeddings": True}),
+    "mistral": ("Mistral", {"rope_parameters": _PLAIN, "head_dim": 16, "sliding_window": 512}),
+    "qwen2": ("Qwen2", {"rope_parameters": _PLAIN}),
+    "qwen2-tied": ("Qwen2", {"rope_parameters": _PLAIN, "tie_word_embeddings": True}),
+    "qwen3": ("Qwen3", {"rope_parameters": _PLAIN, "head_dim": 12}),
+    "qwen3-tied": ("Qwen3", {"rope_parameters": LLAMA3, "tie_word_embeddings": True}),
+}
+
+
+def make(family: str, seed: int = 3, **settings):
+    """A model of transformers with random weights, in fp32."""
+    import transformers
+
+    name, special = FAMILIES[family]
+    config = getattr(transformers, f"{name}Config")(**(SIZES | special | settings))
+    torch.manual_seed(seed)
+    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.copy_(torch.rand(len(parameter)) + 0.5)
+    return model
+
+
+def save(folder: Path, family: str, **settings) -> Path:
+    """The directory of such a model."""
+    path = folder / family
+    make(family, **settings).save_pretrained(path, max_shard_size="50KB")
+    return path
+
+
+@torch.no_grad()
+def logits(directory: Path, tokens: torch.Tensor, dtype=torch.float32) -> torch.Tensor:
+    """[b, s, v] of transformers."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        directory, dtype=dtype, attn_implementation="eager", local_files_only=True
+    )
+    return model.eval()(tokens, use_cache=False).logits

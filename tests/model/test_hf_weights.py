@@ -1,0 +1,102 @@
+"""Weights of every family loaded straight from safetensors, against transformers' own logits.
+
+fp32 logits agree to 1e-5 of the largest (sums in another order), alone and on two ranks of each kind.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from megatron_rpp.config import ModelConfig, ParallelConfig
+from megatron_rpp.config_model import RopeScalingConfig
+from megatron_rpp.hf.architecture import read_architecture
+from megatron_rpp.model import build
+from megatron_rpp.model.hf_weights import load_hf
+from megatron_rpp.model.rotary import inverse_frequencies
+from megatron_rpp.parallel import groups, pipeline
+from megatron_rpp.records import MicroBatch
+from tests.distributed import run_ranks
+from tests.hf.models import FAMILIES, LLAMA3, logits, save
+
+TOKENS = torch.randint(101, (2, 80), generator=torch.Generator().manual_seed(1))
+TOLERANCE = 1e-5
+LAYOUTS = {
+    "TP2": ParallelConfig(tensor=2),
+    "TP2, sequence-parallel": ParallelConfig(tensor=2, sequence_parallel=True),
+    "PP2": ParallelConfig(pipeline=2),
+}
+
+
+@pytest.fixture(scope="module")
+def directories(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hf")
+    return {family: save(folder, family) for family in FAMILIES}
+
+
+def model_config(directory):
+    settings = dict(read_architecture(directory).settings)
+    settings["rope_scaling"] = RopeScalingConfig(**settings["rope_scaling"])
+    return ModelConfig(**settings, max_length=128)
+
+
+def loaded(directory, parallel):
+    model = model_config(directory)
+    stage = build.build_model(model, parallel, model.vocab_size, seed=8)
+    load_hf(stage, directory)
+    return stage
+
+
+def our_logits(directory, parallel):
+    """[b, s, v] on the last stage, None elsewhere."""
+    stage = loaded(directory, parallel).requires_grad_(False)
+    none = torch.zeros(0, dtype=torch.int64)
+    head = lambda batch, hidden: stage.sampling_logits(hidden.flatten(0, 1))
+    found = pipeline.score(stage, [MicroBatch(TOKENS, none, none, none, none)], head)
+    rows = TOKENS.shape[1], TOKENS.shape[0]
+    return found[0].unflatten(0, rows).transpose(0, 1) if found else None
+
+
+def on_every_layout(rank, directories):
+    os.environ["LOCAL_WORLD_SIZE"] = "2"
+    results = {}
+    for layout, parallel in LAYOUTS.items():
+        groups.start(parallel.tensor, parallel.pipeline, 1)
+        for family, directory in directories.items():
+            results[layout, family] = our_logits(directory, parallel)
+        groups.split_again()
+    return results
+
+
+@pytest.fixture(scope="module")
+def found(directories, tmp_path_factory):
+    groups.start(1, 1, 1)
+    alone = {("TP1", name): our_logits(path, ParallelConfig()) for name, path in directories.items()}
+    groups.stop()
+    ranks = run_ranks(on_every_layout, 2, tmp_path_factory.mktemp("ranks"), directories)
+    return alone | ranks[1]  # the last stage
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("layout", ["TP1", *LAYOUTS])
+def test_logits_equal_those_of_transformers(found, directories, layout, family):
+    expected = logits(directories[family], TOKENS)
+    assert expected.std() > 1, "weights too small to tell right from wrong"
+    bound = TOLERANCE * float(expected.abs().max())
+    torch.testing.assert_close(found[layout, family], expected, rtol=0, atol=bound)
+
+
+@pytest.mark.parametrize("dim", [16, 64, 128])
+@pytest.mark.parametrize("original", [64, 8192])
+def test_llama3_frequencies_equal_those_of_transformers_bit_for_bit(dim, original):
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    rope = LLAMA3 | {"original_max_position_embeddings": original, "factor": 32.0}
+    theirs = LlamaConfig(head_dim=dim, rope_parameters=rope)
+    expected, _ = ROPE_INIT_FUNCTIONS["llama3"](theirs, "cpu")
+    scaling = RopeScalingConfig(kind="llama3", factor=32.0, original_max_length=original)
+    found = inverse_frequencies(ModelConfig(head_dim=dim, rope_theta=500.0, rope_scaling=scaling))
+    assert torch.equal(found, expected)
