@@ -79,16 +79,21 @@ def check_rollout(config: Config) -> None:
             f"rollout.max_new_tokens must be below model.max_length = {max_length}, which holds "
             f"the prompt too, got {rollout.max_new_tokens}"
         )
-    samples = rollout.prompts_per_step * rollout.samples_per_prompt
+    samples = rollout.samples_per_step
     check_divides(
         "rollout.prompts_per_step x rollout.samples_per_prompt",
         samples,
         "train.minibatches",
         config.train.minibatches,
     )
-    if config.algorithm.name == "reinforce++_baseline" and rollout.samples_per_prompt < 2:
+    horizon = config.algorithm.kl_horizon
+    if config.algorithm.kl_controller == "adaptive" and horizon < samples:
         raise ValueError(
-            "rollout.samples_per_prompt must be at least 2 for algorithm.name = "
-            f"reinforce++_baseline, got {rollout.samples_per_prompt}: its baseline is the mean of "
-            "a prompt's samples"
+            f"algorithm.kl_horizon must be at least the {samples} responses of a step, got {horizon}"
+        )
+    name = config.algorithm.name
+    if name != "reinforce++" and rollout.samples_per_prompt < 2:
+        raise ValueError(
+            f"rollout.samples_per_prompt must be at least 2 for algorithm.name = {name}, got "
+            f"{rollout.samples_per_prompt}: it compares the samples of a prompt with each other"
         )

@@ -92,6 +92,11 @@ class RolloutConfig:
     max_batch: int = 256
     """Sequences decoded at once per data-parallel replica."""
 
+    @property
+    def samples_per_step(self) -> int:
+        """Responses of a step over all replicas."""
+        return self.prompts_per_step * self.samples_per_prompt
+
     def __post_init__(self) -> None:
         counts = "prompts_per_step samples_per_prompt max_new_tokens max_batch"
         check_range("rollout", self, counts, at_least=1)
@@ -139,14 +144,18 @@ class RewardConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AlgorithmConfig:
-    """REINFORCE++ (arXiv 2501.03262)."""
+    """REINFORCE++ (arXiv 2501.03262), and two other estimators to compare it with."""
 
-    name: Literal["reinforce++", "reinforce++_baseline"] = "reinforce++"
-    """Advantage estimator."""
+    name: Literal["reinforce++", "reinforce++_baseline", "grpo", "rloo"] = "reinforce++"
+    """Advantage estimator: reinforce++ = returns with the KL in the reward, normalised over the
+    global batch; reinforce++_baseline = reward minus the mean of its prompt's samples, normalised
+    over the global batch; grpo = the same divided by the samples' standard deviation instead; rloo
+    = reward minus the mean of the prompt's other samples, not normalised. In the last three the KL
+    is a term of the loss (kl_loss_coef)."""
     kl_coef: float = 0.01
-    """beta, weight of the KL penalty in the token rewards; 0 = off."""
+    """beta, weight of the KL penalty in the token rewards of reinforce++; 0 = off."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"
-    """Estimator of that penalty."""
+    """Estimator of that penalty, and of the KL that the adaptive controller measures."""
     gamma: float = 1.0
     """Discount per token of the return."""
     clip_low: float = 0.2
@@ -157,6 +166,18 @@ class AlgorithmConfig:
     """Bound of the ratio where the advantage is negative, above 1; null = off."""
     kl_loss_coef: float = 0.0
     """lambda, weight of the k2 loss term of the current policy; 0 = off."""
+    kl_controller: Literal["fixed", "adaptive"] = "fixed"
+    """adaptive = after every step kl_coef and kl_loss_coef are multiplied so as to lead the KL to
+    kl_target (arXiv 1909.08593)."""
+    kl_target: float = 0.1
+    """KL that the adaptive controller leads to, in nats a token as the log's kl/* are."""
+    kl_horizon: int = 10000
+    """Responses over which the adaptive controller answers an error; at least those of a step."""
+    rollout_correction: Literal["none", "cap", "mask"] = "none"
+    """Importance weights of tokens that the rollout engine saw with another probability: cap =
+    min(w, C); mask = w within [1/C, C], else 0; C = rollout_correction_max."""
+    rollout_correction_max: float = 2.0
+    """C, bound of these weights, at least 1."""
     entropy_coef: float = 0.0
     """Weight of the entropy bonus; 0 = off."""
     aggregation: Literal["token_mean", "sequence_mean"] = "token_mean"
@@ -168,6 +189,28 @@ class AlgorithmConfig:
         check_range("algorithm", self, "kl_coef kl_loss_coef entropy_coef clip_high", at_least=0)
         check_range("algorithm", self, "gamma clip_low", at_least=0, at_most=1)
         check_range("algorithm", self, "dual_clip", above=1)
+        check_range("algorithm", self, "kl_target", above=0)
+        check_range("algorithm", self, "kl_horizon rollout_correction_max", at_least=1)
+        if self.kl_controller == "adaptive" and not self.kl_in_reward and not self.kl_loss_coef:
+            raise ValueError(
+                "algorithm.kl_controller adaptive needs a KL to control, got none: set "
+                "algorithm.kl_loss_coef, or for reinforce++ algorithm.kl_coef"
+            )
+
+    @property
+    def kl_summary(self) -> str:
+        """What becomes of the KL, for the start-up log."""
+        terms = [f"{self.kl_coef} × {self.kl_estimator} in the reward"] * self.kl_in_reward
+        terms += [f"{self.kl_loss_coef} × k2 in the loss"] * (self.kl_loss_coef > 0)
+        if not terms:
+            return "no KL"
+        target = f", towards {self.kl_target} nats a token" * (self.kl_controller == "adaptive")
+        return f"KL: {' and '.join(terms)}, {self.kl_controller}{target}"
+
+    @property
+    def kl_in_reward(self) -> bool:
+        """Whether the token rewards hold a KL penalty."""
+        return self.name == "reinforce++" and self.kl_coef > 0
 
 
 @dataclass(frozen=True, kw_only=True)

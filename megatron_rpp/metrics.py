@@ -19,7 +19,8 @@ import torch
 import torch.distributed as dist
 from torch.utils.tensorboard import SummaryWriter
 
-from megatron_rpp.algorithms import KL_KINDS, kl_estimate
+from megatron_rpp.algorithms import KL_KINDS, effective_share, importance_ratio, kl_estimate
+from megatron_rpp.config import AlgorithmConfig
 from megatron_rpp.data.files import write_atomic
 from megatron_rpp.parallel import device as devices
 from megatron_rpp.parallel import groups
@@ -42,18 +43,37 @@ class StageTimes:
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
 
 
+def _rollout_difference(buffer: RolloutBuffer) -> torch.Tensor:
+    """fp64, a value per masked token: |log-prob by the rollout engine - that by the policy|."""
+    return (buffer.behaviour_logprobs.double() - buffer.old_logprobs)[buffer.mask].abs()
+
+
+def _peaks(buffer: RolloutBuffer) -> tuple[float, float]:
+    """Over all ranks: memory in GB, and the largest difference of rollout and training."""
+    difference = _rollout_difference(buffer)
+    own = [devices.peak_memory_gb(), float(difference.max()) if len(difference) else 0.0]
+    memory, largest = groups.reduce_sums(own, dist.group.WORLD, dist.ReduceOp.MAX)
+    return memory, largest
+
+
 def _shard_sums(buffer: RolloutBuffer, parts: dict[str, list]) -> dict[str, float]:
     """What this replica's samples add to the step's means."""
     lengths = buffer.response_lengths
-    difference = (buffer.behaviour_logprobs - buffer.old_logprobs)[buffer.mask].abs()
+    difference = _rollout_difference(buffer)
+    ratio = importance_ratio(buffer.old_logprobs, buffer.behaviour_logprobs)[buffer.mask].double()
     sums = {
         "samples": len(buffer),
         "truncated": int(buffer.truncated.sum()),
         "generated": int(lengths.sum()),
         "tokens": len(buffer.tokens),
         "masked": int(buffer.mask.sum()),
-        "difference": float(difference.double().sum()),
+        "difference": float(difference.sum()),
+        "weights": float(ratio.sum()),
+        "squared_weights": float(ratio.square().sum()),
+        "corrected": 0,
     }
+    if buffer.rollout_weights is not None:
+        sums["corrected"] = int((buffer.rollout_weights[buffer.mask] != ratio).sum())
     found, member = buffer.group_ids.unique(return_inverse=True)
     low, high = (
         torch.full((len(found),), start).scatter_reduce(0, member, buffer.scores, reduction)
@@ -68,6 +88,7 @@ def _shard_sums(buffer: RolloutBuffer, parts: dict[str, list]) -> dict[str, floa
 
 def step_metrics(
     buffer: RolloutBuffer,
+    algorithm: AlgorithmConfig,
     parts: dict[str, list],
     advantage: AdvantageStats,
     update: UpdateStats,
@@ -75,16 +96,22 @@ def step_metrics(
 ) -> dict[str, float]:
     """The step's row, the same on every rank. Collective over the data-parallel group.
 
-    parts: scores of each reward function, by name.
+    algorithm: with the step's KL coefficients. parts: scores of each reward function, by name.
     """
     own = _shard_sums(buffer, parts)
     sums = dict(zip(own, groups.reduce_sums([float(v) for v in own.values()], groups.data_group())))
-    peak = groups.reduce_sums([devices.peak_memory_gb()], dist.group.WORLD, dist.ReduceOp.MAX)[0]
+    memory, largest_difference = _peaks(buffer)
+    tokens, scores = max(sums["masked"], 1), advantage.scores
     seconds = times.seconds
     whole = sum(seconds.values())
     row = {
-        "reward/mean": advantage.scores.mean,
-        "reward/std": advantage.scores.var**0.5,
+        "reward/mean": scores.raw.mean,
+        "reward/std": scores.raw.var**0.5,
+        "reward/shaped_mean": scores.shaped.mean,
+        "reward/shaped_std": scores.shaped.var**0.5,
+        "reward/shaped_min": scores.low,
+        "reward/shaped_max": scores.high,
+        "reward/clipped_share": scores.clipped_share,
         "reward/zero_variance_share": sums["flat_groups"] / sums["groups"],
         "policy/loss": update.loss,
         "policy/clip_fraction": update.clip_fraction,
@@ -98,15 +125,19 @@ def step_metrics(
         "advantage/var": advantage.advantages.var,
         "response/length_mean": sums["generated"] / sums["samples"],
         "response/truncated_share": sums["truncated"] / sums["samples"],
-        "rollout/logprob_abs_diff": sums["difference"] / max(sums["masked"], 1),
+        "rollout/logprob_abs_diff": sums["difference"] / tokens,
+        "rollout/logprob_abs_diff_max": largest_difference,
+        "rollout/ess": effective_share(sums["weights"], sums["squared_weights"], sums["masked"]),
+        "rollout/correction_clipped_share": sums["corrected"] / tokens,
         "throughput/tokens_per_second": sums["tokens"] / whole,
         "throughput/generated_tokens_per_second": sums["generated"] / seconds["rollout"],
-        "memory/peak_gb": peak,
+        "memory/peak_gb": memory,
     }
     if len(parts) > 1:
         row |= {f"reward/{name}": sums[f"part/{name}"] / sums["samples"] for name in parts}
-    kinds = [tag for tag in sums if tag.startswith("kl/")]
-    row |= {tag: sums[tag] / max(sums["masked"], 1) for tag in kinds}
+    if buffer.ref_logprobs is not None:
+        row |= {f"kl/{kind}": sums[f"kl/{kind}"] / tokens for kind in KL_KINDS}
+        row["kl/coef"] = algorithm.kl_coef if algorithm.kl_in_reward else algorithm.kl_loss_coef
     return row | {f"time/{stage}": value for stage, value in seconds.items()} | {"time/step": whole}
 
 

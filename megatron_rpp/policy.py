@@ -36,9 +36,7 @@ def build_reference(config: Config, policy: Policy, vocab_size: int) -> Referenc
 
     Called before the policy resumes from a checkpoint, while it still holds those weights.
     """
-    algorithm = config.algorithm
-    in_reward = algorithm.name == "reinforce++" and algorithm.kl_coef > 0
-    if not in_reward and algorithm.kl_loss_coef == 0:
+    if not config.algorithm.kl_in_reward and config.algorithm.kl_loss_coef == 0:
         return None
     if config.reference.placement == "offload":
         return OffloadedReference(policy.model)

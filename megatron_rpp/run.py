@@ -82,5 +82,4 @@ def evaluate_held_out(run: Run) -> dict[str, float]:
 
 def own_samples(config: Config) -> int:
     """Responses of one step that this replica samples."""
-    rollout = config.rollout
-    return rollout.prompts_per_step * rollout.samples_per_prompt // groups.data_size()
+    return config.rollout.samples_per_step // groups.data_size()

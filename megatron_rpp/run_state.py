@@ -13,6 +13,8 @@ class RunState:
     """Data position: prompts taken from the shuffled data set so far."""
     accuracy: float | None = None
     """Held-out accuracy of the last evaluation."""
+    kl_factor: float = 1.0
+    """What the adaptive KL controller has made of the KL coefficients: a factor on them."""
 
     def reached(self, target: float | None) -> bool:
         """Whether the last evaluation reached the accuracy at which to stop (None: never)."""

@@ -25,7 +25,7 @@ from megatron_rpp.parallel.device import describe
 from megatron_rpp.rollout.buffer import RolloutBuffer
 from megatron_rpp.run import Run, evaluate_held_out
 from megatron_rpp.run_state import RunState, due
-from megatron_rpp.stages import advantage, reward, rollout, scoring, update
+from megatron_rpp.stages import advantage, kl_control, reward, rollout, scoring, update
 
 SHOWN = ("reward/mean", "kl/k1", "policy/entropy", "policy/clip_fraction", "policy/grad_norm",
          "response/length_mean", "throughput/tokens_per_second", "time/step")  # fmt: skip
@@ -71,6 +71,9 @@ def _loop(run: Run) -> None:
         log.histograms(state.step + 1, buffer)
         state.step += 1
         state.prompts_seen += config.rollout.prompts_per_step
+        state.kl_factor = kl_control.next_factor(
+            config.algorithm, state.kl_factor, row, config.rollout.samples_per_step
+        )
         if state.step == config.train.steps or due(state.step, config.evaluation.interval):
             row |= evaluate_held_out(run)
         row["time/checkpoint"] = _save_if_due(run)
@@ -92,6 +95,7 @@ def rl_step(run: Run) -> tuple[dict[str, float], RolloutBuffer]:
     config, inputs, policy, step = run.config, run.inputs, run.policy, run.state.step
     times, temperature = StageTimes(), config.rollout.temperature
     budget, count = config.train.max_tokens_per_microbatch, config.rollout.prompts_per_step
+    algorithm = kl_control.scaled(config.algorithm, run.state.kl_factor)
     with run.stage(times, "rollout", runs.own_samples(config)) as progress:
         buffer = rollout.collect(
             run.engine, inputs.train, inputs.sampling, count, config.rollout.samples_per_prompt,
@@ -108,14 +112,13 @@ def rl_step(run: Run) -> tuple[dict[str, float], RolloutBuffer]:
         if run.reference is not None:
             with run.reference.active() as model:
                 buffer.ref_logprobs = logprobs(model)
-        stats = advantage.fill(buffer, config.algorithm, config.reward, groups.data_group())
+        stats = advantage.fill(buffer, algorithm, config.reward, groups.data_group())
     with run.stage(times, "update"):
         updated = update.run(
-            policy.model, policy.optimizer, policy.scheduler, buffer, config.algorithm,
-            config.train, temperature, count * config.rollout.samples_per_prompt,
-            config.seed, step,
+            policy.model, policy.optimizer, policy.scheduler, buffer, algorithm,
+            config.train, temperature, config.rollout.samples_per_step, config.seed, step,
         )  # fmt: skip
-    return step_metrics(buffer, parts, stats, updated, times), buffer
+    return step_metrics(buffer, algorithm, parts, stats, updated, times), buffer
 
 
 def _resume(run: Run) -> RunState:
@@ -155,8 +158,9 @@ def _announce(run: Run) -> None:
     say(
         f"data: {len(inputs.train)} prompts, {len(inputs.held_out)} held out; rewards: "
         f"{', '.join(shaping.functions)}; normalised {shaping.normalize}, scale {shaping.scale}, "
-        f"clip {shaping.clip}; algorithm {config.algorithm.name}"
+        f"clip {shaping.clip}"
     )
+    say(f"algorithm {config.algorithm.name}; {config.algorithm.kl_summary}")
     start = f"resumed at step {run.state.step}" if run.state.step else "starts at step 0"
     say(f"{start} of {config.train.steps}, {run.state.prompts_seen} prompts seen")
 

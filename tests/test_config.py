@@ -87,6 +87,8 @@ def test_every_field_has_a_docstring():
         (TrainConfig, {"stop_accuracy": 90.0}, "train.stop_accuracy must be above 0 and at most 1"),
         (EvaluationConfig, {"interval": -1}, "evaluation.interval must be at least 0, got -1"),
         (CheckpointConfig, {"keep": 0}, "checkpoint.keep must be at least 1, got 0"),
+        (AlgorithmConfig, {"kl_target": 0.0}, "algorithm.kl_target must be above 0, got 0.0"),
+        (AlgorithmConfig, {"rollout_correction_max": 0.5}, "rollout_correction_max must be at"),
         (LoggingConfig, {"dir": ""}, "logging.dir must not be empty, got ''"),
         (SftConfig, {"batch_size": 0}, "sft.batch_size must be at least 1, got 0"),
         (TaskConfig, {"train_seed": 2}, "task.eval_seed must differ from task.train_seed, got 2"),
@@ -136,16 +138,46 @@ def test_values_on_the_edge_are_accepted():
         ),
         (
             {
-                "algorithm": AlgorithmConfig(name="reinforce++_baseline"),
-                "rollout": RolloutConfig(samples_per_prompt=1),
+                "algorithm": AlgorithmConfig(kl_controller="adaptive", kl_horizon=255),
             },
-            "rollout.samples_per_prompt must be at least 2",
+            "algorithm.kl_horizon must be at least the 256 responses of a step, got 255",
         ),
     ],
 )
 def test_sections_that_disagree_are_refused(sections, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         Config(**sections)
+
+
+@pytest.mark.parametrize("name", ["reinforce++_baseline", "grpo", "rloo"])
+def test_comparing_one_sample_with_itself_is_refused(name):
+    message = f"samples_per_prompt must be at least 2 for algorithm.name = {name}, got 1"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Config(algorithm=AlgorithmConfig(name=name), rollout=RolloutConfig(samples_per_prompt=1))
+    Config(rollout=RolloutConfig(samples_per_prompt=1))  # reinforce++ compares all responses
+
+
+@pytest.mark.parametrize(
+    "without",
+    [{"kl_coef": 0}, {"name": "grpo"}, {"name": "reinforce++_baseline", "kl_coef": 1.0}],
+)
+def test_control_of_no_kl_is_refused(without):
+    with pytest.raises(ValueError, match="adaptive needs a KL to control, got none: set"):
+        AlgorithmConfig(kl_controller="adaptive", **without)
+    AlgorithmConfig(kl_controller="adaptive", **(without | {"kl_loss_coef": 0.1}))
+
+
+def test_the_start_up_log_says_what_becomes_of_the_kl():
+    said = [
+        AlgorithmConfig(kl_coef=0.05, kl_loss_coef=0.1, kl_controller="adaptive").kl_summary,
+        AlgorithmConfig(name="rloo", kl_coef=0.05, kl_loss_coef=0.1).kl_summary,
+        AlgorithmConfig(name="rloo", kl_coef=0.05).kl_summary,
+    ]
+    assert said == [
+        "KL: 0.05 × k1 in the reward and 0.1 × k2 in the loss, adaptive, towards 0.1 nats a token",
+        "KL: 0.1 × k2 in the loss, fixed",
+        "no KL",
+    ]
 
 
 def test_world_size_gives_the_data_parallel_size():

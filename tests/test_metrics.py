@@ -22,23 +22,28 @@ from tests.small_run import config_of, make_data
 from tests.whole_runs import layout, rows, train_run
 
 TAGS = {
-    "reward/mean", "reward/std", "reward/zero_variance_share",
-    "kl/k1", "kl/k2", "kl/k3",
+    "reward/mean", "reward/std", "reward/zero_variance_share", "reward/clipped_share",
+    "reward/shaped_mean", "reward/shaped_std", "reward/shaped_min", "reward/shaped_max",
+    "kl/k1", "kl/k2", "kl/k3", "kl/coef",
     "policy/loss", "policy/clip_fraction", "policy/entropy", "policy/grad_norm",
     "policy/ratio_max", "policy/approx_kl", "policy/learning_rate",
     "advantage/count", "advantage/mean", "advantage/var",
     "response/length_mean", "response/truncated_share", "rollout/logprob_abs_diff",
+    "rollout/logprob_abs_diff_max", "rollout/ess", "rollout/correction_clipped_share",
     "time/rollout", "time/reward", "time/score", "time/update", "time/checkpoint", "time/step",
     "throughput/tokens_per_second", "throughput/generated_tokens_per_second", "memory/peak_gb",
 }  # fmt: skip
 OF_EVALUATIONS = {"eval/accuracy", "eval/reward"}
 KL_COEF, LR, EVALUATED = 0.05, 1e-3, [0, 2, 3]
+SCALE, CLIP = 0.5, 0.75  # of the scores 0, 1, 2, 3 that there are
 SETTINGS = {
     # Groups of two, so that some have equal scores.
     "rollout__prompts_per_step": 6,
     "rollout__samples_per_prompt": 2,
     "reward__functions": "[tests.test_metrics:short, exact_match]",
     "reward__weights": "[2.0, 1.0]",
+    "reward__scale": SCALE,
+    "reward__clip": CLIP,
     "algorithm__kl_coef": KL_COEF,
     "train__steps": 3,
     "train__minibatches": 3,
@@ -116,6 +121,21 @@ def test_reward(steps, step):
     assert row["reward/mean"] == pytest.approx(2 * parts[0] + parts[1])
 
 
+def shaped(buffer) -> list[float]:
+    return [min(SCALE * score, CLIP) for score in buffer.scores.double().tolist()]
+
+
+@pytest.mark.parametrize("step", [0, 1])
+def test_shaped_reward(steps, step):
+    row, buffer = steps[step]
+    scores = shaped(buffer)
+    assert row["reward/shaped_mean"] == pytest.approx(mean(scores))
+    assert row["reward/shaped_std"] == pytest.approx(math.sqrt(variance(scores)))
+    assert (row["reward/shaped_min"], row["reward/shaped_max"]) == (min(scores), max(scores))
+    share = mean(SCALE * score > CLIP for score in buffer.scores.tolist())
+    assert row["reward/clipped_share"] == pytest.approx(share) and 0 < share < 1
+
+
 @pytest.mark.parametrize("step", [0, 1])
 def test_zero_variance_share(steps, step):
     row, buffer = steps[step]
@@ -145,6 +165,7 @@ def test_kl_of_the_policy_against_the_reference(steps, step):
     assert row["kl/k1"] == pytest.approx(mean(k1), abs=1e-7)
     assert row["kl/k2"] == pytest.approx(mean(k * k / 2 for k in k1), rel=1e-5)
     assert row["kl/k3"] == pytest.approx(mean(math.exp(-k) - 1 + k for k in k1), rel=1e-4)
+    assert row["kl/coef"] == KL_COEF
     if step == 0:
         assert row["kl/k1"] == row["kl/k2"] == row["kl/k3"] == 0
     else:
@@ -158,7 +179,7 @@ def test_advantage_before_normalisation(steps, step):
     k1 = by_sample(buffer, buffer.old_logprobs.double() - buffer.ref_logprobs.double())
     returns = [
         score - KL_COEF * math.fsum(kl[position:])
-        for score, kl in zip(buffer.scores.tolist(), k1)
+        for score, kl in zip(shaped(buffer), k1)
         for position in range(len(kl))
     ]
     assert row["advantage/count"] == len(returns)
@@ -181,6 +202,9 @@ def test_update(steps):
     difference = (buffer.behaviour_logprobs.double() - buffer.old_logprobs.double()).abs().tolist()
     assert first["rollout/logprob_abs_diff"] == pytest.approx(mean(difference))
     assert first["rollout/logprob_abs_diff"] < 1e-5
+    assert first["rollout/logprob_abs_diff_max"] == max(difference) < 1e-4
+    assert first["rollout/ess"] == pytest.approx(1, abs=1e-8)
+    assert first["rollout/correction_clipped_share"] == 0
 
 
 def test_times_and_throughput(steps):

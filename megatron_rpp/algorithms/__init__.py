@@ -1,14 +1,21 @@
 """The mathematics of REINFORCE++: tensors and an explicit process group in, tensors out.
 
 No Megatron, no configuration object, no global state. Shapes: scores [B] (responses), per-token
-tensors and their bool mask [B, T]. ``kl`` -> ``returns`` -> ``statistics`` -> ``advantages`` is
-the way from a score to an advantage, ``losses`` the way from an advantage to a gradient;
-``numerics`` keeps what lies under a zero mask out of both. The function that goes the whole way is
-``advantages.advantages``, not lifted here because it would hide its module.
+tensors and their bool mask [B, T]. ``shaping`` -> ``kl`` -> ``returns`` -> ``statistics`` ->
+``advantages`` is the way from a score to an advantage, ``correction`` and ``losses`` the way from
+an advantage to a gradient; ``numerics`` keeps what lies under a zero mask out of both. The function
+that goes the whole way is ``advantages.advantages``, not lifted here because it would hide its
+module.
 """
 
-from megatron_rpp.algorithms.advantages import ALGORITHMS, group_baseline, shape_scores
-from megatron_rpp.algorithms.kl import KL_KINDS, kl_estimate
+from megatron_rpp.algorithms.advantages import ALGORITHMS, group_baseline
+from megatron_rpp.algorithms.correction import (
+    CORRECTIONS,
+    correction_weights,
+    effective_share,
+    importance_ratio,
+)
+from megatron_rpp.algorithms.kl import KL_KINDS, adapted_kl_factor, kl_estimate
 from megatron_rpp.algorithms.losses import (
     AGGREGATIONS,
     PolicyStats,
@@ -17,17 +24,24 @@ from megatron_rpp.algorithms.losses import (
     policy_stats,
 )
 from megatron_rpp.algorithms.returns import returns_to_go, token_rewards
+from megatron_rpp.algorithms.shaping import ShapingStats, shape_scores
 from megatron_rpp.algorithms.statistics import Moments, global_whiten, moments
 
 __all__ = [
     "AGGREGATIONS",
     "ALGORITHMS",
+    "CORRECTIONS",
     "KL_KINDS",
     "Moments",
     "PolicyStats",
+    "ShapingStats",
+    "adapted_kl_factor",
     "aggregate",
+    "correction_weights",
+    "effective_share",
     "global_whiten",
     "group_baseline",
+    "importance_ratio",
     "kl_estimate",
     "moments",
     "policy_loss",

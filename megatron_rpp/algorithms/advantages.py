@@ -1,4 +1,4 @@
-"""From scores to advantages: reward shaping, group baselines, and the advantage of each algorithm.
+"""From scores to advantages: group baselines, and the advantage of each algorithm.
 
     reinforce++            returns with the KL in the reward, normalised over the global batch
     reinforce++_baseline   R - group mean on every token, normalised over the global batch
@@ -24,38 +24,6 @@ from megatron_rpp.algorithms.statistics import Moments, global_whiten, moments
 GROUP_KINDS = ("mean", "grpo", "rloo")
 ALGORITHMS = ("reinforce++", "reinforce++_baseline", "grpo", "rloo")
 GRPO_EPS = 1e-6
-
-
-def shape_scores(
-    scores: Tensor,
-    normalize: bool,
-    scale: float,
-    clip: float | None,
-    group: dist.ProcessGroup | None = None,
-) -> tuple[Tensor, Moments]:
-    """Reward processing of the paper: normalise over the global batch, then scale, then clip.
-
-    Collective over ``group``, whatever the settings.
-
-    Args:
-        scores: [B], this rank's scores. normalize: to mean 0, variance 1 over the group's ranks.
-        scale: factor, 1 for none. clip: bound on the absolute value, None for none.
-
-    Returns:
-        The shaped scores [B], and the moments of the raw ones.
-
-    Raises:
-        ValueError: clip not positive; a score that is not finite.
-    """
-    if clip is not None and clip <= 0:
-        raise ValueError(f"reward clip is {clip}: give a positive bound, or none to switch it off")
-    everything = torch.ones_like(scores, dtype=torch.bool)
-    if normalize:
-        scores, stats = global_whiten(scores, everything, group)
-    else:
-        stats = moments(scores, everything, group)
-    scores = scores * scale
-    return (scores if clip is None else scores.clamp(-clip, clip)), stats
 
 
 def group_baseline(scores: Tensor, group_ids: Tensor, kind: str) -> Tensor:

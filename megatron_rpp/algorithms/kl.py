@@ -10,6 +10,9 @@ k1 = log pi(y_t) - log pi_ref(y_t):
 
 Left out: the exact KL over the vocabulary (it needs the reference logits), and clamping, which
 would hide a policy that ran away.
+
+``adapted_kl_factor`` is the adaptive controller of Ziegler et al. 2019 (arXiv 1909.08593, section
+2.2): a proportional controller in the logarithm of the coefficient, its error clipped.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from torch import Tensor
 from megatron_rpp.algorithms.numerics import at_least_fp32, finite_gradient
 
 KL_KINDS = ("k1", "k2", "k3")
+MAX_KL_ERROR = 0.2
 
 
 def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: str) -> Tensor:
@@ -44,6 +48,28 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: str) -> Tensor:
     if kind == "k2":
         return finite_gradient(lambda d: d.square() / 2, k1)
     if kind == "k3":
-        # expm1: near k1 = 0, exp(-k1) - 1 loses every digit of the k1^2 / 2 that is left.
-        return finite_gradient(lambda d: torch.expm1(-d) + d, k1)
+        return finite_gradient(_k3, k1)
     raise ValueError(f"unknown KL estimator {kind!r}: choose one of {', '.join(KL_KINDS)}")
+
+
+def _k3(k1: Tensor) -> Tensor:
+    """expm1 and fp64: near k1 = 0, exp(-k1) - 1 loses the digits of the k1^2 / 2 that is left."""
+    wide = k1.double()
+    return (torch.expm1(-wide) + wide).to(k1.dtype)
+
+
+def adapted_kl_factor(
+    factor: float, kl: float, target: float, samples: int, horizon: int
+) -> float:
+    """The factor on the KL coefficient for the next step.
+
+        e = clip((KL - target) / target, -0.2, 0.2)
+        factor' = factor * (1 + e * samples / horizon)
+
+    Args:
+        factor: of this step. kl: measured in this step, in the unit of ``target``.
+        samples: responses of this step. horizon: responses over which an error of e changes the
+            factor by about e; at least ``samples``, so that the factor stays positive.
+    """
+    error = min(max(kl / target - 1.0, -MAX_KL_ERROR), MAX_KL_ERROR)
+    return factor * (1.0 + error * samples / horizon)

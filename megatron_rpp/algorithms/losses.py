@@ -7,7 +7,7 @@ PPO (arXiv 1707.06347) with the two bounds of DAPO (arXiv 2503.14476), and the d
 arXiv 1912.09729. Nothing here divides by a count of the whole mini-batch or talks to other ranks:
 ``aggregate`` returns a numerator and a count, the caller reduces both over micro-batches and the
 DP x CP ranks, and divides once (Megatron's ``calculate_per_token_loss`` contract). Left out:
-sequence-level ratios (GSPO), corrections for a rollout engine whose log-probs differ.
+sequence-level ratios (GSPO).
 """
 
 from __future__ import annotations
@@ -17,12 +17,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_rpp.algorithms.numerics import at_least_fp32, check_mask, finite_gradient, select
+from megatron_rpp.algorithms.numerics import (
+    MAX_LOG_RATIO,
+    at_least_fp32,
+    check_mask,
+    finite_gradient,
+    select,
+)
 
 AGGREGATIONS = ("token_mean", "sequence_mean")
-# exp(20) = 5e8: far beyond any clip range, and its product with an advantage is finite. Past it
-# the ratio is constant, so the token has no gradient (verl clamps the same way).
-MAX_LOG_RATIO = 20.0
 
 
 def policy_loss(
@@ -130,7 +133,7 @@ def policy_stats(
 
 
 def _log_ratio(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
-    """log rho [B, T], at least fp32, within +-MAX_LOG_RATIO."""
+    """log rho [B, T], at least fp32, within +-MAX_LOG_RATIO: past it a token has no gradient."""
     difference = at_least_fp32(logprobs) - at_least_fp32(old_logprobs.detach())
     return difference.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
 

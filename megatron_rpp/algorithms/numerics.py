@@ -13,6 +13,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+# exp(20) = 5e8: far beyond any clip range, and its product with an advantage is finite. Past it
+# a probability ratio is constant (verl clamps the same way).
+MAX_LOG_RATIO = 20.0
+
 
 def check_mask(mask: Tensor, *tensors: Tensor) -> None:
     """Assert that ``mask`` is bool and that every tensor has its shape (no silent broadcast)."""

@@ -3,8 +3,9 @@
 REINFORCE++ (arXiv 2501.03262) normalises its advantages over all tokens of the whole rollout
 batch. So the statistics are those of the union of what the ranks hold: neither the mean of their
 means (wrong as soon as one holds more tokens), nor E[x^2] - E[x]^2 (cancels, goes negative for
-saturated rewards, and sqrt gives NaN). Each rank sends one fp64 triple; all merge the triples in
-rank order with Chan's formula (Chan, Golub, LeVeque 1979), hence to the same bits. Left out:
+saturated rewards, and sqrt gives NaN). Each rank sends four fp64 numbers; all merge them in rank
+order with Chan's formula (Chan, Golub, LeVeque 1979), hence to the same bits. All of it is done on
+differences from one value of the batch, so that a large common offset costs no digits. Left out:
 running statistics across steps.
 """
 
@@ -54,26 +55,14 @@ def moments(values: Tensor, mask: Tensor, group: dist.ProcessGroup | None = None
     Args:
         values, mask: same shape, mask bool; this rank's part of the batch. Ranks must hold
             different values: a replica would be counted twice.
-        group: the ranks that share the batch; None: this process alone. The triple travels on
+        group: the ranks that share the batch; None: this process alone. The numbers travel on
             ``values.device``.
 
     Raises:
         ValueError: a masked value of any rank is NaN or infinite (raised on every rank).
     """
-    check_mask(mask, values)
-    gathered = [_local_moments(values, mask)]
-    if group is not None:
-        local, size = gathered[0], dist.get_world_size(group)
-        assert size > 0, "this rank is not in the group"
-        gathered = [torch.empty_like(local) for _ in range(size)]
-        dist.all_gather(gathered, local, group=group)
-    total = reduce(Moments.merge, (Moments(*row) for row in torch.stack(gathered).tolist()))
-    if not (math.isfinite(total.mean) and math.isfinite(total.var)):
-        raise ValueError(
-            f"mean {total.mean}, variance {total.var}: a value under the mask is NaN or infinite; "
-            "look at the rewards and the log-probs of this step"
-        )
-    return total
+    origin, stats = _from_origin(values, mask, group)
+    return Moments(stats.count, origin + stats.mean, stats.var)
 
 
 def global_whiten(
@@ -91,19 +80,52 @@ def global_whiten(
         before, for the log.
     """
     values = values.detach()
-    stats = moments(values, mask, group)
+    origin, stats = _from_origin(values, mask, group)
     std = math.sqrt(max(stats.var, VARIANCE_FLOOR))
-    whitened = (values.double() - stats.mean) / std
+    whitened = (values.double() - origin - stats.mean) / std
+    stats = Moments(stats.count, origin + stats.mean, stats.var)
     return select(whitened, mask).to(values.dtype), stats
 
 
+def _from_origin(
+    values: Tensor, mask: Tensor, group: dist.ProcessGroup | None
+) -> tuple[float, Moments]:
+    """A value of the batch, and the moments of all ranks' values less it. Raises as ``moments``.
+
+    The origin is the first value of the first rank that has one. Values near each other differ
+    from it without rounding, so their mean and variance keep all digits of fp64, however large
+    the values are; equal ones have a variance of exactly 0.
+    """
+    check_mask(mask, values)
+    gathered = [_local_moments(values, mask)]
+    if group is not None:
+        local, size = gathered[0], dist.get_world_size(group)
+        assert size > 0, "this rank is not in the group"
+        gathered = [torch.empty_like(local) for _ in range(size)]
+        dist.all_gather(gathered, local, group=group)
+    ranks = torch.stack(gathered).tolist()
+    origin = next((first for count, first, _, _ in ranks if count), 0.0)
+    total = reduce(
+        Moments.merge,
+        (Moments(count, first - origin + mean, var) for count, first, mean, var in ranks),
+    )
+    if not (math.isfinite(total.mean) and math.isfinite(total.var)):
+        raise ValueError(
+            f"mean {total.mean}, variance {total.var}: a value under the mask is NaN or infinite; "
+            "look at the rewards and the log-probs of this step"
+        )
+    return origin, total
+
+
 def _local_moments(values: Tensor, mask: Tensor) -> Tensor:
-    """(count, mean, var) of this rank, fp64 [3]. Two passes, on values shifted by the first one:
-    equal values then have exactly their value as mean, and variance exactly 0."""
+    """fp64 [4] of this rank: count, first value, mean and variance of the values less the first.
+
+    Two passes, no E[x^2] - E[x]^2.
+    """
     chosen = values.detach()[mask].double()
     if chosen.numel() == 0:
-        return chosen.new_zeros(3)
+        return chosen.new_zeros(4)
     shifted = chosen - chosen[0]
     center = shifted.mean()
     variance = (shifted - center).square().mean()
-    return torch.stack([center.new_tensor(chosen.numel()), chosen[0] + center, variance])
+    return torch.stack([center.new_tensor(chosen.numel()), chosen[0], center, variance])

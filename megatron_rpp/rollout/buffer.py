@@ -29,7 +29,7 @@ class RolloutBuffer:
     its prompt's number in the step; mask: [R] bool, True where the policy wrote the token (False
     is for tool output); behaviour_logprobs: [R] fp32 by the rollout engine; truncated: [n] bool.
     The rest is written by the stages: scores [n], and per response token [R] old_logprobs,
-    ref_logprobs, advantages, returns.
+    ref_logprobs, advantages, returns, and rollout_weights where a correction is on.
     """
 
     prompts: list[Prompt]
@@ -46,6 +46,7 @@ class RolloutBuffer:
     ref_logprobs: torch.Tensor | None = None
     advantages: torch.Tensor | None = None
     returns: torch.Tensor | None = None
+    rollout_weights: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.prompts)

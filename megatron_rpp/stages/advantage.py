@@ -6,7 +6,14 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 
-from megatron_rpp.algorithms import Moments, kl_estimate, shape_scores
+from megatron_rpp.algorithms import (
+    Moments,
+    ShapingStats,
+    correction_weights,
+    importance_ratio,
+    kl_estimate,
+    shape_scores,
+)
 from megatron_rpp.algorithms.advantages import advantages
 from megatron_rpp.config import AlgorithmConfig, RewardConfig
 from megatron_rpp.rollout.buffer import RolloutBuffer
@@ -14,9 +21,9 @@ from megatron_rpp.rollout.buffer import RolloutBuffer
 
 @dataclass(frozen=True)
 class AdvantageStats:
-    """Moments over all replicas: raw scores by sample, advantages before normalisation by token."""
+    """Over all replicas: the scores by sample, the advantages before normalisation by token."""
 
-    scores: Moments
+    scores: ShapingStats
     advantages: Moments
 
 
@@ -26,8 +33,9 @@ def fill(
     reward: RewardConfig,
     group: dist.ProcessGroup,
 ) -> AdvantageStats:
-    """Writes `advantages` and `returns` [R] into the buffer; collective over `group` (DP × CP)."""
-    scores, score_moments = shape_scores(
+    """Writes `advantages`, `returns` and, where the algorithm corrects for the rollout engine,
+    `rollout_weights` [R] into the buffer; collective over `group` (DP × CP)."""
+    scores, score_stats = shape_scores(
         buffer.scores, reward.normalize, reward.scale, reward.clip, group
     )
     kl = None
@@ -44,4 +52,9 @@ def fill(
         group,
     )
     buffer.advantages, buffer.returns = buffer.flat(values), buffer.flat(returns)
-    return AdvantageStats(score_moments, moments)
+    if algorithm.rollout_correction != "none":
+        ratio = importance_ratio(buffer.old_logprobs, buffer.behaviour_logprobs)
+        buffer.rollout_weights = correction_weights(
+            ratio, algorithm.rollout_correction, algorithm.rollout_correction_max
+        )
+    return AdvantageStats(score_stats, moments)

@@ -58,6 +58,8 @@ def _loss(model, buffer: RolloutBuffer, algorithm: AlgorithmConfig, temperature:
         old, advantages = column(batch, buffer.old_logprobs), column(batch, buffer.advantages)
         mask = column(batch, buffer.mask)
         per_token = policy_loss(logprobs, old, advantages, *clip, algorithm.dual_clip)
+        if buffer.rollout_weights is not None:
+            per_token = per_token * column(batch, buffer.rollout_weights)
         if algorithm.entropy_coef:
             per_token = per_token - algorithm.entropy_coef * entropy
         if algorithm.kl_loss_coef:

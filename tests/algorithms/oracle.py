@@ -1,12 +1,14 @@
 """Independent reference for megatron_rpp.algorithms: NumPy float64, plain loops, slow.
 
-Written from the equations (DESIGN section 2, arXiv 2501.03262) and not from the code under test:
-one token at a time, statistics by ``numpy.mean`` and ``numpy.var`` over a list of the live tokens.
+Written from the equations (arXiv 2501.03262 and those named below) and not from the code under
+test: one token at a time, and statistics in exact fractions over a list of the live tokens, so that
+no offset and no spread is too large for them.
 """
 
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 import numpy as np
 
@@ -40,36 +42,57 @@ def returns_to_go(rewards, mask, gamma):
     return out
 
 
+def exact_moments(values):
+    """Mean and population variance of a list of floats, as fractions."""
+    exact = [Fraction(float(x)) for x in values]
+    mean = sum(exact) / len(exact)
+    return mean, sum((x - mean) ** 2 for x in exact) / len(exact)
+
+
 def moments(values, mask):
-    live = [float(values[i]) for i in np.ndindex(*mask.shape) if mask[i]]
+    live = values[mask].tolist()
     if not live:
         return 0, 0.0, 0.0
-    mean = math.fsum(live) / len(live)
-    return len(live), mean, math.fsum((x - mean) ** 2 for x in live) / len(live)
+    mean, var = exact_moments(live)
+    return len(live), float(mean), float(var)
 
 
 def whiten(values, mask):
-    _, mean, var = moments(values, mask)
     out = np.zeros(mask.shape)
-    for i in np.ndindex(*mask.shape):
-        if mask[i]:
-            out[i] = (values[i] - mean) / math.sqrt(max(var, 1e-8))
+    if mask.any():
+        mean, var = exact_moments(values[mask])
+        std = math.sqrt(max(var, 1e-8))
+        for i in np.ndindex(*mask.shape):
+            if mask[i]:
+                out[i] = float(Fraction(float(values[i])) - mean) / std
     return out
+
+
+def shape(scores, normalize, scale, clip):
+    """(shaped scores, the same before clipping): the order of the paper."""
+    if normalize:
+        scores = whiten(scores, np.ones(scores.shape, dtype=bool))
+    scaled = np.array([scale * float(x) for x in scores])
+    bound = math.inf if clip is None else clip
+    return np.array([min(max(x, -bound), bound) for x in scaled]), scaled
 
 
 def group_baseline(scores, group_ids, kind):
     out = np.zeros(len(scores))
-    for i, score in enumerate(scores):
-        others = [scores[j] for j in range(len(scores)) if group_ids[j] == group_ids[i] and j != i]
+    exact = [Fraction(float(score)) for score in scores]
+    for i, score in enumerate(exact):
+        others = [exact[j] for j in range(len(exact)) if group_ids[j] == group_ids[i] and j != i]
         everyone = [score, *others]
+        mean, var = exact_moments(everyone)
         if kind == "mean":
-            out[i] = score - np.mean(everyone)
+            out[i] = score - mean
         elif not others:
-            out[i] = score / (1 + 1e-6) if kind == "grpo" else score
+            out[i] = float(score) / (1 + 1e-6) if kind == "grpo" else score
         elif kind == "grpo":
-            out[i] = (score - np.mean(everyone)) / (np.std(everyone, ddof=1) + 1e-6)
+            sample_std = math.sqrt(var * len(everyone) / len(others))
+            out[i] = float(score - mean) / (sample_std + 1e-6)
         else:
-            out[i] = score - np.mean(others)
+            out[i] = score - sum(others) / len(others)
     return out
 
 
@@ -90,3 +113,24 @@ def aggregate(per_token, mask, kind):
     if kind == "token_mean":
         return sum(map(sum, rows)), sum(map(len, rows))
     return sum(sum(row) / len(row) for row in rows), len(rows)
+
+
+def entropy(logits):
+    """Of softmax over the last axis, nats."""
+    out = np.zeros(logits.shape[:-1])
+    for i in np.ndindex(*out.shape):
+        peak = max(logits[i])
+        log_total = peak + math.log(math.fsum(math.exp(x - peak) for x in logits[i]))
+        out[i] = -math.fsum(math.exp(x - log_total) * (x - log_total) for x in logits[i])
+    return out
+
+
+def rollout_weights(old_logprobs, behaviour_logprobs, kind, maximum):
+    out = np.zeros_like(old_logprobs)
+    for i in np.ndindex(*out.shape):
+        weight = math.exp(min(max(old_logprobs[i] - behaviour_logprobs[i], -20.0), 20.0))
+        if kind == "cap":
+            out[i] = min(weight, maximum)
+        else:
+            out[i] = weight if 1 / maximum <= weight <= maximum else 0.0
+    return out

@@ -1,24 +1,80 @@
-"""Hypothesis strategies for small batches [B, T] with any mask: holes, empty rows, one token."""
+"""Hypothesis strategies for small batches [B, T] with any mask and any values, and how close is
+close enough.
+
+The values are those of fp32, so that one batch serves both precisions, and include what broke
+others: constant rewards, a spread of 1e-3 around 5, an offset of 1e6.
+"""
 
 from __future__ import annotations
 
 import numpy as np
+import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
-quick = settings(max_examples=150, deadline=None)
+quick = settings(max_examples=100, deadline=None)
+PRECISIONS = {torch.float64: 1e-12, torch.float32: 1e-6}
+
+
+def numbers(shape, low=-3.0, high=3.0):
+    """fp64 arrays of ``shape``: any values in [low, high], one constant, 5 +- 1e-3, 1e6 + noise."""
+    plain = npst.arrays(np.float64, shape, elements=st.floats(low, high, width=32))
+    signs = npst.arrays(np.float64, shape, elements=st.sampled_from([-1.0, 1.0]))
+    constant = st.sampled_from([0.0, 1.0, 0.9, -0.7]).map(lambda value: np.full(shape, value))
+    narrow = signs.map(lambda sign: 5 + 1e-3 * sign)
+    offset = plain.map(lambda noise: 1e6 + noise)
+    return st.one_of(plain, constant, narrow, offset).map(lambda x: np.float64(np.float32(x)))
+
+
+@st.composite
+def masks(draw, shape):
+    """Random rows, and among them empty ones, whole ones and ones of a single token."""
+    mask = draw(npst.arrays(np.bool_, shape))
+    for row in mask:
+        kind = draw(st.sampled_from(["random", "random", "empty", "whole", "one token"]))
+        if kind != "random":
+            row[:] = kind == "whole"
+        if kind == "one token":
+            row[draw(st.integers(0, shape[1] - 1))] = True
+    return mask
+
+
+shapes = st.tuples(st.integers(1, 4), st.integers(1, 9))
 
 
 @st.composite
 def batches(draw, tensors, low=-3.0, high=3.0):
     """(mask [B, T] bool, then ``tensors`` float64 arrays [B, T] of values in [low, high])."""
-    shape = draw(st.tuples(st.integers(1, 4), st.integers(1, 9)))
+    shape = draw(shapes)
     values = npst.arrays(np.float64, shape, elements=st.floats(low, high, width=32))
-    mask = draw(npst.arrays(np.bool_, shape))
-    return (mask, *(draw(values) for _ in range(tensors)))
+    return (draw(masks(shape)), *(draw(values) for _ in range(tensors)))
+
+
+@st.composite
+def any_batches(draw):
+    """(mask [B, T] bool, float64 [B, T] ``numbers``)."""
+    shape = draw(shapes)
+    return draw(masks(shape)), draw(numbers(shape))
 
 
 def scores_for(mask):
     """One score a row of ``mask``."""
-    return npst.arrays(np.float64, mask.shape[:1], elements=st.floats(-3.0, 3.0, width=32))
+    return numbers(mask.shape[:1])
+
+
+def dirty(values, mask, dtype):
+    """A tensor of ``values`` with NaN where the mask is False."""
+    return torch.where(torch.tensor(mask), torch.tensor(values, dtype=dtype), torch.nan)
+
+
+def assert_close(ours, expected, dtype, size=0.0):
+    """Equal to PRECISIONS[dtype], relative to the value or to ``size``, that of its terms.
+
+    Below 1e-30 nothing is asked: fp32 ends at 1e-38.
+    """
+    assert ours.dtype == dtype
+    tolerance = PRECISIONS[dtype]
+    np.testing.assert_allclose(
+        ours.double(), expected, rtol=tolerance, atol=max(tolerance * size, 1e-30)
+    )

@@ -6,24 +6,39 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given
+from hypothesis import strategies as st
 
-from megatron_rpp.algorithms import KL_KINDS, aggregate, kl_estimate
+from megatron_rpp.algorithms import KL_KINDS, adapted_kl_factor, aggregate, kl_estimate
 from tests.algorithms import oracle
-from tests.algorithms.strategies import batches, quick
+from tests.algorithms.strategies import PRECISIONS, assert_close, batches, dirty, quick
 
 
 @quick
-@given(batches(2))
-def test_matches_oracle(batch):
-    _, logprobs, ref = batch
-    for kind in KL_KINDS:
-        expected = oracle.kl(logprobs, ref, kind)
-        exact = kl_estimate(torch.tensor(logprobs), torch.tensor(ref), kind)
-        np.testing.assert_allclose(exact, expected, rtol=1e-12, atol=1e-12)
-        single = kl_estimate(torch.tensor(logprobs).float(), torch.tensor(ref).float(), kind)
-        assert single.dtype == torch.float32
-        # Inputs up to 3 nats, exp(6): one rounding of their difference, magnified by k3's slope.
-        np.testing.assert_allclose(single, expected, rtol=1e-6, atol=1e-6)
+@given(batches(2), st.sampled_from(KL_KINDS), st.sampled_from([*PRECISIONS]))
+def test_matches_oracle(batch, kind, dtype):
+    mask, *arrays = batch
+    expected = oracle.kl(*arrays, kind)
+    got = kl_estimate(*(dirty(x, mask, dtype) for x in arrays), kind)[torch.tensor(mask)]
+    # The oracle's k3 is a difference of numbers of the size of 1.
+    size = 1.0 if dtype == torch.float64 else 1e-9
+    assert_close(got, expected[mask], dtype, size)
+
+
+@quick
+@given(st.floats(0.1, 10), st.floats(-1, 5), st.floats(0.01, 2), st.integers(1, 999))
+def test_adaptive_factor_by_its_equation(factor, kl, target, samples):
+    """Ziegler et al. 2019, section 2.2, with K = samples / horizon."""
+    error = float(np.clip((kl - target) / target, -0.2, 0.2))
+    expected = factor * (1 + error * samples / 1000)
+    assert adapted_kl_factor(factor, kl, target, samples, 1000) == pytest.approx(expected, rel=1e-12)
+
+
+def test_adaptive_factor_by_hand():
+    """Twice the target: e = 0.2 (clipped), 100 of 1000 responses: 2% up. On target: unchanged."""
+    assert adapted_kl_factor(0.5, 0.2, 0.1, 100, 1000) == pytest.approx(0.5 * 1.02)
+    assert adapted_kl_factor(0.5, 0.11, 0.1, 100, 1000) == pytest.approx(0.5 * 1.01)
+    assert adapted_kl_factor(0.5, 0.0, 0.1, 1000, 1000) == pytest.approx(0.4)
+    assert adapted_kl_factor(0.5, 0.1, 0.1, 100, 1000) == 0.5
 
 
 def test_by_hand():

@@ -1,12 +1,16 @@
 """Whitening over real gloo ranks equals whitening in one process, however the rows are dealt out.
 
 One world of four processes is started for the whole module; it runs every case on sub-groups of
-1, 2 and 4 ranks and returns what each rank computed.
+1, 2 and 4 ranks and returns what each rank computed. The same four ranks also stand for a grid of
+two pipeline stages or two context-parallel parts by two replicas, to show that what would be wrong
+in it (a mean per rank, the world as group, context-parallel ranks left out) fails the assertion
+that the right one passes.
 """
 
 from __future__ import annotations
 
 import time
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -18,11 +22,11 @@ from megatron_rpp.algorithms.advantages import advantages
 from tests.distributed import RankFailed, run_ranks
 
 ROWS, LENGTH = 12, 7
-# Rows of each rank: even, ragged, with empty ranks, all on one.
+# Rows of each rank: even, ragged, the first or the last or another rank empty, all but one empty.
 SPLITS = {
     1: [[12]],
-    2: [[6, 6], [1, 11], [0, 12]],
-    4: [[3, 3, 3, 3], [1, 2, 0, 9], [0, 0, 12, 0], [5, 0, 1, 6]],
+    2: [[6, 6], [1, 11], [0, 12], [12, 0]],
+    4: [[3, 3, 3, 3], [1, 2, 0, 9], [0, 4, 4, 4], [6, 5, 1, 0], [0, 0, 12, 0], [12, 0, 0, 0]],
 }
 CASES = [(size, split) for size, splits in SPLITS.items() for split in splits]
 
@@ -38,13 +42,15 @@ def batch(kind):
         "constant": torch.full_like(noise, 0.9),
         "narrow": 5 + 1e-3 * torch.sign(noise),
         "nothing": noise,
+        "one token": noise,
     }[kind]
-    if kind == "nothing":
+    if kind in ("nothing", "one token"):
         mask = torch.zeros_like(mask)
+    mask[4, 2] |= kind == "one token"
     return torch.where(mask, values, torch.nan), mask
 
 
-KINDS = ("noise", "offset", "constant", "narrow", "nothing")
+KINDS = ("noise", "offset", "constant", "narrow", "nothing", "one token")
 
 
 def my_rows(split, rank):
@@ -60,6 +66,44 @@ def broken_whiten(values, mask, group):
     dist.all_reduce(local, group=group)
     mean, var = (local / dist.get_world_size(group)).tolist()
     return torch.where(mask, (values - mean) / max(var, 1e-8) ** 0.5, 0.0)
+
+
+class Grid(NamedTuple):
+    """This rank's groups in a grid of 2 x 2. Ranks 2r and 2r + 1 are the two pipeline stages (or
+    context-parallel parts) of replica r, as Megatron orders them for its data-parallel groups."""
+
+    replica: int
+    stage: int
+    same_stage: dist.ProcessGroup  # one rank of each replica: data parallel
+
+
+def grid(rank):
+    columns = [dist.new_group([0, 2]), dist.new_group([1, 3])]
+    return Grid(rank // 2, rank % 2, columns[rank % 2])
+
+
+def stages_of_a_pipeline(where, world):
+    """Both stages of a replica hold its rows. Only the last scores them; the first stage's copy is
+    written by broadcast, and here is still what it was: whoever asks it, counts it as data."""
+    values, mask = (x[my_rows([4, 8], where.replica)] for x in batch("noise"))
+    if where.stage == 0:
+        values = torch.where(mask, 0.0, values)
+    return {
+        "right": global_whiten(values, mask, where.same_stage),
+        "world group": global_whiten(values, mask, world),
+        "mean per rank": (broken_whiten(values, mask, where.same_stage), None),
+    }
+
+
+def parts_of_a_context(where, world):
+    """A replica's rows are cut in two along the sequence, one part on each of its ranks."""
+    values, mask = (x[my_rows([4, 8], where.replica)] for x in batch("noise"))
+    part = slice(3) if where.stage == 0 else slice(3, None)
+    values, mask = values[:, part], mask[:, part]
+    return {
+        "right": global_whiten(values, mask, world),
+        "context left out": global_whiten(values, mask, where.same_stage),
+    }
 
 
 def reinforce_inputs():
@@ -79,8 +123,6 @@ def run_everything(rank):
         for kind in KINDS:
             values, mask = (x[rows] for x in batch(kind))
             results[kind, size, str(split)] = global_whiten(values, mask, group)
-        values, mask = (x[rows] for x in batch("noise"))
-        results["broken", size, str(split)] = broken_whiten(values, mask, group)
         inputs = [x[rows] for x in reinforce_inputs()]
         results["reinforce++", size, str(split)] = advantages(
             "reinforce++", *inputs, 0.1, 1.0, group
@@ -89,12 +131,20 @@ def run_everything(rank):
     values, mask = batch("noise")
     results["pair"] = global_whiten(values * 10.0 ** (rank // 2), mask, pairs[rank // 2])
     results["alone"] = global_whiten(values + rank, mask)
+    where = grid(rank)
+    results["pipeline"] = stages_of_a_pipeline(where, groups[4])
+    results["context"] = parts_of_a_context(where, groups[4])
     poisoned = torch.full((1, 2), torch.nan if rank == 2 else 1.0)
     try:
         global_whiten(poisoned, torch.ones(1, 2, dtype=torch.bool), groups[4])
     except ValueError as error:
         results["error"] = str(error)
     return results
+
+
+def assert_equal(whitened, expected):
+    """What guards the whitening, on any layout."""
+    np.testing.assert_allclose(whitened, expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.fixture(scope="module")
@@ -107,15 +157,12 @@ def ranks(tmp_path_factory):
 def test_equal_to_one_process(ranks, kind, size, split):
     expected, expected_stats = global_whiten(*batch(kind))
     parts = [ranks[r][kind, size, str(split)] for r in range(size)]
-    whitened = torch.cat([part for part, _ in parts])
-    # 1e6 + noise: a rounding of 1e-10 of the mean, over a standard deviation of 1.
-    atol = 1e-9 if kind == "offset" else 1e-12
-    np.testing.assert_allclose(whitened, expected, rtol=1e-12, atol=atol)
+    assert_equal(torch.cat([part for part, _ in parts]), expected)
     stats = parts[0][1]
     assert all(other == stats for _, other in parts), "not the same bits on all ranks"
     assert stats.count == expected_stats.count
     np.testing.assert_allclose(stats.mean, expected_stats.mean, rtol=1e-12)
-    np.testing.assert_allclose(stats.var, expected_stats.var, rtol=1e-9)
+    np.testing.assert_allclose(stats.var, expected_stats.var, rtol=1e-12)
 
 
 @pytest.mark.parametrize(("size", "split"), CASES)
@@ -143,18 +190,37 @@ def test_reinforce_is_the_same_on_any_layout(ranks, size, split):
 
 @pytest.mark.parametrize(("size", "split"), CASES)
 def test_scores_are_normalised_over_the_global_batch(ranks, size, split):
-    expected, _ = shape_scores(reinforce_inputs()[0], True, 2.0, 1.0)
-    got = torch.cat([ranks[r]["scores", size, str(split)][0] for r in range(size)])
-    np.testing.assert_allclose(got, expected, rtol=1e-6)
+    expected, expected_stats = shape_scores(reinforce_inputs()[0], True, 2.0, 1.0)
+    parts = [ranks[r]["scores", size, str(split)] for r in range(size)]
+    np.testing.assert_allclose(torch.cat([part for part, _ in parts]), expected, rtol=1e-6)
+    for _, stats in parts:
+        assert (stats.low, stats.high) == (expected_stats.low, expected_stats.high) == (-1, 1)
+        assert stats.clipped_share == pytest.approx(expected_stats.clipped_share)
+        assert stats.shaped.var == pytest.approx(expected_stats.shaped.var, rel=1e-6)
 
 
-@pytest.mark.parametrize("split", [[1, 11], [1, 2, 0, 9]])
-def test_the_mean_of_means_differs(ranks, split):
-    """The check above can fail: the usual mistake is far outside its tolerance."""
-    size = len(split)
-    broken = torch.cat([ranks[r]["broken", size, str(split)] for r in range(size)])
-    expected, _ = global_whiten(*batch("noise"))
-    assert (broken - expected).abs().max() > 0.05
+def of_the_grid(ranks, case, variant):
+    """The whole whitened batch: rows of both replicas, as the last stage or as both parts have it."""
+    whitened = [result[case][variant][0] for result in ranks]
+    if case == "context":
+        whitened = [torch.cat(whitened[r : r + 2], dim=1) for r in (0, 2)]
+        return torch.cat(whitened)
+    return torch.cat(whitened[1::2])
+
+
+@pytest.mark.parametrize("case", ["pipeline", "context"])
+def test_a_grid_of_ranks_equals_one_process(ranks, case):
+    assert_equal(of_the_grid(ranks, case, "right"), global_whiten(*batch("noise"))[0])
+
+
+@pytest.mark.parametrize(
+    ("case", "variant"),
+    [("pipeline", "mean per rank"), ("pipeline", "world group"), ("context", "context left out")],
+)
+def test_the_usual_mistakes_fail_that_assertion(ranks, case, variant):
+    """Megatron-LM#4590, slime#2235 and slime#391."""
+    with pytest.raises(AssertionError, match="Not equal to tolerance"):
+        assert_equal(of_the_grid(ranks, case, variant), global_whiten(*batch("noise"))[0])
 
 
 def test_only_the_given_group_counts(ranks):
