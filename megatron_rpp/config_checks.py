@@ -89,7 +89,8 @@ def check_rollout(config: Config) -> None:
     horizon = config.algorithm.kl_horizon
     if config.algorithm.kl_controller == "adaptive" and horizon < samples:
         raise ValueError(
-            f"algorithm.kl_horizon must be at least the {samples} responses of a step, got {horizon}"
+            f"algorithm.kl_horizon must be at least the {samples} responses of a step, got "
+            f"{horizon}"
         )
     name = config.algorithm.name
     if name != "reinforce++" and rollout.samples_per_prompt < 2:

@@ -35,8 +35,8 @@ from tests.whole_runs import (
     weights,
 )
 
-# A learning rate that changes in every step shows a schedule that starts anew. Adam's epsilon:
-# see test_layouts.py.
+# A learning rate and a KL coefficient that change in every step show a schedule and a controller
+# that start anew. Adam's epsilon: see test_layouts.py.
 SETTINGS = {
     "train__steps": 4,
     "train__epochs": 1,
@@ -45,6 +45,10 @@ SETTINGS = {
     "optimizer__warmup_steps": 3,
     "optimizer__decay_steps": 12,
     "optimizer__eps": 1e-5,
+    "algorithm__kl_controller": "adaptive",
+    "algorithm__kl_estimator": "k3",
+    "algorithm__kl_target": 0.01,
+    "algorithm__kl_horizon": 100,
 }
 TP2, PP2 = {"parallel__tensor": 2}, {"parallel__pipeline": 2}
 KINDS = {
@@ -113,7 +117,8 @@ def test_two_parts_equal_the_whole(base, kind):
         run_once(base, whole, **KINDS[kind])
     run_in_two_parts(base, f"parts {kind}", **KINDS[kind])
     same_bits(base, f"parts {kind}", whole)
-    assert len({row["policy/learning_rate"] for row in log(base, whole)}) == 4
+    for changing in ("policy/learning_rate", "kl/coef"):
+        assert len({row[changing] for row in log(base, whole)}) == 4
 
 
 def test_load_goes_on_elsewhere_and_leaves_its_source_alone(base):
@@ -219,7 +224,7 @@ def equal(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> bool:
 
 def test_the_moments_of_adam_come_back(base, tmp_path):
     """One more step from the restored state is the step that the first process takes."""
-    settings = VARIED | SETTINGS | {"algorithm__kl_coef": 0}
+    settings = VARIED | SETTINGS | {"algorithm__kl_coef": 0, "algorithm__kl_controller": "fixed"}
     config = config_of(base, tmp_path, **settings)
     inputs = load_inputs(config)
 
@@ -234,7 +239,7 @@ def test_the_moments_of_adam_come_back(base, tmp_path):
             for seed in (1, 2, 3)
         )
         step(first, RunState())
-        saved = RunState(step=1, prompts_seen=8, accuracy=0.25)
+        saved = RunState(step=1, prompts_seen=8, accuracy=0.25, kl_factor=1.5)
         path = checkpoint.save(
             tmp_path, first.model, first.optimizer, first.scheduler, saved, keep=1
         )

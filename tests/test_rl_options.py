@@ -21,7 +21,7 @@ from megatron_rpp.inputs import load_inputs
 from megatron_rpp.rollout.buffer import RolloutBuffer
 from tests.algorithms import oracle
 from tests.small_run import config_of, make_data
-from tests.whole_runs import VARIED, layout, train_run, rows
+from tests.whole_runs import VARIED, layout, rows, train_run
 
 STEP = VARIED | {"train__minibatches": 1, "train__epochs": 1, "train__steps": 1}
 SHIFTS = (0.0, math.log(3), -math.log(3), math.log(1.5))
@@ -137,7 +137,8 @@ def test_weights_multiply_the_loss_of_their_tokens(steps, kind):
     advantages = step.buffer.advantages.double().numpy()
     expected = -np.mean(weights_of(kind, step.buffer) * advantages)
     assert step["policy/loss"] == pytest.approx(expected, abs=1e-6)
-    assert abs(expected) > 1e-3 and steps["shifted none"]["policy/loss"] == pytest.approx(0, abs=1e-6)
+    assert abs(expected) > 1e-3
+    assert steps["shifted none"]["policy/loss"] == pytest.approx(0, abs=1e-6)
 
 
 def test_only_a_correction_changes_the_update(steps):

@@ -30,7 +30,8 @@ def test_adaptive_factor_by_its_equation(factor, kl, target, samples):
     """Ziegler et al. 2019, section 2.2, with K = samples / horizon."""
     error = float(np.clip((kl - target) / target, -0.2, 0.2))
     expected = factor * (1 + error * samples / 1000)
-    assert adapted_kl_factor(factor, kl, target, samples, 1000) == pytest.approx(expected, rel=1e-12)
+    got = adapted_kl_factor(factor, kl, target, samples, 1000)
+    assert got == pytest.approx(expected, rel=1e-12)
 
 
 def test_adaptive_factor_by_hand():

@@ -200,7 +200,7 @@ def test_scores_are_normalised_over_the_global_batch(ranks, size, split):
 
 
 def of_the_grid(ranks, case, variant):
-    """The whole whitened batch: rows of both replicas, as the last stage or as both parts have it."""
+    """The whole whitened batch, from the last stages or from all parts of both replicas."""
     whitened = [result[case][variant][0] for result in ranks]
     if case == "context":
         whitened = [torch.cat(whitened[r : r + 2], dim=1) for r in (0, 2)]
