@@ -18,7 +18,7 @@ import torch.distributed as dist
 from megatron_rpp import checkpoint, cli, launching
 from megatron_rpp.config import Config, check_world_size
 from megatron_rpp.console import Console
-from megatron_rpp.data.prompts import Prompt, prompt_indices
+from megatron_rpp.data.prompts import Prompt, PromptSet
 from megatron_rpp.data.tokenizer import Tokenizer
 from megatron_rpp.inputs import Inputs, check_writable, load_inputs
 from megatron_rpp.parallel import device as devices
@@ -100,7 +100,7 @@ def _step(config: Config, inputs: Inputs, policy: Policy, state: RunState) -> di
     """One optimizer step, counted in `state`. Returns its metrics: loss in nats a token."""
     start = time.perf_counter()
     size = config.sft.batch_size
-    rows = prompt_indices(state.prompts_seen, size, len(inputs.train), config.seed)
+    rows = inputs.train.order(state.prompts_seen, size, config.seed)
     own = [inputs.train[rows[i]] for i in shard(size, groups.data_rank(), groups.data_size())]
     buffer = batch_of(own, inputs.tokenizer)
 

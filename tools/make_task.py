@@ -58,6 +58,8 @@ def output_paths(data: DataConfig) -> tuple[tuple[Path, Path, Path], Path]:
     for key, value in names.items():
         if not value:
             raise ValueError(f"data.{key} is empty: set it to the file to write")
+        if not isinstance(value, str):
+            raise ValueError(f"data.{key} must be one file to write, got {value}")
     settings_path = Path(data.train).parent / "task.json"
     paths = tuple(Path(value) for value in names.values())
     if len({path.absolute() for path in (*paths, settings_path)}) != 4:
