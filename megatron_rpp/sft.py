@@ -39,24 +39,24 @@ def main(argv: list[str] | None = None) -> None:
     check_world_size(config, groups.launched_world_size())
     check_writable("sft.dir", config.sft.dir)
     inputs = load_inputs(config)
-    check_labels(inputs.train, inputs.tokenizer, config.data.train, config.model.max_length)
+    check_labels(inputs.train, inputs.tokenizer, config.model.max_length)
     groups.start(config.parallel.tensor, config.parallel.pipeline, config.seed)
     finetune(config, inputs, dry_run)
     groups.stop()
 
 
-def check_labels(prompts: list[Prompt], tokenizer: Tokenizer, path: str, context: int) -> None:
+def check_labels(prompts: PromptSet, tokenizer: Tokenizer, context: int) -> None:
     """Raises ValueError where a row has nothing to learn from, or more than fits."""
-    for row, prompt in enumerate(prompts, start=1):
+    for index, prompt in enumerate(prompts):
         if not prompt.example.label:
             raise ValueError(
-                f"{path}, line {row}: the row has no label, which is the response to learn: add "
+                f"{prompts.where(index)}: the row has no label, which is the response to learn: add "
                 f"it, or set data.label_key to the field that holds it"
             )
         tokens = len(prompt.tokens) + len(tokenizer.encode(prompt.example.label)) + 1
         if tokens > context:
             raise ValueError(
-                f"{path}, line {row}: prompt and label have {tokens} tokens, model.max_length is "
+                f"{prompts.where(index)}: prompt and label have {tokens} tokens, model.max_length is "
                 f"{context}: raise it, or remove the row"
             )
 

@@ -156,7 +156,8 @@ def _announce(run: Run) -> None:
         f"model: {count:,} parameters, vocabulary {inputs.vocab_size}, {config.model.dtype}"
     )
     say(
-        f"data: {len(inputs.train)} prompts, {len(inputs.held_out)} held out; rewards: "
+        f"data: {len(inputs.train)} prompts, {len(inputs.held_out)} held out, "
+        f"{inputs.dropped} dropped as too long; rewards: "
         f"{', '.join(shaping.functions)}; normalised {shaping.normalize}, scale {shaping.scale}, "
         f"clip {shaping.clip}"
     )

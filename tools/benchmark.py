@@ -84,8 +84,8 @@ def rl_step_worker(steps: int, settings: list[str]) -> None:
     prompts = [Prompt(Example("benchmark"), tuple(row)) for row in rows]
     tokenizer = NumberTokenizer()
     inputs = Inputs(
-        tokenizer, PromptFormat(tokenizer), PromptSet([prompts]), prompts[:1], RewardSet(config.reward.functions),
-        VOCABULARY, *samplings(config.rollout),
+        tokenizer, PromptFormat(tokenizer), PromptSet([prompts]), prompts[:1],
+        RewardSet(config.reward.functions), VOCABULARY, *samplings(config.rollout),
     )  # fmt: skip
     groups.start(config.parallel.tensor, config.parallel.pipeline, config.seed)
     run, measured = build(config, inputs, Console(main=False)), []

@@ -24,13 +24,23 @@ def cached(folder: Path, key: list[Any], find: Callable[[], np.ndarray]) -> np.n
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]
     path = folder / f"{name}.npy"
     if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
+        _make(folder)
         with FileLock(folder / f"{name}.lock"):
             if not path.exists():
                 content = io.BytesIO()
                 np.save(content, find())
                 write_atomic(path, content.getvalue())
     return np.load(path)
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"the cache directory {folder} cannot be made ({error.strerror}): set data.cache_dir "
+            "to another"
+        ) from error
 
 
 def stamp(path: str | Path) -> list[Any]:

@@ -57,9 +57,9 @@ class PromptFile(Sequence[Prompt]):
 
 
 class PromptSet(Sequence[Prompt]):
-    """The prompts of several data sets, one after the other, and their order in training."""
+    """The prompts of several sources, one after the other, and their order in training."""
 
-    def __init__(self, parts: Sequence[Sequence[Prompt]], weights: Sequence[float] = ()) -> None:
+    def __init__(self, parts: Sequence[PromptFile], weights: Sequence[float] = ()) -> None:
         """``weights``: the share of each part in training; none = by its number of rows."""
         self.parts = list(parts)
         self._ends = list(accumulate(map(len, self.parts)))
@@ -74,6 +74,11 @@ class PromptSet(Sequence[Prompt]):
             raise IndexError(index)
         part = bisect_right(self._ends, index)
         return self.parts[part][index - self._ends[part] + len(self.parts[part])]
+
+    def where(self, index: int) -> str:
+        """The place of a prompt in its source, in words."""
+        part = bisect_right(self._ends, index)
+        return self.parts[part].where(index - self._ends[part] + len(self.parts[part]))
 
     def order(self, cursor: int, count: int, seed: int) -> list[int]:
         """Which prompts to train on at the global positions ``cursor .. cursor + count - 1``."""

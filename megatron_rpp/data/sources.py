@@ -17,7 +17,7 @@ import numpy as np
 
 Row = dict[str, Any]
 
-_READ = 1 << 24
+_READ = 1 << 22
 """Bytes of a file that are searched for line ends at once."""
 _FORMATS = {".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
 HUB = "hub:"
