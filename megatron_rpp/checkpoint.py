@@ -26,7 +26,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factor
 
 from megatron_rpp.config_model import SIZES
 from megatron_rpp.data.files import write_atomic
-from megatron_rpp.model.language_model import unwrap
+from megatron_rpp.model.language_model import chunks
 from megatron_rpp.parallel import groups
 from megatron_rpp.run_state import RunState
 
@@ -68,7 +68,16 @@ def require(directory: str | Path) -> Path:
 
 
 def _model_state(model: torch.nn.Module) -> dict:
-    return unwrap(model).sharded_state_dict(metadata=dict(_METADATA))
+    """By chunk; the tensors' own keys hold the layers' numbers in the whole model."""
+    return {
+        f"chunk{number}": chunk.sharded_state_dict(metadata=dict(_METADATA))
+        for number, chunk in enumerate(chunks(model))
+    }
+
+
+def _fill(model: torch.nn.Module, state: dict) -> None:
+    for number, chunk in enumerate(chunks(model)):
+        chunk.load_state_dict(state[f"chunk{number}"])
 
 
 def _check_fit(model: torch.nn.Module, path: Path) -> None:
@@ -80,7 +89,7 @@ def _check_fit(model: torch.nn.Module, path: Path) -> None:
     apply_factories(own)
     problems = [
         f"{name} is {theirs[name]} there, {value} here"
-        for name, value in unwrap(model).architecture.items()
+        for name, value in chunks(model)[0].architecture.items()
         if name not in SIZES and theirs.get(name, value) != value  # SIZES: the shapes tell more
     ]
     for entry in nested_values(own):
@@ -105,7 +114,7 @@ def load_weights(model: torch.nn.Module, directory: str | Path) -> None:
     path = require(directory)
     _check_fit(model, path)
     loaded = dist_checkpointing.load({"model": _model_state(model)}, str(path))
-    unwrap(model).load_state_dict(loaded["model"])
+    _fill(model, loaded["model"])
 
 
 def _whole_state(model, optimizer, scheduler, loading: bool) -> dict:
@@ -177,7 +186,7 @@ def resume(model: torch.nn.Module, optimizer, scheduler, path: Path) -> RunState
     content = _whole_state(model, optimizer, scheduler, True)
     _check_optimizer(content["optimizer"], path)
     loaded = dist_checkpointing.load(content, str(path))
-    unwrap(model).load_state_dict(loaded["model"])
+    _fill(model, loaded["model"])
     _load_optimizer(optimizer, loaded["optimizer"])
     scheduler.load_state_dict(loaded["scheduler"])
     return RunState(**loaded["run"])
@@ -195,7 +204,7 @@ def save(
         temporary.mkdir(parents=True)
     dist.barrier()
     content = _whole_state(model, optimizer, scheduler, False)
-    content |= {"run": asdict(state), "architecture": unwrap(model).architecture}
+    content |= {"run": asdict(state), "architecture": chunks(model)[0].architecture}
     dist_checkpointing.save(content, str(temporary))
     dist.barrier()
     if groups.is_main():

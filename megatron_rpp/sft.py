@@ -5,7 +5,7 @@
 The response of a row is its label; the loss is the mean over the response tokens of the whole
 batch. The same models, micro-batches, evaluation and checkpoints as `train.py`.
 
-Left out: `messages` data, packing, checkpoints while it runs.
+Left out: `messages` data, checkpoints while it runs.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> None:
     check_writable("sft.dir", config.sft.dir)
     inputs = load_inputs(config)
     check_labels(inputs.train, inputs.tokenizer, config.model.max_length)
-    groups.start(config.parallel.tensor, config.parallel.pipeline, config.seed)
+    groups.start(**config.parallel.sizes(), seed=config.seed)
     finetune(config, inputs, dry_run)
     groups.stop()
 
@@ -117,7 +117,7 @@ def _step(config: Config, inputs: Inputs, policy: Policy, state: RunState) -> di
     )
     empty = torch.zeros(2, dtype=torch.float64, device=devices.device())
     sums = torch.stack([empty, *reports]).sum(0)
-    dist.all_reduce(sums, group=groups.data_group())
+    dist.all_reduce(sums, group=groups.token_group())
     total, count = groups.broadcast_from_last_stage(sums).tolist()
     state.step += 1
     state.prompts_seen += size

@@ -87,7 +87,7 @@ def rl_step_worker(steps: int, settings: list[str]) -> None:
         tokenizer, PromptFormat(tokenizer), PromptSet([prompts]), prompts[:1],
         RewardSet(config.reward.functions), VOCABULARY, *samplings(config.rollout),
     )  # fmt: skip
-    groups.start(config.parallel.tensor, config.parallel.pipeline, config.seed)
+    groups.start(**config.parallel.sizes(), seed=config.seed)
     run, measured = build(config, inputs, Console(main=False)), []
     for _ in range(WARMUP + steps):
         row, buffer = rl_step(run)
