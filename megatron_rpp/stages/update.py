@@ -12,12 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from megatron_rpp.algorithms import (
-    aggregation_weights,
-    kl_estimate,
-    policy_loss,
-    policy_stats,
-)
+from megatron_rpp.algorithms import aggregation_weights, kl_estimate, policy_loss, policy_stats
 from megatron_rpp.config import AlgorithmConfig, TrainConfig
 from megatron_rpp.parallel import device as devices
 from megatron_rpp.parallel import groups, pipeline
@@ -60,7 +55,7 @@ def _loss(model, buffer: RolloutBuffer, algorithm: AlgorithmConfig, temperature:
         )
         per_token = policy_loss(logprobs, old, advantages, *clip, algorithm.dual_clip)
         if buffer.rollout_weights is not None:
-            per_token = per_token * column(batch, buffer.rollout_weights)
+            per_token = per_token * column(buffer.rollout_weights)
         if algorithm.entropy_coef:
             per_token = per_token - algorithm.entropy_coef * entropy
         if algorithm.kl_loss_coef:
@@ -106,9 +101,9 @@ def run(
     """Updates `policy` on the step's rollouts; the same on every layout of ranks.
 
     Args:
-        policy: its chunks, DDP-wrapped. buffer: this replica's shard, with old_logprobs, advantages and, where
-            a KL loss is on, ref_logprobs. temperature: of the rollout. sample_count: samples of
-            the whole step over all replicas.
+        policy: its chunks, DDP-wrapped. buffer: this replica's shard, with old_logprobs, advantages
+            and, where a KL loss is on, ref_logprobs. temperature: of the rollout. sample_count:
+            samples of the whole step over all replicas.
     """
     loss = _loss(policy, buffer, algorithm, temperature)
     rows, norms = [], []
