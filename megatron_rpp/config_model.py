@@ -5,6 +5,7 @@ Left out: mixture of experts, sliding windows, biases elsewhere than on queries,
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -33,10 +34,23 @@ class RopeScalingConfig:
         check_range("rope_scaling", self, "original_max_length", at_least=1)
 
 
-SIZES = ("layers", "hidden", "ffn_hidden")
+# Embedding rows are padded to a multiple of this (and of the tensor-parallel size), so that the
+# padded size, and with it a checkpoint's shapes, is the same for every usual tensor-parallel size.
+VOCAB_MULTIPLE = 64
+
+
+def padded_vocab_size(vocab_size: int, tensor: int) -> int:
+    """Rows of the embedding on all of `tensor` ranks together."""
+    multiple = math.lcm(VOCAB_MULTIPLE, tensor)
+    return -(-vocab_size // multiple) * multiple
+
+
+# What a checkpoint of this model may have otherwise: tensors' shapes tell the sizes, and the context
+# is no property of the weights.
+NOT_COMPARED = ("layers", "hidden", "ffn_hidden", "max_length")
 _ARCHITECTURE = (
-    *SIZES, "heads", "kv_heads", "head_dim", "rope_theta", "rope_scaling", "qkv_bias", "qk_norm",
-    "norm_eps", "tied_embeddings",
+    *NOT_COMPARED, "heads", "kv_heads", "head_dim", "rope_theta", "rope_scaling", "qkv_bias",
+    "qk_norm", "norm_eps", "tied_embeddings",
 )  # fmt: skip
 
 

@@ -20,7 +20,6 @@ from megatron_rpp.algorithms.losses import (
     AGGREGATIONS,
     PolicyStats,
     aggregate,
-    aggregation_weights,
     policy_loss,
     policy_stats,
 )
@@ -38,7 +37,6 @@ __all__ = [
     "ShapingStats",
     "adapted_kl_factor",
     "aggregate",
-    "aggregation_weights",
     "correction_weights",
     "effective_share",
     "global_whiten",

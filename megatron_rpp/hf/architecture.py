@@ -45,9 +45,8 @@ class HfArchitecture:
     name: str
     """The architecture, a key of families.FAMILIES."""
     settings: dict[str, Any]
-    """As ModelConfig.architecture gives it."""
-    max_positions: int
-    """The longest context, in tokens, in which the model is what config.json describes."""
+    """As ModelConfig.architecture gives it; max_length is the longest context, in tokens, in which
+    the model is what config.json describes."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -84,13 +83,9 @@ def read_architecture(directory: str | Path) -> HfArchitecture:
             )
     rope = _rope(content, path)
     try:
-        settings = _settings(names[0], content, rope)
-        positions = content["max_position_embeddings"]
+        return HfArchitecture(names[0], _settings(names[0], content, rope))
     except KeyError as error:
         raise ValueError(f"{path} has no key {error}") from error
-    # A sliding window that is never left is no window (Mistral 7B v0.1).
-    window = content.get("sliding_window") if names[0] == "MistralForCausalLM" else None
-    return HfArchitecture(names[0], settings, min(positions, window or positions))
 
 
 def _rope(content: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -111,6 +106,9 @@ def _rope(content: dict[str, Any], path: Path) -> dict[str, Any]:
 
 def _settings(name: str, content: dict[str, Any], rope: dict[str, Any]) -> dict[str, Any]:
     heads, hidden = content["num_attention_heads"], content["hidden_size"]
+    positions = content["max_position_embeddings"]
+    # A sliding window that is never left is no window (Mistral 7B v0.1).
+    window = content.get("sliding_window") if name == "MistralForCausalLM" else None
     rows = " ".join(row.megatron for row in FAMILIES[name])
     return rope | {
         "layers": content["num_hidden_layers"],
@@ -124,6 +122,7 @@ def _settings(name: str, content: dict[str, Any], rope: dict[str, Any]) -> dict[
         "norm_eps": content["rms_norm_eps"],
         "tied_embeddings": content.get("tie_word_embeddings", False),
         "vocab_size": content["vocab_size"],
+        "max_length": min(positions, window or positions),
     }
 
 
@@ -143,7 +142,7 @@ def family_of(settings: dict[str, Any]) -> str:
     return names[features]
 
 
-def config_json(settings: dict[str, Any], max_positions: int) -> dict[str, Any]:
+def config_json(settings: dict[str, Any]) -> dict[str, Any]:
     """The content of config.json for a model that came from no file."""
     name = family_of(settings)
     scaling = settings["rope_scaling"]
@@ -165,6 +164,6 @@ def config_json(settings: dict[str, Any], max_positions: int) -> dict[str, Any]:
         "rope_theta": settings["rope_theta"],
         "rope_scaling": rope,
         "tie_word_embeddings": settings["tied_embeddings"],
-        "max_position_embeddings": max_positions,
+        "max_position_embeddings": settings["max_length"],
         "vocab_size": settings["vocab_size"],
     }

@@ -65,6 +65,11 @@ class Row:
         }
         return [tuple(size[letter] for letter in shape.split()) for shape in self.shapes]
 
+    def whole_size(self, settings: dict[str, Any]) -> tuple[int, ...]:
+        """The shape of Megatron's tensor: the sources on top of each other."""
+        sizes = self.sizes(settings)
+        return (sum(size[0] for size in sizes), *sizes[0][1:])
+
     def merge(self, parts: list[torch.Tensor], head_dim: int) -> torch.Tensor:
         """Megatron's tensor from `parts`, the tensors of `hf` or one rank's part of each."""
         if self.kind == "COPY":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_rpp.data.prompts import Prompt
@@ -37,7 +36,7 @@ class Evaluation:
 
 def evaluate(
     engine: RolloutEngine,
-    prompts: Sequence[Prompt],
+    prompts: list[Prompt],
     rewards: RewardSet,
     tokenizer: Tokenizer,
     sampling: Sampling,

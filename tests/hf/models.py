@@ -60,10 +60,10 @@ def make(family: str, seed: int = 3, **settings):
     return model
 
 
-def save(folder: Path, family: str, **settings) -> Path:
-    """The directory of such a model."""
+def save(folder: Path, family: str, shards: str = "50KB", **settings) -> Path:
+    """The directory of such a model, in files of up to `shards`."""
     path = folder / family
-    make(family, **settings).save_pretrained(path, max_shard_size="50KB")
+    make(family, **settings).save_pretrained(path, max_shard_size=shards)
     return path
 
 

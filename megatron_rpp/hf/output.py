@@ -1,0 +1,95 @@
+"""Directories that appear whole or not at all, and the small files that go with a model's weights."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_rpp.hf.safetensors_in import INDEX
+
+# config.json, generation_config.json, tokenizers of every kind, chat templates.
+_SIDE_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "LICENSE*")
+
+
+def check_output(output: Path, sources: list[Path], marker: str, overwrite: bool) -> None:
+    """Raises ValueError where writing `output` could cost the user something.
+
+    Args:
+        marker: a file that every directory of this kind holds: nothing else is overwritten.
+    """
+    for source in sources:
+        own, other = output.resolve(), source.resolve()
+        if own == other or own in other.parents or other in own.parents:
+            raise ValueError(f"{output} overlaps the source {source}: choose another directory")
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return
+    if not overwrite:
+        raise ValueError(f"{output} exists: choose another directory, or add --overwrite")
+    if not (output / marker).is_file():
+        raise ValueError(
+            f"{output} exists and holds no {marker}, so it is not what would be overwritten: "
+            f"choose another directory, or remove it yourself"
+        )
+
+
+def rank() -> int:
+    """Of this process; 0 without a process group."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def ranks() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def _barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+@contextlib.contextmanager
+def appearing(output: Path) -> Iterator[Path]:
+    """A temporary directory next to `output` that takes its place when the block ends well.
+
+    What was at `output` is removed only then; after an error nothing has changed. Collective where
+    there is a process group: every rank writes into the one directory.
+    """
+    output = output.absolute()
+    partial = output.with_name(f".{output.name}.partial")
+    if rank() == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    _barrier()
+    try:
+        yield partial
+        _barrier()
+        if rank() == 0:
+            _exchange(partial, output)
+    finally:
+        if rank() == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+    _barrier()
+
+
+def _exchange(partial: Path, output: Path) -> None:
+    replaced = output.with_name(f".{output.name}.replaced")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if output.exists():
+        output.rename(replaced)
+    partial.rename(output)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def copy_side_files(source: Path, destination: Path) -> None:
+    """Copies what a model directory holds beside its weights; code is left behind."""
+    destination.mkdir(parents=True, exist_ok=True)
+    files = {file for pattern in _SIDE_FILES for file in source.glob(pattern)}
+    for file in sorted(files):
+        if file.is_file() and file.name != INDEX:
+            shutil.copyfile(file, destination / file.name)
+    templates = source / "additional_chat_templates"
+    if templates.is_dir():
+        shutil.copytree(templates, destination / templates.name, dirs_exist_ok=True)
