@@ -30,7 +30,7 @@ from megatron.core.dist_checkpointing.mapping import (
 
 from megatron_rpp.config_model import NOT_COMPARED
 from megatron_rpp.data.files import write_atomic
-from megatron_rpp.model.language_model import unwrap
+from megatron_rpp.model.language_model import chunks
 from megatron_rpp.parallel import groups
 from megatron_rpp.run_state import RunState
 
@@ -72,7 +72,16 @@ def require(directory: str | Path) -> Path:
 
 
 def _model_state(model: torch.nn.Module) -> dict:
-    return unwrap(model).sharded_state_dict(metadata=dict(_METADATA))
+    """By chunk; the tensors' own keys hold the layers' numbers in the whole model."""
+    return {
+        f"chunk{number}": chunk.sharded_state_dict(metadata=dict(_METADATA))
+        for number, chunk in enumerate(chunks(model))
+    }
+
+
+def _fill(model: torch.nn.Module, state: dict) -> None:
+    for number, chunk in enumerate(chunks(model)):
+        chunk.load_state_dict(state[f"chunk{number}"])
 
 
 def _check_fit(model: torch.nn.Module, path: Path) -> None:
@@ -84,7 +93,7 @@ def _check_fit(model: torch.nn.Module, path: Path) -> None:
     apply_factories(own)
     problems = [
         f"{name} is {theirs[name]} there, {value} here"
-        for name, value in unwrap(model).architecture.items()
+        for name, value in chunks(model)[0].architecture.items()
         if name not in NOT_COMPARED and theirs.get(name, value) != value
     ]
     for entry in nested_values(own):
@@ -108,13 +117,14 @@ def load_weights(model: torch.nn.Module, directory: str | Path) -> None:
     """Fills `model` with the weights of a checkpoint, whatever layout wrote it."""
     path = require(directory)
     _check_fit(model, path)
-    state = _model_state(model)
     # What modules keep beside weights (TransformerEngine's FP8 scales) stays as it is here: a
     # converted checkpoint has none.
-    extra = {name: None for name, entry in state.items() if isinstance(entry, ShardedObject)}
-    weights = {name: entry for name, entry in state.items() if name not in extra}
-    loaded = dist_checkpointing.load({"model": weights}, str(path))
-    unwrap(model).load_state_dict(loaded["model"] | extra)
+    weights, extra = {}, {}
+    for number, state in _model_state(model).items():
+        extra[number] = {n: None for n, entry in state.items() if isinstance(entry, ShardedObject)}
+        weights[number] = {n: entry for n, entry in state.items() if n not in extra[number]}
+    loaded = dist_checkpointing.load({"model": weights}, str(path))["model"]
+    _fill(model, {number: loaded[number] | extra[number] for number in loaded})
 
 
 def _whole_state(model, optimizer, scheduler, loading: bool) -> dict:
@@ -186,7 +196,7 @@ def resume(model: torch.nn.Module, optimizer, scheduler, path: Path) -> RunState
     content = _whole_state(model, optimizer, scheduler, True)
     _check_optimizer(content["optimizer"], path)
     loaded = dist_checkpointing.load(content, str(path))
-    unwrap(model).load_state_dict(loaded["model"])
+    _fill(model, loaded["model"])
     _load_optimizer(optimizer, loaded["optimizer"])
     scheduler.load_state_dict(loaded["scheduler"])
     return RunState(**loaded["run"])
@@ -204,7 +214,7 @@ def save(
         temporary.mkdir(parents=True)
     dist.barrier()
     content = _whole_state(model, optimizer, scheduler, False)
-    content |= {"run": asdict(state), "architecture": unwrap(model).architecture}
+    content |= {"run": asdict(state), "architecture": chunks(model)[0].architecture}
     dist_checkpointing.save(content, str(temporary))
     dist.barrier()
     if groups.is_main():

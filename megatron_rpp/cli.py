@@ -240,6 +240,8 @@ def _describe(hint: Any) -> str:
         return "one of " + ", ".join(arguments)
     if kind is list:
         return f"a list [...], each {_describe(arguments[0])}"
+    if {str, list[str]} == set(arguments):
+        return f"{_describe(str)} or {_describe(list[str])}"
     if type(None) in arguments:
         return f"{_describe(arguments[0])} or null"
     return words[kind or hint]

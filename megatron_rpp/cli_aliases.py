@@ -1,7 +1,7 @@
 """Megatron-LM's flag names, accepted beside our own, so that a known command line keeps working.
 
 --micro-batch-size is not here: it sets a product (cli.py). Left out: flags without a setting of
-ours, such as --context-parallel-size; they are refused like any unknown key.
+ours, such as --expert-model-parallel-size; they are refused like any unknown key.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import re
 _ALIASES = {
     "tensor-model-parallel-size": "parallel.tensor",
     "pipeline-model-parallel-size": "parallel.pipeline",
+    "num-virtual-stages-per-pipeline-rank": "parallel.virtual_pipeline",
+    "context-parallel-size": "parallel.context",
     "sequence-parallel": "parallel.sequence_parallel=true",
     "num-layers": "model.layers",
     "hidden-size": "model.hidden",

@@ -33,22 +33,42 @@ from megatron_rpp.config_model import ModelConfig
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """How one model is cut; the data-parallel size is world size / (tensor x pipeline)."""
+    """How one model is cut; data-parallel size = world size / (tensor x pipeline x context)."""
 
     tensor: int = 1
     """Tensor-parallel size: ranks that share each layer."""
     pipeline: int = 1
     """Pipeline-parallel size: stages the layers are cut into."""
+    virtual_pipeline: int = 1
+    """Parts of the model that each pipeline stage holds, interleaved (1 = one part, no interleaving):
+    smaller bubbles, more messages."""
+    context: int = 1
+    """Context-parallel size: ranks that share the tokens of each sequence."""
     sequence_parallel: bool = False
     """Split the activations between the tensor-parallel regions along the sequence."""
 
     def __post_init__(self) -> None:
-        check_range("parallel", self, "tensor pipeline", at_least=1)
+        check_range("parallel", self, "tensor pipeline virtual_pipeline context", at_least=1)
+        if self.virtual_pipeline > 1 and self.pipeline == 1:
+            raise ValueError(
+                f"parallel.virtual_pipeline needs parallel.pipeline of at least 2, got "
+                f"{self.virtual_pipeline} parts on one stage: raise parallel.pipeline, or leave it out"
+            )
         if self.sequence_parallel and self.tensor == 1:
             raise ValueError(
                 "parallel.sequence_parallel needs parallel.tensor of at least 2, got 1: it splits "
                 "the sequence over the tensor-parallel ranks; turn it off or raise parallel.tensor"
             )
+
+
+    def sizes(self) -> dict[str, int]:
+        """The sizes of the process groups, as `parallel.groups.start` takes them."""
+        return {
+            "tensor": self.tensor,
+            "pipeline": self.pipeline,
+            "context": self.context,
+            "virtual_pipeline": self.virtual_pipeline,
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,7 +198,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     """Architecture of the policy and of the reference."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    """How one model is cut; the data-parallel size is world size / (tensor x pipeline)."""
+    """How one model is cut; data-parallel size = world size / (tensor x pipeline x context)."""
     data: DataConfig = field(default_factory=DataConfig)
     """Prompts and tokenizer."""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
@@ -212,18 +232,19 @@ class Config:
 
 
 def check_world_size(config: Config, world_size: int) -> int:
-    """The data-parallel size of ``world_size`` processes: world / (tensor x pipeline).
+    """The data-parallel size of ``world_size`` processes: world / (tensor x pipeline x context).
 
     Raises ValueError where the model does not fit the processes a whole number of times, or the
     prompts of a step do not fit the replicas (each takes whole prompt groups, all equally many).
     """
-    tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
-    ranks = tensor * pipeline
+    sizes = config.parallel
+    ranks = sizes.tensor * sizes.pipeline * sizes.context
     if world_size < 1 or world_size % ranks:
+        context = f" x context {sizes.context}" if sizes.context > 1 else ""
         raise ValueError(
-            f"world size {world_size} is not divisible by tensor {tensor} x pipeline {pipeline} = "
-            f"{ranks}: start a multiple of {ranks} processes (torchrun --nproc-per-node) or change "
-            "parallel.tensor/parallel.pipeline"
+            f"world size {world_size} is not divisible by tensor {sizes.tensor} x pipeline "
+            f"{sizes.pipeline}{context} = {ranks}: start a multiple of {ranks} processes "
+            "(torchrun --nproc-per-node) or change parallel.tensor/parallel.pipeline"
         )
     replicas = world_size // ranks
     if config.rollout.prompts_per_step % replicas:

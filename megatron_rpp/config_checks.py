@@ -68,7 +68,9 @@ def check_layout(model: ModelConfig, parallel: ParallelConfig) -> None:
     if model.kv_heads is not None:
         check_divides("model.kv_heads", model.kv_heads, *tensor)
     check_divides("model.ffn_hidden", model.ffn_hidden, *tensor)
-    check_divides("model.layers", model.layers, "parallel.pipeline", parallel.pipeline)
+    parts = parallel.pipeline * parallel.virtual_pipeline
+    setting = "parallel.pipeline" + " x parallel.virtual_pipeline" * (parts > parallel.pipeline)
+    check_divides("model.layers", model.layers, setting, parts)
 
 
 def check_rollout(config: Config) -> None:

@@ -15,10 +15,24 @@ from megatron_rpp.config_checks import check_choices, check_filled, check_range
 class DataConfig:
     """Prompts and tokenizer."""
 
-    train: str = ""
-    """JSONL file of training prompts."""
+    train: list[str] | str = ""
+    """Training prompts: a JSONL, .parquet or .csv file, a directory of the datasets library (with
+    @split), hub:owner/name[:configuration][@split], or a list of them."""
+    weights: list[float] = field(default_factory=list)
+    """Share of each of several training sources; empty = by their numbers of rows."""
     eval: str = ""
-    """JSONL file of held-out prompts."""
+    """Held-out prompts, a source like those of train."""
+    eval_split: float = 0.0
+    """Where eval is empty: rows of train to hold out, drawn from the seed: a share below 1, a
+    number from 1 on; 0 = none."""
+    max_prompt_tokens: int | None = None
+    """Longest prompt in tokens; null = model.max_length - rollout.max_new_tokens, the most it can
+    be."""
+    overlong_prompts: Literal["refuse", "drop"] = "refuse"
+    """What happens to longer prompts."""
+    cache_dir: str | None = None
+    """Directory of what is known of the data files between runs; null = megatron_rpp in Hugging
+    Face's cache."""
     tokenizer: str = ""
     """SentencePiece .model file, or directory of a Hugging Face tokenizer."""
     trust_remote_code: bool = False
@@ -31,12 +45,32 @@ class DataConfig:
     system_prompt: str = ""
     """System message in front of conversations that have none; empty = none."""
     prompt_key: str = "prompt"
-    """JSONL key of the prompt: a text, or a list of messages {role, content}."""
+    """Field of the prompt, a text or a list of messages {role, content}; may be a path a.b."""
     label_key: str = "label"
-    """JSONL key of the label handed to the reward."""
+    """Field of the label handed to the reward; may be a path a.b."""
 
     def __post_init__(self) -> None:
+        check_choices("data", self)
         check_filled("data", self, "prompt_key label_key")
+        check_range("data", self, "eval_split", at_least=0)
+        check_range("data", self, "max_prompt_tokens", at_least=1)
+        if self.eval_split > 1 and self.eval_split % 1:
+            raise ValueError(
+                f"data.eval_split must be a share below 1 or a whole number of rows, got "
+                f"{self.eval_split}"
+            )
+        if self.weights and (
+            len(self.weights) != len(self.sources) or not all(w > 0 for w in self.weights)
+        ):
+            raise ValueError(
+                f"data.weights must be empty or one number above 0 for each source of data.train "
+                f"({len(self.sources)}), got {self.weights}"
+            )
+
+    @property
+    def sources(self) -> list[str]:
+        """The sources of training prompts, a single one too."""
+        return [self.train] if isinstance(self.train, str) else self.train
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,12 +4,15 @@ for another: every rank reads the same files and refuses the same mistakes."""
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_rpp.config import Config, DataConfig, RolloutConfig
+from megatron_rpp.console import Console
 from megatron_rpp.data.chat import PromptFormat
-from megatron_rpp.data.prompts import Prompt, encode_prompts, read_examples
+from megatron_rpp.data.opening import given, open_data
+from megatron_rpp.data.prompts import Prompt, PromptSet
 from megatron_rpp.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_rpp.records import Sampling
 from megatron_rpp.rewards import RewardSet
@@ -19,8 +22,8 @@ from megatron_rpp.rewards import RewardSet
 class Inputs:
     tokenizer: Tokenizer
     form: PromptFormat
-    train: list[Prompt]
-    held_out: list[Prompt]
+    train: PromptSet
+    held_out: Sequence[Prompt]
     rewards: RewardSet
     vocab_size: int
     """Of the model: the configured size, else the tokenizer's."""
@@ -28,6 +31,8 @@ class Inputs:
     """Of the rollouts."""
     greedy: Sampling
     """Of the evaluations."""
+    dropped: int = 0
+    """Prompts left out because they are too long."""
 
 
 def check_writable(setting: str, directory: str) -> None:
@@ -41,19 +46,6 @@ def check_writable(setting: str, directory: str) -> None:
             f"{setting} {directory} cannot be written ({error.strerror}): choose another directory "
             f"or change its permissions"
         ) from error
-
-
-def _given(setting: str, value: str) -> str:
-    if not value:
-        raise ValueError(f"{setting} is empty: name a file with --{setting} or in the recipe")
-    return value
-
-
-def _prompts(setting: str, path: str, config: Config, form: PromptFormat) -> list[Prompt]:
-    data = config.data
-    examples = read_examples(_given(setting, path), data.prompt_key, data.label_key)
-    limit = config.model.max_length - config.rollout.max_new_tokens
-    return encode_prompts(examples, form, limit, path)
 
 
 def load_inputs(config: Config) -> Inputs:
@@ -72,26 +64,28 @@ def load_inputs(config: Config) -> Inputs:
             f"model.vocab_size {vocab_size}: raise model.vocab_size, or leave it out to take the "
             f"tokenizer's"
         )
-    held_out = _prompts("data.eval", config.data.eval, config, form)
-    if config.evaluation.prompts:
-        held_out = held_out[: config.evaluation.prompts]
+    limit = config.model.max_length - config.rollout.max_new_tokens
+    data = open_data(config.data, form, limit, config.seed, Console(main=True).stage)
+    count = min(config.evaluation.prompts or len(data.held_out), len(data.held_out))
+    held_out = [data.held_out[index] for index in range(count)]
     sampling, greedy = samplings(config.rollout)
     return Inputs(
         tokenizer=tokenizer,
         form=form,
-        train=_prompts("data.train", config.data.train, config, form),
+        train=data.train,
         held_out=held_out,
         rewards=RewardSet(config.reward.functions, config.reward.weights),
         vocab_size=vocab_size,
         sampling=sampling,
         greedy=greedy,
+        dropped=data.dropped,
     )
 
 
 def open_tokenizer(data: DataConfig) -> tuple[Tokenizer, PromptFormat]:
     """The tokenizer, and how prompts become its tokens."""
     tokenizer = load_tokenizer(
-        _given("data.tokenizer", data.tokenizer), data.chat_template, data.trust_remote_code
+        given("data.tokenizer", data.tokenizer), data.chat_template, data.trust_remote_code
     )
     return tokenizer, PromptFormat(tokenizer, data.apply_chat_template, data.system_prompt)
 

@@ -15,9 +15,9 @@ from megatron_rpp.model.reference import OffloadedReference, Reference, Resident
 
 @dataclass
 class Policy:
-    """The model that is trained (DDP-wrapped), with its optimizer and schedule."""
+    """The model that is trained (its chunks, DDP-wrapped), with its optimizer and schedule."""
 
-    model: torch.nn.Module
+    model: torch.nn.ModuleList
     optimizer: object
     scheduler: object
 
@@ -41,5 +41,6 @@ def build_reference(config: Config, policy: Policy, vocab_size: int) -> Referenc
     if config.reference.placement == "offload":
         return OffloadedReference(policy.model)
     stage = build.build_model(config.model, config.parallel, vocab_size, config.seed)
-    stage.load_state_dict(policy.model.module.state_dict())
+    for chunk, own in zip(stage, policy.model, strict=True):
+        chunk.load_state_dict(own.module.state_dict())
     return ResidentReference(stage)

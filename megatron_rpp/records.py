@@ -1,6 +1,7 @@
 """The typed records that pass between the stages of a step.
 
-Shape legend: b sequences of a micro-batch, s its padded length, n its response tokens.
+Shape legend: k sequences of a micro-batch, t tokens of its row on this rank, c context-parallel ranks,
+n response tokens predicted on this rank.
 """
 
 from __future__ import annotations
@@ -40,17 +41,38 @@ class Generation:
 
 
 @dataclass(frozen=True)
-class MicroBatch:
-    """Right-padded sequences for one forward pass, and which of its rows predict a response token.
+class Packing:
+    """Where the sequences of a packed row lie, for attention.
 
-    tokens: [b, s] int64; rows: [n] indices into the flattened hidden states [s*b]; targets: [n]
-    the tokens those rows predict; column: [n] where each lies in the buffer's flat columns (on the
-    host, as they are); sample: [n] the row's sequence in 0..b-1. A rank with fewer micro-batches
-    than its peers fills up with empty ones (n = 0).
+    boundaries: [k+1] int32, where each of the k sequences starts in the whole row, then its length
+    t·c; longest: tokens of the longest. The rest serves attention without a kernel for packed rows:
+    it lays the row out as k padded sequences. query_cells: [t] and key_cells: [t·c] int64, the place
+    of each token in [k × longest/c] and [k × longest]. Where the row is split over c context-parallel
+    ranks, gathered: [t·c], the place of each token of the row in what the ranks hold one after the
+    other; visible: [k, 1, longest/c, longest] bool, which keys a query sees. None where c = 1.
+    """
+
+    boundaries: torch.Tensor
+    longest: int
+    query_cells: torch.Tensor
+    key_cells: torch.Tensor
+    gathered: torch.Tensor | None = None
+    visible: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Sequences end to end in one row for one forward pass, and where response tokens are predicted.
+
+    tokens: [1, t] int64, this context-parallel rank's part of the row; positions: [t] of each token
+    in its sequence; rows: [n] the hidden states [t] that predict a response token; targets: [n] those
+    tokens; column: [n] where each lies in the buffer's flat columns (on the host, as they are).
+    A rank with fewer micro-batches than its peers fills up with empty ones (n = 0).
     """
 
     tokens: torch.Tensor
+    positions: torch.Tensor
+    packing: Packing
     rows: torch.Tensor
     targets: torch.Tensor
     column: torch.Tensor
-    sample: torch.Tensor

@@ -5,7 +5,7 @@
 The response of a row is its label; the loss is the mean over the response tokens of the whole
 batch. The same models, micro-batches, evaluation and checkpoints as `train.py`.
 
-Left out: `messages` data, packing, checkpoints while it runs.
+Left out: `messages` data, checkpoints while it runs.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch.distributed as dist
 from megatron_rpp import checkpoint, cli, launching
 from megatron_rpp.config import Config, check_world_size
 from megatron_rpp.console import Console
-from megatron_rpp.data.prompts import Prompt, prompt_indices
+from megatron_rpp.data.prompts import Prompt, PromptSet
 from megatron_rpp.data.tokenizer import Tokenizer
 from megatron_rpp.inputs import Inputs, check_writable, load_inputs
 from megatron_rpp.parallel import device as devices
@@ -39,24 +39,24 @@ def main(argv: list[str] | None = None) -> None:
     check_world_size(config, groups.launched_world_size())
     check_writable("sft.dir", config.sft.dir)
     inputs = load_inputs(config)
-    check_labels(inputs.train, inputs.tokenizer, config.data.train, config.model.max_length)
-    groups.start(config.parallel.tensor, config.parallel.pipeline, config.seed)
+    check_labels(inputs.train, inputs.tokenizer, config.model.max_length)
+    groups.start(**config.parallel.sizes(), seed=config.seed)
     finetune(config, inputs, dry_run)
     groups.stop()
 
 
-def check_labels(prompts: list[Prompt], tokenizer: Tokenizer, path: str, context: int) -> None:
+def check_labels(prompts: PromptSet, tokenizer: Tokenizer, context: int) -> None:
     """Raises ValueError where a row has nothing to learn from, or more than fits."""
-    for row, prompt in enumerate(prompts, start=1):
+    for index, prompt in enumerate(prompts):
         if not prompt.example.label:
             raise ValueError(
-                f"{path}, line {row}: the row has no label, which is the response to learn: add "
+                f"{prompts.where(index)}: the row has no label, which is the response to learn: add "
                 f"it, or set data.label_key to the field that holds it"
             )
         tokens = len(prompt.tokens) + len(tokenizer.encode(prompt.example.label)) + 1
         if tokens > context:
             raise ValueError(
-                f"{path}, line {row}: prompt and label have {tokens} tokens, model.max_length is "
+                f"{prompts.where(index)}: prompt and label have {tokens} tokens, model.max_length is "
                 f"{context}: raise it, or remove the row"
             )
 
@@ -100,7 +100,7 @@ def _step(config: Config, inputs: Inputs, policy: Policy, state: RunState) -> di
     """One optimizer step, counted in `state`. Returns its metrics: loss in nats a token."""
     start = time.perf_counter()
     size = config.sft.batch_size
-    rows = prompt_indices(state.prompts_seen, size, len(inputs.train), config.seed)
+    rows = inputs.train.order(state.prompts_seen, size, config.seed)
     own = [inputs.train[rows[i]] for i in shard(size, groups.data_rank(), groups.data_size())]
     buffer = batch_of(own, inputs.tokenizer)
 
@@ -117,7 +117,7 @@ def _step(config: Config, inputs: Inputs, policy: Policy, state: RunState) -> di
     )
     empty = torch.zeros(2, dtype=torch.float64, device=devices.device())
     sums = torch.stack([empty, *reports]).sum(0)
-    dist.all_reduce(sums, group=groups.data_group())
+    dist.all_reduce(sums, group=groups.token_group())
     total, count = groups.broadcast_from_last_stage(sums).tolist()
     state.step += 1
     state.prompts_seen += size

@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node N -m megatron_rpp.train --config FILE [--section.key value ...]
 
-Every rank runs this program. A data-parallel replica (its tensor × pipeline ranks) samples, scores
+Every rank runs this program. A data-parallel replica (its tensor × pipeline × context ranks) samples, scores
 and keeps its own shard of the rollout buffer; normalisations and losses are reductions over the
 data-parallel group.
 
@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> None:
     check_writable("checkpoint.dir", config.checkpoint.dir)
     check_writable("logging.dir", config.logging.dir)
     inputs = load_inputs(config)
-    groups.start(config.parallel.tensor, config.parallel.pipeline, config.seed)
+    groups.start(**config.parallel.sizes(), seed=config.seed)
     train(config, inputs, dry_run)
     groups.stop()
 
@@ -148,15 +148,17 @@ def _announce(run: Run) -> None:
     """The start-up log: device, layout, model, data, reward shaping, position."""
     config, inputs, say = run.config, run.inputs, run.console.say
     parallel, shaping = config.parallel, config.reward
-    count = parameter_count(run.policy.model.module)
+    count = parameter_count(run.policy.model)
     say(describe())
     say(
-        f"layout: tensor {parallel.tensor} × pipeline {parallel.pipeline} × data "
+        f"layout: tensor {parallel.tensor} × pipeline {parallel.pipeline} (× "
+        f"{parallel.virtual_pipeline} chunks) × context {parallel.context} × data "
         f"{groups.data_size()}, sequence parallel {'on' if parallel.sequence_parallel else 'off'}; "
         f"model: {count:,} parameters, vocabulary {inputs.vocab_size}, {config.model.dtype}"
     )
     say(
-        f"data: {len(inputs.train)} prompts, {len(inputs.held_out)} held out; rewards: "
+        f"data: {len(inputs.train)} prompts, {len(inputs.held_out)} held out, "
+        f"{inputs.dropped} dropped as too long; rewards: "
         f"{', '.join(shaping.functions)}; normalised {shaping.normalize}, scale {shaping.scale}, "
         f"clip {shaping.clip}"
     )

@@ -121,7 +121,7 @@ def test_mistake_on_the_command_line_is_refused_in_one_line(refused, argv, messa
         ),
         ("train: {steps: many}\n", "config file 'FILE': train.steps must be an integer, got many"),
         ("train: {steps: null}\n", "config file 'FILE': train.steps must be an integer, got null"),
-        ("data: {train: 12}\n", "config file 'FILE': data.train must be a text, got 12"),
+        ("data: {train: 12}\n", "config file 'FILE': data.train must be a text or a list [...], each a text, got 12"),
         (
             "model: 5\n",
             "config file 'FILE': 'model' is a section, write its keys on indented lines below it, "

@@ -1,8 +1,9 @@
 """The whole loop gives the same numbers on every layout of ranks.
 
-Every case trains from the same seed (two steps of two epochs of two mini-batches, real generation)
-and is compared with the same recipe on one rank: all metrics, the held-out answers, the final
-weights. `pytest -s` shows the table.
+Every case trains from the same seed (three steps of two epochs of two mini-batches, real generation)
+and is compared with the same recipe on one rank: all metrics of every step, the held-out answers, the
+final weights. `pytest -s` shows the table. Three runs with a reduction that is broken on purpose show
+that the comparison can fail.
 
 Adam divides a gradient by its own size, so an element whose gradient is nothing but fp32 rounding
 moves as far as any other, in a direction that the rounding decides. Its epsilon is set above that
@@ -15,9 +16,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
 import torch.distributed as dist
 
-from megatron_rpp.stages import advantage
+from megatron_rpp.parallel import groups
+from megatron_rpp.stages import advantage, update
 from tests.distributed import run_ranks
 from tests.small_run import config_of, make_data
 from tests.whole_runs import (
@@ -58,7 +61,8 @@ RECIPES = {
         "optimizer__weight_decay": 0.1,
     },
 }
-TP2, PP2 = {"parallel__tensor": 2}, {"parallel__pipeline": 2}
+TP2, PP2, CP2 = ({f"parallel__{kind}": 2} for kind in ("tensor", "pipeline", "context"))
+VPP2 = PP2 | {"parallel__virtual_pipeline": 2}
 SP = {"parallel__sequence_parallel": "true"}
 
 
@@ -75,23 +79,37 @@ CASES = [
     Case("TP2", 2, "reinforce++", TP2),
     Case("TP2 SP", 2, "reinforce++", TP2 | SP),
     Case("PP2", 2, "reinforce++", PP2),
+    Case("PP2 VPP2", 2, "reinforce++", VPP2),
+    Case("CP2", 2, "reinforce++", CP2),
     Case("DP2", 2, "reinforce++", {}),
     Case("DP2 whole optimizer", 2, "reinforce++", {"optimizer__distributed": "false"}),
     Case("TP2", 2, "baseline", TP2),
+    Case("CP2 offloaded", 2, "baseline", CP2 | {"reference__placement": "offload"}),
     Case("DP2", 2, "baseline", {}),
-    Case("PP2", 2, "all options", PP2),
+    Case("PP2 VPP2", 2, "all options", VPP2),
+    Case("CP2", 2, "all options", CP2),
     Case("TP2xPP2", 4, "reinforce++", TP2 | PP2),
     Case("TP2xDP2", 4, "reinforce++", TP2),
+    Case("DP2xCP2", 4, "reinforce++", CP2),
     Case("PP2xDP2", 4, "baseline", PP2),
-    Case("TP2xPP2 SP", 4, "all options", TP2 | PP2 | SP),
+    Case("TP2xCP2 SP", 4, "all options", TP2 | CP2 | SP),
+    Case("PP2xCP2 VPP2", 4, "baseline", VPP2 | CP2),
+    Case("TP2xPP2 SP VPP2", 4, "all options", TP2 | VPP2 | SP),
     Case("DP4", 4, "all options", {}),
 ]
-WRONG_GROUP = Case("DP2, wrong group", 2, "reinforce++", {})
+BROKEN = {
+    # slime#2235: each rank normalises over its own samples alone.
+    "whitened per rank": Case("DP2, whitened per rank", 2, "reinforce++", {}),
+    # Megatron-LM#4590: the loss of a rank is the mean over its own tokens.
+    "mean of means": Case("DP2, mean of means", 2, "reinforce++", {}),
+    # Only the first context-parallel rank's tokens are counted.
+    "context left out": Case("CP2, context left out", 2, "reinforce++", CP2),
+}
 PLAIN_ADAM = Case("TP2, Adam's eps 1e-8", 2, "reinforce++", TP2 | {"optimizer__eps": 1e-8})
 
 
 def settings_of(case: Case) -> dict:
-    return VARIED | {"optimizer__eps": 1e-5} | RECIPES[case.recipe] | case.settings
+    return VARIED | {"optimizer__eps": 1e-5, "train__steps": 3} | RECIPES[case.recipe] | case.settings
 
 
 def folder(base: Path, case: Case) -> Path:
@@ -107,9 +125,26 @@ def train_cases(rank: int, base: Path, cases: list[Case]) -> None:
 def train_two_ranks(rank: int, base: Path, cases: list[Case]) -> None:
     train_cases(rank, base, [*cases, PLAIN_ADAM])
     alone = [dist.new_group([member]) for member in range(2)][rank]
-    right = advantage.fill
-    advantage.fill = lambda *args: right(*args[:-1], alone)
-    train_cases(rank, base, [WRONG_GROUP])
+    fill, loss = advantage.fill, update._loss
+
+    def broken_loss(*args):
+        right = loss(*args)
+
+        def wrong(batch, hidden):
+            total, count, report = right(batch, hidden)
+            mean = total / count.clamp(min=1)
+            return mean, torch.ones_like(count), torch.stack([mean.detach(), *report[1:]])
+
+        return wrong
+
+    advantage.fill = lambda *args: fill(*args[:-1], alone)
+    train_cases(rank, base, [BROKEN["whitened per rank"]])
+    advantage.fill, update._loss = fill, broken_loss
+    train_cases(rank, base, [BROKEN["mean of means"]])
+    update._loss, right = loss, groups.token_group
+    groups.token_group = groups.data_group
+    train_cases(rank, base, [BROKEN["context left out"]])
+    groups.token_group = right
 
 
 @pytest.fixture(scope="module")
@@ -121,8 +156,8 @@ def base(tmp_path_factory) -> Path:
     one_rank.append(PLAIN_ADAM._replace(ranks=1, settings={"optimizer__eps": 1e-8}))
     train_cases(0, base, one_rank + [case for case in CASES if case.ranks == 1])
     two, four = ([case for case in CASES if case.ranks == count] for count in (2, 4))
-    run_ranks(train_two_ranks, 2, base, base, two)
-    run_ranks(train_cases, 4, base, base, four)
+    run_ranks(train_two_ranks, 2, base, base, two, timeout=400)
+    run_ranks(train_cases, 4, base, base, four, timeout=400)
     return base
 
 
@@ -139,7 +174,7 @@ def compare(base: Path, case: Case, expected: Case | None = None) -> tuple[Devia
 @pytest.fixture(scope="module")
 def deviations(base) -> dict[Case, tuple[Deviation, Deviation]]:
     plain = PLAIN_ADAM._replace(ranks=1, settings={"optimizer__eps": 1e-8})
-    found = {key(case): compare(base, case) for case in [*CASES, WRONG_GROUP]}
+    found = {key(case): compare(base, case) for case in [*CASES, *BROKEN.values()]}
     found[key(PLAIN_ADAM)] = compare(base, PLAIN_ADAM, plain)
     print(f"\n{'layout':24}{'recipe':14}{'metrics':>9}  {'where':34}{'weights':>9}  where")
     for (name, recipe), (metric, weight) in found.items():
@@ -161,7 +196,7 @@ def named(case: Case) -> str:
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_the_run_to_compare_with_learns(base, recipe):
     """Runs in which nothing happens would agree, too."""
-    first, second = rows(folder(base, Case("one rank", 1, recipe, {})) / "logs/metrics.jsonl")
+    first, second, _ = rows(folder(base, Case("one rank", 1, recipe, {})) / "logs/metrics.jsonl")
     assert first["reward/std"] > 0.1 and first["policy/grad_norm"] > 0.1
     assert first["policy/clip_fraction"] > 0 and first["policy/ratio_max"] > 1.1
     assert first["kl/k2"] == 0 and second["kl/k2"] > 1e-3
@@ -186,17 +221,19 @@ def test_final_weights_are_those_of_one_rank(deviations, case):
 def test_held_out_answers_are_those_of_one_rank(base, case):
     one_rank = Case("one rank", 1, case.recipe, {})
     ours, theirs = (rows(folder(base, c) / "logs/evaluations.jsonl") for c in (case, one_rank))
-    assert [row["step"] for row in ours] == [0, 2]
+    assert [row["step"] for row in ours] == [0, 3]
     for mine, other in zip(ours, theirs):
         assert mine["samples"] == other["samples"] and mine["count"] == other["count"] == 16
         assert mine["reward"] == pytest.approx(other["reward"], abs=1e-12)
         assert mine["accuracy"] == other["accuracy"]
 
 
-def test_whitening_over_the_wrong_group_is_seen(deviations):
-    """slime#2235: each rank normalises over its own samples alone. The gate can fail."""
-    metric, weight = deviations[key(WRONG_GROUP)]
-    assert metric.size > 100 * TOLERANCE and weight.size > 100 * TOLERANCE
+@pytest.mark.parametrize("broken", BROKEN)
+def test_a_broken_reduction_is_seen(deviations, broken):
+    """The gate can fail. (A loss that is only reported wrong leaves the weights right.)"""
+    metric, weight = deviations[key(BROKEN[broken])]
+    assert metric.size > 100 * TOLERANCE
+    assert weight.size > 100 * TOLERANCE or broken == "context left out"
 
 
 def test_the_usual_epsilon_of_adam_amplifies_rounding(deviations):

@@ -86,7 +86,7 @@ MISTAKES = {
     ),
     "long prompt": (
         {"data__eval": "DATA/long_prompt.jsonl"},
-        "long_prompt.jsonl, line 2: the prompt has 29 tokens, the limit is 26: raise model.max_",
+        "long_prompt.jsonl, line 2: the prompt has 29 tokens, the limit is 26: raise it (the",
     ),
     "unknown reward": (
         {"reward__functions": "[exact_mach]"},

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from megatron_rpp.data.prompts import prompt_indices
+from megatron_rpp.data.order import prompt_indices
 from megatron_rpp.rewards import RewardError
 from tests.distributed import run_ranks
 from tests.small_run import make_data

@@ -116,7 +116,7 @@ def test_training_starts_from_its_weights(base):
     with layout(config):
         policy = build_policy(config, config.optimizer, 41)
         started = {
-            name.removeprefix("module."): value.detach().clone()
+            name.removeprefix("0.module."): value.detach().clone()
             for name, value in policy.model.named_parameters()
         }
     assert compare_weights(started, own).size == 0
@@ -124,7 +124,7 @@ def test_training_starts_from_its_weights(base):
     with layout(random):
         policy = build_policy(random, random.optimizer, 41)
         assert any(
-            (value != own[name.removeprefix("module.")]).any()
+            (value != own[name.removeprefix("0.module.")]).any()
             for name, value in policy.model.named_parameters()
         )
 

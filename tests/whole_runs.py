@@ -43,7 +43,7 @@ def layout(config: Config) -> Iterator[None]:
     """
     alone = not dist.is_initialized()
     os.environ["LOCAL_WORLD_SIZE"] = str(len(os.sched_getaffinity(0)))
-    groups.start(config.parallel.tensor, config.parallel.pipeline, config.seed)
+    groups.start(**config.parallel.sizes(), seed=config.seed)
     del os.environ["LOCAL_WORLD_SIZE"]
     try:
         yield
@@ -81,7 +81,7 @@ def weights(config: Config, path: str | Path) -> dict[str, torch.Tensor]:
         # Another seed than any run's: what the checkpoint left unfilled would be seen.
         model = build_model(alone.model, alone.parallel, load_inputs(alone).vocab_size, seed=99)
         checkpoint.load_weights(model, path)
-        return {name: value.detach().clone() for name, value in model.named_parameters()}
+        return {name: value.detach().clone() for name, value in model[0].named_parameters()}
 
 
 class Deviation(NamedTuple):

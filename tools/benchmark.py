@@ -68,7 +68,7 @@ def rl_step_worker(steps: int, settings: list[str]) -> None:
     from megatron_rpp.config import check_world_size
     from megatron_rpp.console import Console
     from megatron_rpp.data.chat import PromptFormat
-    from megatron_rpp.data.prompts import Example, Prompt
+    from megatron_rpp.data.prompts import Example, Prompt, PromptSet
     from megatron_rpp.inputs import Inputs, samplings
     from megatron_rpp.parallel import groups
     from megatron_rpp.parallel.device import describe
@@ -84,10 +84,10 @@ def rl_step_worker(steps: int, settings: list[str]) -> None:
     prompts = [Prompt(Example("benchmark"), tuple(row)) for row in rows]
     tokenizer = NumberTokenizer()
     inputs = Inputs(
-        tokenizer, PromptFormat(tokenizer), prompts, prompts[:1], RewardSet(config.reward.functions),
-        VOCABULARY, *samplings(config.rollout),
+        tokenizer, PromptFormat(tokenizer), PromptSet([prompts]), prompts[:1],
+        RewardSet(config.reward.functions), VOCABULARY, *samplings(config.rollout),
     )  # fmt: skip
-    groups.start(config.parallel.tensor, config.parallel.pipeline, config.seed)
+    groups.start(**config.parallel.sizes(), seed=config.seed)
     run, measured = build(config, inputs, Console(main=False)), []
     for _ in range(WARMUP + steps):
         row, buffer = rl_step(run)

@@ -58,6 +58,8 @@ def output_paths(data: DataConfig) -> tuple[tuple[Path, Path, Path], Path]:
     for key, value in names.items():
         if not value:
             raise ValueError(f"data.{key} is empty: set it to the file to write")
+        if not isinstance(value, str):
+            raise ValueError(f"data.{key} must be one file to write, got {value}")
     settings_path = Path(data.train).parent / "task.json"
     paths = tuple(Path(value) for value in names.values())
     if len({path.absolute() for path in (*paths, settings_path)}) != 4:
@@ -70,9 +72,9 @@ def output_paths(data: DataConfig) -> tuple[tuple[Path, Path, Path], Path]:
 
 def settings_of(config: Config, folder: Path) -> dict[str, Any]:
     """All that the files depend on, as JSON; paths from ``folder``, so that it may be moved."""
-    data = asdict(config.data)
+    data = {key: getattr(config.data, key) for key in ("prompt_key", "label_key")}
     for key in ("train", "eval", "tokenizer"):
-        data[key] = os.path.relpath(data[key], folder)
+        data[key] = os.path.relpath(getattr(config.data, key), folder)
     return json.loads(json.dumps({"task": asdict(config.task), "data": data}))
 
 

@@ -20,6 +20,7 @@ from megatron_rpp.algorithms.losses import (
     AGGREGATIONS,
     PolicyStats,
     aggregate,
+    aggregation_weights,
     policy_loss,
     policy_stats,
 )
@@ -37,6 +38,7 @@ __all__ = [
     "ShapingStats",
     "adapted_kl_factor",
     "aggregate",
+    "aggregation_weights",
     "correction_weights",
     "effective_share",
     "global_whiten",

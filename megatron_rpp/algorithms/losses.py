@@ -69,6 +69,33 @@ def policy_loss(
     )
 
 
+def aggregation_weights(mask: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """What each token adds to the numerator and the denominator of the mini-batch mean.
+
+    The weights know the whole response. With them the sums may be taken over any parts of it, such
+    as those on different context-parallel ranks.
+
+    Args:
+        mask: [B, T] bool; a row is a whole response.
+        kind: "token_mean": every token counts alike. "sequence_mean": every row that has a token
+            does, so a token weighs 1 / tokens of its row.
+
+    Returns:
+        (weights [B, T] fp64, counts [B, T] bool: the tokens to count, the last of each row for
+        "sequence_mean"); both 0 where the mask is.
+
+    Raises:
+        ValueError: unknown kind.
+    """
+    check_mask(mask)
+    if kind == "token_mean":
+        return mask.double(), mask
+    if kind == "sequence_mean":
+        seen, lengths = mask.cumsum(-1), mask.sum(-1, keepdim=True)
+        return mask.double() / lengths.clamp(min=1), mask & (seen == lengths)
+    raise ValueError(f"unknown loss aggregation {kind!r}: choose one of {', '.join(AGGREGATIONS)}")
+
+
 def aggregate(per_token: Tensor, mask: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     """Numerator and denominator of the mini-batch mean, of the rows given here.
 
@@ -76,25 +103,15 @@ def aggregate(per_token: Tensor, mask: Tensor, kind: str) -> tuple[Tensor, Tenso
 
     Args:
         per_token: [B, T], whatever it holds where the mask is False.
-        mask: [B, T] bool.
-        kind: "token_mean": sum over the tokens, number of tokens. "sequence_mean": sum of the
-            rows' own means, number of rows that have a token (so a row must be a whole response,
-            not a context-parallel part of one).
+        mask, kind: as ``aggregation_weights``.
 
     Returns:
         (sum: scalar, at least fp32, with gradient; count: scalar int64).
-
-    Raises:
-        ValueError: unknown kind.
     """
     check_mask(mask, per_token)
+    weights, counts = aggregation_weights(mask, kind)
     selected = select(at_least_fp32(per_token), mask)
-    if kind == "token_mean":
-        return selected.sum(), mask.sum()
-    if kind == "sequence_mean":
-        lengths = mask.sum(-1)
-        return (selected.sum(-1) / lengths.clamp(min=1)).sum(), (lengths > 0).sum()
-    raise ValueError(f"unknown loss aggregation {kind!r}: choose one of {', '.join(AGGREGATIONS)}")
+    return (selected * weights.to(selected)).sum(), counts.sum()
 
 
 class PolicyStats(NamedTuple):

@@ -8,12 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron_rpp.data.tokenizer import Tokenizer
 
 Message = dict[str, Any]
 """``role`` and ``content``, and whatever else the template reads."""
+
+
+class Rendered(NamedTuple):
+    """A prompt as text."""
+
+    text: str
+    begin: bool
+    """Begin-of-sequence goes in front: a template writes its own."""
 
 
 @dataclass(frozen=True)
@@ -26,19 +34,26 @@ class PromptFormat:
     system_prompt: str = ""
     """A system message in front of conversations that have none; empty = none."""
 
-    def text(self, prompt: str | Sequence[Message]) -> str:
-        """What the model reads after begin-of-sequence: ValueError where a template is missing."""
+    def render(self, prompt: str | Sequence[Message]) -> Rendered:
+        """What the model reads: ValueError where there is no template or it refuses the prompt."""
         if isinstance(prompt, str):
             if not self.apply_chat_template:
-                return prompt
+                return Rendered(prompt, begin=True)
             prompt = [{"role": "user", "content": prompt}]
-        return self.tokenizer.render(self.with_system(prompt), generation_prompt=True)
+        text = self.tokenizer.render(self.with_system(prompt), generation_prompt=True)
+        return Rendered(text, begin=False)
+
+    def encode_many(self, prompts: Sequence[Rendered]) -> list[tuple[int, ...]]:
+        """Token ids of each prompt."""
+        encoded = self.tokenizer.encode_many([prompt.text for prompt in prompts])
+        return [
+            begun(tokens, self.tokenizer) if prompt.begin else tuple(tokens)
+            for prompt, tokens in zip(prompts, encoded)
+        ]
 
     def tokens(self, prompt: str | Sequence[Message]) -> tuple[int, ...]:
-        """Token ids of the prompt. A template writes its own begin-of-sequence."""
-        if isinstance(prompt, str) and not self.apply_chat_template:
-            return prompt_tokens(prompt, self.tokenizer)
-        return tuple(self.tokenizer.encode(self.text(prompt)))
+        """Token ids of the prompt."""
+        return self.encode_many([self.render(prompt)])[0]
 
     def with_system(self, messages: Sequence[Message]) -> list[Message]:
         """The conversation, beginning with the system prompt where it has none of its own."""
@@ -54,9 +69,13 @@ def last_user_text(messages: Sequence[Message]) -> str:
 
 
 def prompt_tokens(text: str, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """Token ids of a prompt that is a text: begin-of-sequence where the tokenizer has one (and the
-    text does not already write it), then the text."""
-    tokens = tokenizer.encode(text)
+    """Token ids of a prompt that is a text."""
+    return begun(tokenizer.encode(text), tokenizer)
+
+
+def begun(tokens: Sequence[int], tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The tokens after begin-of-sequence: added where the tokenizer has one and they do not
+    already begin with it."""
     if tokenizer.bos_id is None or tokens[:1] == [tokenizer.bos_id]:
         return tuple(tokens)
     return (tokenizer.bos_id, *tokens)

@@ -1,36 +1,27 @@
-"""Prompt data sets: JSONL rows, their tokens, and the order they are trained in.
+"""Prompt data sets: the rows of one or more sources, tokenized when they are asked for.
 
-A row is ``{"prompt": ..., "label": ..., "metadata": {...}}``; label and metadata are optional and
-other fields are ignored. The prompt is a text or a conversation (chat.py). The order is a function of (seed, position) alone, so a run resumed at
-any step, on any number of ranks, takes the same prompts. Left out: streaming of files that do not
-fit in memory.
+One pass over a new source checks every row and finds the prompts that are too long; its result is
+kept in a cache, so that later starts on the same files are quick. Left out: deduplication.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache
-from pathlib import Path
-from typing import Any
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import numpy as np
 
-from megatron_rpp.data.chat import Message, PromptFormat, last_user_text
+from megatron_rpp.data.chat import PromptFormat, Rendered
+from megatron_rpp.data.examples import Example, Examples
+from megatron_rpp.data.order import Mixture, prompt_indices
 from megatron_rpp.seeds import permutation
 
-
-@dataclass(frozen=True)
-class Example:
-    """One row of a data set: ``label`` and ``metadata`` are for the reward functions."""
-
-    prompt: str
-    """Of a conversation: its last user message."""
-    label: str | None = None
-    metadata: dict[str, Any] = field(default_factory=dict)
-    messages: tuple[Message, ...] = ()
-    """The conversation; empty where the prompt is a text."""
+_CHUNK = 256
+"""Prompts tokenized at once."""
+_HELD_OUT = 1
+"""Tells the draw of the held-out rows from other permutations of the seed."""
 
 
 @dataclass(frozen=True)
@@ -41,123 +32,124 @@ class Prompt:
     tokens: tuple[int, ...]
 
 
-def read_examples(path: str | Path, prompt_key: str, label_key: str) -> list[Example]:
-    """Reads a JSONL file, one example a line, in order.
+@dataclass(frozen=True)
+class PromptFile(Sequence[Prompt]):
+    """The prompts of one source: ``rows`` are those of its rows that are used."""
+
+    examples: Examples
+    form: PromptFormat
+    rows: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Prompt:
+        example = self.examples[int(self.rows[index])]
+        return Prompt(example, self.form.tokens(example.messages or example.prompt))
+
+    def where(self, index: int) -> str:
+        """The place of a prompt in its source, in words."""
+        return self.examples.rows.where(int(self.rows[index]))
+
+    def subset(self, indices: Sequence[int] | np.ndarray) -> PromptFile:
+        """Some of the prompts, in the given order."""
+        return replace(self, rows=self.rows[np.asarray(indices, np.int64)])
+
+
+class PromptSet(Sequence[Prompt]):
+    """The prompts of several sources, one after the other, and their order in training."""
+
+    def __init__(self, parts: Sequence[PromptFile], weights: Sequence[float] = ()) -> None:
+        """``weights``: the share of each part in training; none = by its number of rows."""
+        self.parts = list(parts)
+        self._ends = list(accumulate(map(len, self.parts)))
+        self._weights = tuple(weights)
+        self._mixtures: dict[int, Mixture] = {}
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, index: int) -> Prompt:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        part = bisect_right(self._ends, index)
+        return self.parts[part][index - self._ends[part] + len(self.parts[part])]
+
+    def where(self, index: int) -> str:
+        """The place of a prompt in its source, in words."""
+        part = bisect_right(self._ends, index)
+        return self.parts[part].where(index - self._ends[part] + len(self.parts[part]))
+
+    def order(self, cursor: int, count: int, seed: int) -> list[int]:
+        """Which prompts to train on at the global positions ``cursor .. cursor + count - 1``."""
+        if not self._weights:
+            return prompt_indices(cursor, count, len(self), seed)
+        if seed not in self._mixtures:
+            sizes = [len(part) for part in self.parts]
+            self._mixtures[seed] = Mixture(sizes, self._weights, seed)
+        drawn = self._mixtures[seed].rows(cursor, count)
+        return [self._ends[part] - len(self.parts[part]) + row for part, row in drawn]
+
+
+def fitting_rows(
+    examples: Examples,
+    form: PromptFormat,
+    limit: int,
+    drop: bool,
+    progress: Callable[[int], None] = lambda done: None,
+) -> np.ndarray:
+    """[n] int64, the rows whose prompt has at most ``limit`` tokens (begin-of-sequence counts).
+
+    Checks every row. ``progress`` hears how many more rows are done.
 
     Raises:
-        ValueError: no such file, no rows, or a bad row; names the file, the line and the remedy.
+        ValueError: a malformed row, one that the chat template refuses or, unless ``drop``, one
+            with a longer prompt; names its place.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"data set {path} is not a file: correct the path, or make the file first")
-    # Split at "\n" alone: JSON strings may hold other line separators, such as U+2028.
-    lines = path.read_bytes().removesuffix(b"\n").split(b"\n")
-    if lines == [b""]:
-        raise ValueError(f"data set {path} is empty: it needs one JSON object a line")
-    return [
-        _parse_row(line, f"{path}, line {number}", prompt_key, label_key)
-        for number, line in enumerate(lines, start=1)
-    ]
+    fits = np.ones(len(examples), bool)
+    for start in range(0, len(examples), _CHUNK):
+        chunk = range(start, min(start + _CHUNK, len(examples)))
+        encoded = form.encode_many([_render(examples, row, form) for row in chunk])
+        for row, tokens in zip(chunk, encoded):
+            fits[row] = len(tokens) <= limit
+            if not fits[row] and not drop:
+                raise ValueError(
+                    f"{examples.rows.where(row)}: the prompt has {len(tokens)} tokens, the limit "
+                    f"is {limit}: raise it (the lower of data.max_prompt_tokens and of "
+                    "model.max_length - rollout.max_new_tokens), remove the row, or set "
+                    "data.overlong_prompts to drop"
+                )
+        progress(len(chunk))
+    return np.flatnonzero(fits)
 
 
-def encode_prompts(
-    examples: Sequence[Example], form: PromptFormat, max_prompt_tokens: int, path: str | Path
-) -> list[Prompt]:
-    """Tokenizes the prompts of the data set ``path``; the limit counts begin-of-sequence.
-
-    Raises:
-        ValueError: a prompt of more than ``max_prompt_tokens`` tokens, or one that the chat
-            template refuses.
-    """
-    prompts = []
-    for line, example in enumerate(examples, start=1):
-        try:
-            tokens = form.tokens(example.messages or example.prompt)
-        except ValueError as error:
-            raise ValueError(f"{path}, line {line}: {error}") from error
-        if len(tokens) > max_prompt_tokens:
-            raise ValueError(
-                f"{path}, line {line}: the prompt has {len(tokens)} tokens, the limit is "
-                f"{max_prompt_tokens}: raise model.max_length, lower rollout.max_new_tokens, "
-                "or remove the row"
-            )
-        prompts.append(Prompt(example, tokens))
-    return prompts
-
-
-def prompt_indices(cursor: int, count: int, size: int, seed: int) -> list[int]:
-    """Rows to train on at the global positions ``cursor .. cursor + count - 1``.
-
-    Position p lies in epoch p // size; every epoch is a permutation of ``range(size)`` drawn from
-    (seed, epoch). The range may cross epochs.
+def split_held_out(
+    parts: Sequence[PromptFile], share: float, seed: int
+) -> tuple[list[PromptFile], list[PromptFile]]:
+    """(training, held-out) parts: disjoint rows, drawn from the seed.
 
     Args:
-        cursor: prompts consumed so far, over all steps and ranks.
-        count: prompts to take.
-        size: rows of the data set.
-        seed: of the order; an integer of at least 0.
+        share: of all rows below 1, a number of rows from 1 on.
     """
-    if cursor < 0 or count < 0 or size < 1 or seed < 0:
+    sizes = [len(part) for part in parts]
+    total = sum(sizes)
+    count = int(share) if share >= 1 else max(1, round(share * total))
+    if count >= total:
         raise ValueError(
-            f"cursor {cursor}, count {count} and seed {seed} must be at least 0, size {size} 1"
+            f"data.eval_split {share:g} leaves none of the {total} prompts to train on: lower it"
         )
-    positions = range(cursor, cursor + count)
-    return [int(_epoch_order(p // size, size, seed)[p % size]) for p in positions]
-
-
-@lru_cache(maxsize=2)
-def _epoch_order(epoch: int, size: int, seed: int) -> np.ndarray:
-    return permutation(size, seed, epoch)
-
-
-def _parse_row(line: bytes, where: str, prompt_key: str, label_key: str) -> Example:
-    try:
-        row = json.loads(line)
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{where} is not JSON ({error}): each line is one JSON object") from error
-    if not isinstance(row, dict):
-        raise ValueError(f"{where} is {_kind(row)}: each line must be a JSON object {{...}}")
-    if prompt_key not in row:
-        raise ValueError(
-            f"{where} has no field {prompt_key!r}, only {sorted(row)}: set data.prompt_key to the "
-            "field that holds the prompt"
-        )
-    messages = _messages(row[prompt_key], f"{where}: {prompt_key!r}")
-    prompt = last_user_text(messages) if messages else row[prompt_key]
-    metadata = row.get("metadata", {})
-    if not isinstance(metadata, dict):
-        raise ValueError(f"{where}: 'metadata' is {_kind(metadata)}, it must be a JSON object")
-    return Example(prompt, _label(row.get(label_key), where, label_key), metadata, messages)
-
-
-def _messages(prompt: Any, where: str) -> tuple[Message, ...]:
-    """The checked conversation, empty where the prompt is a text."""
-    if isinstance(prompt, str) and prompt.strip():
-        return ()
-    if not isinstance(prompt, list) or not prompt:
-        raise ValueError(
-            f"{where} is {prompt!r}, it must be a non-empty string or a list of messages"
-        )
-    for number, message in enumerate(prompt):
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise ValueError(
-                f"{where}: message {number} is {message!r}, it must be an object with the fields "
-                "'role' and 'content'"
-            )
-    return tuple(prompt)
-
-
-def _label(value: Any, where: str, label_key: str) -> str | None:
-    if value is None or isinstance(value, str):
-        return value
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return str(value)
-    raise ValueError(
-        f"{where}: {label_key!r} is {_kind(value)}, it must be a string, a number or null: put "
-        "anything else into 'metadata'"
+    held_out = np.zeros(total, bool)
+    held_out[permutation(total, seed, _HELD_OUT)[:count]] = True
+    masks = np.split(held_out, list(accumulate(sizes))[:-1])
+    return tuple(
+        [part.subset(np.flatnonzero(mask == wanted)) for part, mask in zip(parts, masks)]
+        for wanted in (False, True)
     )
 
 
-def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false"}
-    return names.get(type(value), "null" if value is None else "a number")
+def _render(examples: Examples, row: int, form: PromptFormat) -> Rendered:
+    example = examples[row]
+    try:
+        return form.render(example.messages or example.prompt)
+    except ValueError as error:
+        raise ValueError(f"{examples.rows.where(row)}: {error}") from error

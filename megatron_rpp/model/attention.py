@@ -1,23 +1,60 @@
-"""Core attention on torch's scaled_dot_product_attention, with an optional key-value cache.
+"""Core attention on torch's scaled_dot_product_attention, packed or with a key-value cache.
 
-Shape legend: s sequence, b batch, n query heads of this rank, k key-value heads of this rank,
-d head size, t cache length.
+Shape legend: t tokens of a packed row on this rank, c context-parallel ranks, m sequences in it,
+s sequence, b batch, n query heads of this rank, k key-value heads of this rank, d head size.
 
-Without a cache: causal attention over whole right-padded sequences (what follows a token never
-reaches it, so padding needs no mask). With a cache (`KeyValueCache` set on the module by
-`model.decoding`): the first call writes the prompts, each later call adds one token per sequence,
-at that sequence's own position.
+Training and scoring: sequences lie end to end in a row (`PackedRow`), causal within each. Without
+TransformerEngine the row is laid out as m padded sequences for this one operation; where it is split
+over context-parallel ranks, keys and values are gathered from them first (and their gradients
+reduce-scattered). With TransformerEngine its own kernels take the row as it is.
 
-Left out: packed sequences, context parallelism, attention dropout and biases.
+Generation: without a cache, whole right-padded sequences (what follows a token never reaches it, so
+padding needs no mask). With a cache (`KeyValueCache`, set on the module by `model.decoding`) the
+first call writes the prompts, each later call adds one token per sequence, at its own position.
+
+Left out: ring attention (keys and values of one layer exist whole on each context-parallel rank
+meanwhile), torch's kernels for packed rows, attention dropout and biases.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 
-from megatron_rpp.parallel import device as _device  # noqa: F401  (before megatron)
+from megatron_rpp.parallel import device as devices
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
+
+from megatron_rpp.records import Packing
+
+
+@dataclass
+class PackedRow(PackedSeqParams):
+    """The boundaries of a packed row, on Megatron's way to its attention modules.
+
+    Not in the format "thd", for which Megatron would turn the rotary angles by itself: ours come
+    with each token's position.
+    """
+
+    packing: Packing | None = None
+
+    @classmethod
+    def of(cls, packing: Packing | None) -> "PackedRow | None":
+        return None if packing is None else cls(qkv_format="sbhd", packing=packing)
+
+    def for_transformer_engine(self) -> PackedSeqParams:
+        bounds, longest = self.packing.boundaries, self.packing.longest
+        return PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=bounds,
+            cu_seqlens_kv=bounds,
+            max_seqlen_q=longest,
+            max_seqlen_kv=longest,
+        )
 
 
 class KeyValueCache:
@@ -63,9 +100,24 @@ class CoreAttention(MegatronModule):
     ):
         super().__init__(config=config)
         self.softmax_scale = softmax_scale
+        self.context_group = pg_collection.cp
         self.cache: KeyValueCache | None = None
         self.decode_positions: torch.Tensor | None = None  # [b]; None while prompts are read
         self.decode_mask: torch.Tensor | None = None  # [b, 1, 1, t] bool, True = attend
+        # In a list, so that its empty "extra state" stays out of checkpoints, which load without it.
+        self.fused: list[torch.nn.Module] = []
+        if devices.has_transformer_engine():
+            self.fused.append(
+                _transformer_engine()(
+                    config=config,
+                    layer_number=layer_number,
+                    attn_mask_type=AttnMaskType.causal,
+                    attention_type=attention_type,
+                    softmax_scale=softmax_scale,
+                    cp_comm_type=cp_comm_type,
+                    pg_collection=pg_collection,
+                )
+            )
 
     def forward(
         self,
@@ -75,24 +127,63 @@ class CoreAttention(MegatronModule):
         attention_mask=None,
         attn_mask_type=None,
         attention_bias=None,
-        packed_seq_params=None,
+        packed_seq_params: PackedRow | None = None,
     ):
-        """query [s, b, n, d], key and value [s, b, k, d] -> context [s, b, n*d]."""
-        assert attention_bias is None and packed_seq_params is None
+        """query [s, b, n, d], key and value [s, b, k, d] -> context [s, b, n*d]; packed: [t, 1, ...]."""
+        assert attention_bias is None
+        if packed_seq_params is not None and self.fused:
+            return self._transformer_engine(query, key, value, packed_seq_params)
+        if packed_seq_params is not None:
+            return self._packed(query, key, value, packed_seq_params.packing)
         if self.decode_positions is not None:
             return self._decode(query, key, value)
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [b, heads, s, d]
         if self.cache is not None:
             self.cache.write_prompts(key, value)
-        context = F.scaled_dot_product_attention(
+        return self._attend(query, key, value).permute(2, 0, 1, 3).flatten(2)
+
+    def _attend(self, query, key, value, visible=None):
+        """[b, heads, s, d] each; causal, or what `visible` [b, 1, s, s'] allows."""
+        return F.scaled_dot_product_attention(
             query,
             key,
             value,
-            is_causal=True,
+            attn_mask=visible,
+            is_causal=visible is None,
             scale=self.softmax_scale,
             enable_gqa=query.shape[1] != key.shape[1],
         )
-        return context.permute(2, 0, 1, 3).flatten(2)
+
+    def _packed(self, query, key, value, packing: Packing):
+        """A packed row, its sequences side by side for this one operation."""
+        count = len(packing.boundaries) - 1
+        if packing.gathered is not None:
+            key, value = self._gather(torch.cat([key, value], -1), packing).chunk(2, -1)
+        width = packing.longest // self.context_group.size()
+        context = self._attend(
+            _side_by_side(query, packing.query_cells, count, width),
+            _side_by_side(key, packing.key_cells, count, packing.longest),
+            _side_by_side(value, packing.key_cells, count, packing.longest),
+            packing.visible,
+        )
+        return context.transpose(1, 2).flatten(0, 1)[packing.query_cells].flatten(1)[:, None]
+
+    def _gather(self, values: torch.Tensor, packing: Packing) -> torch.Tensor:
+        """[t, 1, k, d] of this rank -> [t·c, 1, k, d] in the order of the row."""
+        ranks = gather_from_sequence_parallel_region(values, group=self.context_group)
+        return ranks[packing.gathered]
+
+    def _transformer_engine(self, query, key, value, row: PackedRow):
+        query, key, value = (x.squeeze(1) for x in (query, key, value))
+        context = self.fused[0](
+            query,
+            key,
+            value,
+            None,
+            attn_mask_type=AttnMaskType.causal,
+            packed_seq_params=row.for_transformer_engine(),
+        )
+        return context.reshape(len(query), 1, -1)
 
     def _decode(self, query, key, value):
         """One new token per sequence against its cache.
@@ -111,3 +202,16 @@ class CoreAttention(MegatronModule):
             scale=self.softmax_scale,
         )
         return context.reshape(1, batch, heads * size)
+
+
+def _side_by_side(values: torch.Tensor, cells: torch.Tensor, count: int, width: int):
+    """[t, 1, heads, d] -> [count, heads, width, d], zero where no token lies."""
+    flat = values.new_zeros(count * width, *values.shape[2:])
+    flat = flat.index_copy(0, cells, values[:, 0])
+    return flat.view(count, width, *values.shape[2:]).transpose(1, 2)
+
+
+def _transformer_engine() -> type:
+    from megatron.core.extensions.transformer_engine import TEDotProductAttention
+
+    return TEDotProductAttention

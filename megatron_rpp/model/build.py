@@ -3,7 +3,9 @@
 With TransformerEngine Megatron's fused linear and norm modules are used, without it the local
 ones and our RMSNorm; core attention is ours in both (it carries the key-value cache).
 
-Left out: mixture of experts, virtual pipeline stages, context parallelism.
+A rank's part is a ModuleList of chunks: one, or parallel.virtual_pipeline interleaved ones.
+
+Left out: mixture of experts, stages of different sizes.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from megatron_rpp.config import ModelConfig, ParallelConfig
 from megatron_rpp.config_model import padded_vocab_size
 from megatron_rpp.model import initialization
 from megatron_rpp.model.attention import CoreAttention
-from megatron_rpp.model.language_model import LanguageModel, unwrap
+from megatron_rpp.model.language_model import LanguageModel, chunks
 from megatron_rpp.model.norm import RMSNorm
 from megatron_rpp.model.rotary import inverse_frequencies
 from megatron_rpp.parallel import groups
@@ -37,7 +39,7 @@ def _leave(parameter: torch.Tensor) -> torch.Tensor:
 
 def transformer_config(model: ModelConfig, parallel: ParallelConfig) -> TransformerConfig:
     """Megatron's configuration of a Llama-like decoder: RMSNorm, SwiGLU."""
-    bf16 = model.dtype == "bf16"
+    bf16, virtual = model.dtype == "bf16", parallel.virtual_pipeline
     dtype = torch.bfloat16 if bf16 else torch.float32
     config = TransformerConfig(
         num_layers=model.layers,
@@ -64,8 +66,14 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig) -> Transfor
         bf16=bf16,
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
+        context_parallel_size=parallel.context,
         sequence_parallel=parallel.sequence_parallel,
-        variable_seq_lengths=parallel.pipeline > 1,
+        # Interleaved stages send both ways in one turn. With two stages both ways lead to the same
+        # rank, and batched messages cross: so they go one by one, and all have one shape.
+        overlap_p2p_comm=virtual > 1,
+        batch_p2p_comm=virtual == 1,
+        variable_seq_lengths=parallel.pipeline > 1 and virtual == 1,
         moe_token_dispatcher_type="alltoall",  # Megatron asks for it even without experts
         calculate_per_token_loss=True,
         gradient_accumulation_fusion=devices.has_apex(),
@@ -95,16 +103,28 @@ def layer_spec(qk_norm: bool):
 
 def build_model(
     model: ModelConfig, parallel: ParallelConfig, vocab_size: int, seed: int
-) -> torch.nn.Module:
-    """This rank's pipeline stage, on its device, with weights drawn from `seed`.
+) -> torch.nn.ModuleList:
+    """This rank's chunks, on its device, with weights drawn from `seed`.
 
     The same seed gives the same whole model on every layout.
     """
     config = transformer_config(model, parallel)
-    layer = layer_spec(model.qk_norm)
-    block = layer
+    count = parallel.virtual_pipeline
+    stage = torch.nn.ModuleList(
+        _build_chunk(model, parallel, config, vocab_size, chunk, count) for chunk in range(count)
+    )
+    stage.to(devices.device())
+    for chunk in stage:
+        initialization.fill(chunk, model.init_std, seed)
+    return stage
+
+
+def _build_chunk(
+    model: ModelConfig, parallel: ParallelConfig, config, vocab_size: int, chunk: int, count: int
+) -> LanguageModel:
+    block = layer = layer_spec(model.qk_norm)
     if not devices.has_transformer_engine():
-        layers = [layer] * (model.layers // parallel.pipeline)
+        layers = [layer] * (model.layers // (parallel.pipeline * count))
         block = TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
     stage = LanguageModel(
         config=config,
@@ -112,43 +132,38 @@ def build_model(
         vocab_size=padded_vocab_size(vocab_size, parallel.tensor),
         architecture=model.architecture(vocab_size),
         max_sequence_length=model.max_length,
-        pre_process=groups.is_first_stage(),
-        post_process=groups.is_last_stage(),
+        pre_process=groups.is_first_stage() and chunk == 0,
+        post_process=groups.is_last_stage() and chunk == count - 1,
         share_embeddings_and_output_weights=model.tied_embeddings,
         rotary_base=model.rope_theta,
+        vp_stage=chunk if count > 1 else None,
     )
     stage.rotary_pos_emb.inv_freq = inverse_frequencies(model).to(devices.device())
-    stage.to(devices.device())
-    initialization.fill(stage, model.init_std, seed)
     return stage
 
 
-def wrap_for_training(stage: torch.nn.Module, distributed_optimizer: bool) -> torch.nn.Module:
-    """Megatron's DDP: gradient buffers in fp32, reduced over the data-parallel group."""
+def wrap_for_training(
+    stage: torch.nn.ModuleList, distributed_optimizer: bool
+) -> torch.nn.ModuleList:
+    """Megatron's DDP around each chunk: gradient buffers in fp32, reduced over DP × CP."""
     config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=False,
         use_distributed_optimizer=distributed_optimizer,
     )
-    return DistributedDataParallel(unwrap(stage).config, config, stage)
+    return torch.nn.ModuleList(
+        DistributedDataParallel(chunk.config, config, chunk) for chunk in stage
+    )
 
 
-def build_frozen(
-    model: ModelConfig, parallel: ParallelConfig, vocab_size: int, seed: int
-) -> torch.nn.Module:
-    """A model that is only scored: no gradients, no buffers."""
-    stage = build_model(model, parallel, vocab_size, seed)
-    stage.requires_grad_(False)
-    return stage.eval()
-
-
-def parameter_count(stage: torch.nn.Module) -> int:
+def parameter_count(model: torch.nn.ModuleList) -> int:
     """Parameters of the whole model; weights that tensor-parallel ranks repeat count once."""
     tensor = groups.tensor_group()
     own = 0
-    for name, parameter in stage.named_parameters():
-        tied_copy = unwrap(stage).share_embeddings_and_output_weights and "output_layer" in name
-        sharded = initialization.is_tensor_sharded(parameter)
-        if not tied_copy and (sharded or tensor.rank() == 0):
-            own += parameter.numel()
-    return int(groups.reduce_sums([float(own)], groups.replica_group())[0])
+    for chunk in chunks(model):
+        for name, parameter in chunk.named_parameters():
+            tied_copy = chunk.share_embeddings_and_output_weights and "output_layer" in name
+            sharded = initialization.is_tensor_sharded(parameter)
+            if not tied_copy and (sharded or tensor.rank() == 0):
+                own += parameter.numel()
+    return int(groups.reduce_sums([float(own)], groups.model_group())[0])

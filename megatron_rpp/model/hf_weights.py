@@ -1,4 +1,4 @@
-"""Fills a pipeline stage from a Hugging Face directory; each rank reads its own slices only.
+"""Fills a rank's part of the model from a Hugging Face directory; each rank reads its own slices only.
 
 A file is memory-mapped, so a rank touches the bytes of its own layers and tensor-parallel parts.
 """
@@ -13,12 +13,12 @@ from megatron_rpp.hf.architecture import read_architecture
 from megatron_rpp.hf.families import EMBEDDING, OUTPUT, Row, canonical, check_tensors, rows_of
 from megatron_rpp.hf.safetensors_in import Weights
 from megatron_rpp.model import initialization
-from megatron_rpp.model.language_model import LanguageModel, unwrap
+from megatron_rpp.model.language_model import LanguageModel, chunks
 
 
 def fits(stage: torch.nn.Module, directory: str | Path) -> None:
     """Raises ValueError where the directory holds another model than `stage`."""
-    ours, theirs = unwrap(stage).architecture, read_architecture(directory).settings
+    ours, theirs = chunks(stage)[0].architecture, read_architecture(directory).settings
     other = [
         f"{name} is {theirs[name]} there, {value} here"
         for name, value in ours.items()
@@ -39,16 +39,16 @@ def load_hf(stage: torch.nn.Module, directory: str | Path) -> None:
 
     Raises ValueError, the same on every rank, where the directory holds another model.
     """
-    model = unwrap(stage)
-    fits(model, directory)
+    fits(stage, directory)
     source = read_architecture(directory)
     weights = Weights(directory)
     rows = rows_of(source.name, source.settings)
     check_tensors(rows, source.settings, weights.shapes, directory)
     by_name = {row.megatron: row for row in rows}
-    for name, parameter in model.named_parameters():
-        row = by_name[canonical(initialization.global_name(model, name))]
-        parameter.copy_(own_part(model, row, parameter, weights))
+    for chunk in chunks(stage):
+        for name, parameter in chunk.named_parameters():
+            row = by_name[canonical(initialization.global_name(chunk, name))]
+            parameter.copy_(own_part(chunk, row, parameter, weights))
 
 
 def own_part(

@@ -4,7 +4,10 @@
 scoring: response rows only, in chunks) and to `sampling_logits` (generation: one row a sequence),
 so the logits of a whole micro-batch never exist.
 
-Shape legend: s sequence, b batch, h hidden, v vocabulary rows of this tensor-parallel rank.
+A rank's part of the model is a list of chunks, one without interleaved pipeline stages.
+
+Shape legend: t tokens of a packed row, s sequence, b batch, h hidden, v vocabulary rows of this
+tensor-parallel rank.
 """
 
 from __future__ import annotations
@@ -18,11 +21,12 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.tensor_parallel.mappings import all_gather_last_dim_from_tensor_parallel_region
 
-from megatron_rpp.model.attention import CoreAttention, KeyValueCache
+from megatron_rpp.model.attention import CoreAttention, KeyValueCache, PackedRow
+from megatron_rpp.records import Packing
 
 
 class LanguageModel(GPTModel):
-    """One pipeline stage of a decoder-only transformer."""
+    """One chunk (pipeline stage, or part of one) of a decoder-only transformer."""
 
     def __init__(self, *, architecture: dict, **kwargs):
         super().__init__(position_embedding_type="rope", **kwargs)
@@ -31,25 +35,31 @@ class LanguageModel(GPTModel):
         self._rotary_table: torch.Tensor | None = None
 
     def forward(
-        self, tokens: torch.Tensor, positions: torch.Tensor | None = None
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor | None = None,
+        packing: Packing | None = None,
     ) -> torch.Tensor:
-        """Hidden states after this stage.
+        """Hidden states after this chunk.
 
         Args:
-            tokens: [b, s] token ids; only the first stage reads them, all need their shape.
-            positions: [b] the position of each sequence's one token (s = 1) while decoding;
-                None for whole sequences from position 0.
+            tokens: [b, s] token ids, or [1, t] packed; only the first chunk reads them, all need
+                their shape.
+            positions: [t] of each token of a packed row; [b] of each sequence's one token (s = 1)
+                while decoding; None for whole sequences from position 0.
+            packing: where the sequences of a packed row lie; None for a batch.
         Returns:
-            [s, b, h], normalised on the last stage; the sequence dimension is split over the
-            tensor-parallel ranks between stages under sequence parallelism, whole on the last.
+            [s, b, h] ([t, 1, h]), normalised by the last chunk; the sequence dimension is split over
+            the tensor-parallel ranks between chunks under sequence parallelism, whole on the last.
         """
-        hidden = None  # later stages read what set_input_tensor left in the decoder
+        hidden = None  # later chunks read what set_input_tensor left in the decoder
         if self.pre_process:
             hidden = self.embedding(input_ids=tokens, position_ids=None)
         hidden = self.decoder(
             hidden_states=hidden,
             attention_mask=None,
-            rotary_pos_emb=self._rotary(tokens.shape[1], positions),
+            rotary_pos_emb=self._rotary(tokens.shape[1], positions, packing is not None),
+            packed_seq_params=PackedRow.of(packing),
         )
         if self.post_process and self.config.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(
@@ -57,18 +67,20 @@ class LanguageModel(GPTModel):
             )
         return hidden
 
-    def _rotary(self, length: int, positions: torch.Tensor | None) -> torch.Tensor:
-        """Rotary angles [s, 1, 1, d], or [1, b, 1, d] while decoding."""
+    def _rotary(self, length: int, positions: torch.Tensor | None, packed: bool) -> torch.Tensor:
+        """Rotary angles [s, 1, 1, d]; packed [t, 1, 1, d]; [1, b, 1, d] while decoding."""
         if self._rotary_table is None:
-            padding = self.pg_collection.tp.size() - 1
-            self._rotary_table = self.rotary_pos_emb(self.max_sequence_length + padding)
+            # Where ranks share a sequence, padding may follow one as long as the context.
+            padding = 2 * self.pg_collection.cp.size() * self.pg_collection.tp.size()
+            self._rotary_table = self.rotary_pos_emb.get_emb(self.max_sequence_length + padding)
         if positions is None:
             return self._rotary_table[:length]
-        return self._rotary_table[positions].transpose(0, 1)
+        angles = self._rotary_table[positions]
+        return angles if packed else angles.transpose(0, 1)
 
     @property
     def output_weight(self) -> torch.Tensor:
-        """This rank's rows [v, h] of the output projection (last stage only)."""
+        """This rank's rows [v, h] of the output projection (last chunk only)."""
         if self.share_embeddings_and_output_weights:
             return self.shared_embedding_or_output_weight()
         return self.output_layer.weight
@@ -98,16 +110,16 @@ _SEQUENCE_PARALLEL_MARKS = (
 
 
 class Decoding:
-    """The key-value caches of one model chunk for one batch of sequences.
+    """The key-value caches of this rank's chunks for one batch of sequences.
 
     One token per sequence cannot be split over ranks, so sequence parallelism is off meanwhile.
     """
 
-    def __init__(self, model: LanguageModel, length: int):
+    def __init__(self, model: torch.nn.Module, length: int):
         self.attentions = [m for m in model.modules() if isinstance(m, CoreAttention)]
         for attention in self.attentions:
             attention.cache = KeyValueCache(length)
-        owners = [model.config, *model.modules()]
+        owners = [chunks(model)[0].config, *model.modules()]
         self.marked = [
             (owner, mark)
             for owner in owners
@@ -140,7 +152,7 @@ class Decoding:
 
 
 @contextlib.contextmanager
-def decoding(model: LanguageModel, length: int):
+def decoding(model: torch.nn.Module, length: int):
     """Gives `model` key-value caches for sequences of up to `length` tokens."""
     state = Decoding(model, length)
     try:
@@ -155,3 +167,10 @@ def unwrap(chunk: torch.nn.Module) -> LanguageModel:
         chunk = chunk.module
     return chunk
 
+
+def chunks(model: torch.nn.Module) -> list[LanguageModel]:
+    """The parts of the model that this rank holds, in the order of their layers.
+
+    model: the ModuleList that build.py makes, or one wrapped chunk.
+    """
+    return [unwrap(m) for m in (model if isinstance(model, torch.nn.ModuleList) else [model])]

@@ -20,9 +20,9 @@ _NO_END = 2**31
 
 
 def build_optimizer(
-    model: torch.nn.Module, config: OptimizerConfig, bf16: bool
+    model: torch.nn.ModuleList, config: OptimizerConfig, bf16: bool
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
-    """AdamW over a DDP-wrapped model, and its schedule counted in optimizer steps."""
+    """AdamW over DDP-wrapped chunks, and its schedule counted in optimizer steps."""
     optimizer = get_megatron_optimizer(
         MegatronOptimizerConfig(
             optimizer="adam",
@@ -37,7 +37,7 @@ def build_optimizer(
             params_dtype=torch.bfloat16 if bf16 else torch.float32,
             use_distributed_optimizer=config.distributed,
         ),
-        [model],
+        list(model),
         use_gloo_process_groups=False,
     )
     constant = config.decay_steps is None

@@ -1,9 +1,10 @@
 """Process groups: who computes with whom.
 
-A data-parallel replica is the tensor × pipeline ranks that hold one copy of the model and one
-shard of the rollout buffer. Every rank of a group joins every collective in the same order.
+A data-parallel replica is the tensor × pipeline × context ranks that share one shard of the rollout
+buffer: tensor × pipeline hold one copy of the model, and the context-parallel ones work on different
+parts of each sequence. Every rank of a group joins every collective in the same order.
 
-Left out: context and expert parallelism.
+Left out: expert parallelism.
 """
 
 from __future__ import annotations
@@ -26,11 +27,16 @@ def launched_world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def start(tensor: int, pipeline: int, seed: int) -> None:
+_replica: dist.ProcessGroup | None = None  # Megatron has no group of tensor × pipeline × context
+
+
+def start(
+    tensor: int, pipeline: int, seed: int, context: int = 1, virtual_pipeline: int = 1
+) -> None:
     """Joins the world that torchrun prepared, if not yet done, and splits it into parallel groups.
 
     Without torchrun this process is a world of one. The caller has checked that
-    tensor × pipeline divides the world size.
+    tensor × pipeline × context divides the world size.
     """
     devices.set_up(
         int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -40,9 +46,25 @@ def start(tensor: int, pipeline: int, seed: int) -> None:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tensor,
         pipeline_model_parallel_size=pipeline,
+        virtual_pipeline_model_parallel_size=virtual_pipeline if virtual_pipeline > 1 else None,
+        context_parallel_size=context,
         create_gloo_process_groups=False,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    _start_replica_group(context)
+
+
+def _start_replica_group(context: int) -> None:
+    global _replica
+    if context == 1:
+        _replica = parallel_state.get_model_parallel_group()
+        return
+    replicas = gather_objects(data_rank(), dist.group.WORLD)
+    for number in range(data_size()):  # every rank takes part in making every group
+        ranks = [rank for rank, replica in enumerate(replicas) if replica == number]
+        group = dist.new_group(ranks, timeout=COLLECTIVE_TIMEOUT)
+        if number == data_rank():
+            _replica = group
 
 
 def _join_world() -> None:
@@ -59,6 +81,8 @@ def _join_world() -> None:
 
 def split_again() -> None:
     """Forgets the parallel groups, so that `start` can make others over the same world."""
+    global _replica
+    _replica = None
     parallel_state.destroy_model_parallel()
 
 
@@ -69,7 +93,17 @@ def stop() -> None:
 
 
 def data_group() -> dist.ProcessGroup:
-    """The ranks that hold the same part of the model over different data (DP × CP)."""
+    """The ranks that hold the same part of the model, and different shards of the buffer."""
+    return parallel_state.get_data_parallel_group()
+
+
+def context_group() -> dist.ProcessGroup:
+    """The ranks of a replica that work on different parts of the same sequences."""
+    return parallel_state.get_context_parallel_group()
+
+
+def token_group() -> dist.ProcessGroup:
+    """DP × CP: the ranks whose micro-batches hold different tokens of a mini-batch."""
     return parallel_state.get_data_parallel_group(with_context_parallel=True)
 
 
@@ -83,9 +117,15 @@ def pipeline_group() -> dist.ProcessGroup:
     return parallel_state.get_pipeline_model_parallel_group()
 
 
-def replica_group() -> dist.ProcessGroup:
-    """The tensor × pipeline ranks of this rank's replica."""
+def model_group() -> dist.ProcessGroup:
+    """The tensor × pipeline ranks that hold one copy of the model."""
     return parallel_state.get_model_parallel_group()
+
+
+def replica_group() -> dist.ProcessGroup:
+    """The tensor × pipeline × context ranks of this rank's replica."""
+    assert _replica is not None, "groups.start comes first"
+    return _replica
 
 
 def data_rank() -> int:

@@ -1,10 +1,11 @@
 """Runs a model over micro-batches: the only caller of Megatron's forward-backward schedules.
 
-Training and scoring go through the same schedules (no pipelining, or 1F1B over the stages).
-Generation passes one batch through the stages with `stage_forward`.
+Training and scoring go through the same schedules (no pipelining, 1F1B over the stages, or
+interleaved where each stage holds several chunks). Generation passes one batch through the stages
+with `stage_forward`.
 
-Left out: interleaved (virtual) stages; overlapping several batches in generation, so that while
-one stage computes a token the others wait.
+Left out: overlapping several batches in generation, so that while one stage computes a token the
+others wait.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ import torch.distributed as dist
 from megatron_rpp.parallel import device as devices
 from megatron_rpp.parallel import groups
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.utils import get_attr_wrapped_model, get_model_config
 
+from megatron_rpp.model.language_model import chunks
 from megatron_rpp.records import MicroBatch
 
-# Hidden states [s, b, h] of a micro-batch -> (loss sum, count, report). Megatron sums both over
+# Hidden states [t, 1, h] of a micro-batch -> (loss sum, count, report). Megatron sums both over
 # micro-batches and data-parallel ranks, and divides the gradient once: a global mean on any layout.
 LossFunction = Callable[[MicroBatch, torch.Tensor], tuple[torch.Tensor, torch.Tensor, Any]]
 
@@ -30,15 +31,17 @@ LossFunction = Callable[[MicroBatch, torch.Tensor], tuple[torch.Tensor, torch.Te
 def _run(model, micro_batches: list[MicroBatch], last_stage, **schedule) -> list[Any]:
     def forward_step(batches, chunk):
         batch = next(batches)
-        return chunk(batch.tokens), partial(last_stage, batch)
+        return chunk(batch.tokens, batch.positions, batch.packing), partial(last_stage, batch)
 
+    iterators = [iter(micro_batches) for _ in model]
     return get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=iter(micro_batches),
-        model=[model],
+        data_iterator=iterators if len(model) > 1 else iterators[0],
+        model=list(model),
         num_microbatches=len(micro_batches),
-        seq_length=max(batch.tokens.shape[1] for batch in micro_batches),
-        micro_batch_size=max(batch.tokens.shape[0] for batch in micro_batches),
+        # Read where all rows have one shape, else the stages tell each other: the whole row.
+        seq_length=micro_batches[0].tokens.shape[1] * groups.context_group().size(),
+        micro_batch_size=1,
         **schedule,
     )
 
@@ -64,22 +67,23 @@ def score(
 
 
 def stage_forward(model, tokens: torch.Tensor, positions: torch.Tensor | None = None):
-    """One batch through this stage, received from the stage before and sent to the one after.
+    """One batch through this rank's chunks, each received from the rank before and sent on.
 
     Args:
         tokens: [b, s], the same on every stage.
         positions: [b] while decoding, else None (see LanguageModel.forward).
     Returns:
-        this stage's hidden states [s, b, h].
+        the hidden states [s, b, h] of this rank's last chunk.
     """
     group = groups.pipeline_group()
-    config = get_model_config(model)
-    if not groups.is_first_stage():
-        shape = (tokens.shape[1], tokens.shape[0], config.hidden_size)
-        received = torch.empty(shape, dtype=config.params_dtype, device=devices.device())
-        dist.recv(received, group=group, group_src=group.rank() - 1)
-        get_attr_wrapped_model(model, "set_input_tensor")([received])
-    hidden = model(tokens, positions)
-    if not groups.is_last_stage():
-        dist.send(hidden.contiguous(), group=group, group_dst=group.rank() + 1)
+    for chunk in chunks(model):
+        if not chunk.pre_process:
+            shape = (tokens.shape[1], tokens.shape[0], chunk.config.hidden_size)
+            dtype = chunk.config.params_dtype
+            received = torch.empty(shape, dtype=dtype, device=devices.device())
+            dist.recv(received, group=group, group_src=(group.rank() - 1) % group.size())
+            chunk.set_input_tensor([received])
+        hidden = chunk(tokens, positions)
+        if not chunk.post_process:
+            dist.send(hidden.contiguous(), group=group, group_dst=(group.rank() + 1) % group.size())
     return hidden

@@ -1,8 +1,8 @@
 """The rollout buffer: one data-parallel replica's shard of a step's samples.
 
 Columnar and ragged: tokens of all samples lie end to end, as do the values that belong to
-response tokens (log-probs, advantages, mask). Nothing is padded until a micro-batch is cut, and a
-replica holds its own samples only, so a rank's memory falls with the number of replicas. The
+response tokens (log-probs, advantages, mask). Nothing is padded (packing.py cuts
+micro-batches), and a replica holds its own samples only, so a rank's memory falls with the number of replicas. The
 ranks of one replica hold the same columns: pipeline stages write theirs by broadcast.
 
 Left out: rebalancing over replicas by token count, and saving to disk.
@@ -17,7 +17,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from megatron_rpp.data.prompts import Prompt
-from megatron_rpp.records import Generation, MicroBatch, Request
+from megatron_rpp.records import Generation, Request
 
 
 @dataclass(kw_only=True)
@@ -87,28 +87,6 @@ class RolloutBuffer:
         """The inverse of `padded`."""
         steps = torch.arange(padded.shape[1])
         return padded[steps[None] < self.response_lengths[:, None]]
-
-    def micro_batch(self, samples: list[int], multiple: int, device: torch.device) -> MicroBatch:
-        """Cuts `samples` into one right-padded micro-batch whose length `multiple` divides.
-
-        No samples give an empty micro-batch: one padding sequence and no response token.
-        """
-        index = torch.tensor(samples, dtype=torch.int64)
-        lengths, prompts = self.lengths[index, None], self.prompt_lengths[index, None]
-        longest = int(lengths.max()) if samples else 1
-        steps = torch.arange(-(-longest // multiple) * multiple)[None]
-        inside = steps < lengths  # [b, s]
-        tokens = torch.zeros(len(samples), steps.shape[1], dtype=torch.int64)
-        tokens[inside] = self.tokens[(self.offsets[index, None] + steps)[inside]]
-        sample, position = (inside & (steps >= prompts)).nonzero(as_tuple=True)
-        batch = max(1, len(samples))
-        return MicroBatch(
-            tokens=(tokens if samples else torch.zeros_like(steps)).to(device),
-            rows=((position - 1) * batch + sample).to(device),  # hidden states are [s, b]
-            targets=tokens[sample, position].to(device),
-            column=self.response_offsets[index][sample] + position - prompts[sample, 0],
-            sample=sample.to(device),
-        )
 
 
 def from_generations(

@@ -18,7 +18,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from megatron_rpp.data.tokenizer import Tokenizer
-from megatron_rpp.model.language_model import LanguageModel, decoding, unwrap
+from megatron_rpp.model.language_model import chunks, decoding
 from megatron_rpp.parallel import device as devices
 from megatron_rpp.parallel import groups, pipeline
 from megatron_rpp.records import Generation, Request, Sampling
@@ -92,7 +92,13 @@ class MegatronEngine:
         step: int,
         progress: Callable[[int], None] = lambda finished: None,
     ) -> list[Generation]:
-        """See RolloutEngine."""
+        """See RolloutEngine. Context-parallel ranks, which hold the same weights, share the work."""
+        group = groups.context_group()
+        own = self._generate(requests[group.rank() :: group.size()], sampling, seed, step, progress)
+        parts = groups.gather_objects(own, group) if group.size() > 1 else [own]
+        return [parts[i % len(parts)][i // len(parts)] for i in range(len(requests))]
+
+    def _generate(self, requests, sampling, seed, step, progress) -> list[Generation]:
         order = sorted(
             range(len(requests)), key=lambda i: (len(requests[i].prompt), requests[i].prompt)
         )
@@ -108,15 +114,14 @@ class MegatronEngine:
         return [results[i] for i in range(len(requests))]
 
     def _run(self, wave: _Wave, sampling: Sampling, seed: int, step: int) -> None:
-        model = unwrap(self.model)
         lengths = np.array([len(request.prompt) for request in wave.requests])
         ids = np.array([request.sample_id for request in wave.requests])
         alive = np.arange(len(wave.requests))  # the wave's sequences that are in the batch
-        with decoding(model, int(lengths.max()) + sampling.max_new_tokens) as state:
+        with decoding(self.model, int(lengths.max()) + sampling.max_new_tokens) as state:
             hidden = self._read_prompts(wave.requests, state)
             for position in range(sampling.max_new_tokens):
                 random = uniforms(seed, step, ids[alive], position)
-                tokens = self._next_tokens(model, hidden, random, sampling, position)
+                tokens = self._next_tokens(hidden, random, sampling, position)
                 self._record(wave, alive, tokens, position, sampling)
                 running = ~wave.ended[alive]
                 if not running.any() or position + 1 == sampling.max_new_tokens:
@@ -128,26 +133,25 @@ class MegatronEngine:
                     alive, tokens = alive[running], tokens[rows]
                 positions = torch.from_numpy(lengths[alive] + position).to(tokens.device)
                 state.set_positions(positions)
-                hidden = pipeline.stage_forward(model, tokens[:, None], positions)[0]
+                hidden = pipeline.stage_forward(self.model, tokens[:, None], positions)[0]
 
     def _read_prompts(self, requests: list[Request], state) -> torch.Tensor:
         """Prefill: each different prompt once. Returns the last hidden row [n, h] of each."""
         unique = {prompt: i for i, prompt in enumerate(dict.fromkeys(r.prompt for r in requests))}
         tokens = pad_sequence([torch.tensor(prompt) for prompt in unique], batch_first=True)
-        hidden = pipeline.stage_forward(unwrap(self.model), tokens.to(devices.device()))
+        hidden = pipeline.stage_forward(self.model, tokens.to(devices.device()))
         last = torch.tensor([len(prompt) - 1 for prompt in unique], device=hidden.device)
         copies = torch.tensor([unique[r.prompt] for r in requests], device=hidden.device)
         state.keep(copies)
         return hidden[last, torch.arange(len(unique), device=hidden.device)][copies]
 
-    def _next_tokens(
-        self, model: LanguageModel, hidden, random, sampling: Sampling, position: int
-    ) -> torch.Tensor:
+    def _next_tokens(self, hidden, random, sampling: Sampling, position: int) -> torch.Tensor:
         """fp64 [2, b]: the tokens and their log-probs, from the last stage to every stage."""
         chosen = torch.empty(2, len(random), dtype=torch.float64, device=devices.device())
         if groups.is_last_stage():
             forbid = self.tokenizer.eos_ids if position < sampling.min_new_tokens else ()
-            tokens, logprobs = choose(model.sampling_logits(hidden), random, sampling, forbid)
+            logits = chunks(self.model)[-1].sampling_logits(hidden)
+            tokens, logprobs = choose(logits, random, sampling, forbid)
             chosen[0], chosen[1] = tokens, logprobs
         return groups.broadcast_from_last_stage(chosen)
 

@@ -13,6 +13,7 @@ import torch
 
 from megatron_rpp.records import MicroBatch
 from megatron_rpp.rollout.buffer import RolloutBuffer
+from megatron_rpp.rollout.packing import Split, pack
 from megatron_rpp.seeds import permutation
 
 
@@ -27,18 +28,23 @@ def minibatch_of(
 
 
 def plan(lengths: list[int], samples: list[int], max_tokens: int) -> list[list[int]]:
-    """Groups `samples` so that (samples × longest) stays within `max_tokens`.
+    """Groups `samples` so that the tokens of each group stay within `max_tokens`.
 
-    Longest first, so neighbours are of like length and little is padding. A sample longer than
-    the budget travels alone.
+    Longest first, so neighbours are of like length: attention works on them side by side. A sample
+    longer than the budget travels alone.
+
+    Args:
+        lengths: tokens of every sample of the buffer, with the padding that a row gives it.
     """
     groups: list[list[int]] = []
+    room = 0
     for index in sorted(samples, key=lambda i: (-lengths[i], i)):
-        fits = groups and (len(groups[-1]) + 1) * lengths[groups[-1][0]] <= max_tokens
-        if fits:
+        if groups and lengths[index] <= room:
             groups[-1].append(index)
+            room -= lengths[index]
         else:
             groups.append([index])
+            room = max_tokens - lengths[index]
     return groups
 
 
@@ -46,18 +52,23 @@ def micro_batches(
     buffer: RolloutBuffer,
     samples: list[int],
     max_tokens: int,
-    multiple: int,
+    split: Split,
     device: torch.device,
     agree: Callable[[int], int],
+    same_length: bool = False,
 ) -> list[MicroBatch]:
     """The micro-batches of `samples`, filled up with empty ones to the agreed count.
 
     Args:
         samples: indices into this replica's buffer; may be none.
-        max_tokens: budget of a micro-batch, padding included.
-        multiple: sequence lengths are padded to it (tensor-parallel size, sequence parallelism).
-        agree: this rank's count of micro-batches -> the largest count over data-parallel ranks.
+        max_tokens: budget of a micro-batch over the whole row.
+        split: how the ranks of the replica cut a row.
+        agree: this rank's count of micro-batches -> the count on every data-parallel rank.
+        same_length: pad all rows to the longest (interleaved pipeline stages want one shape).
     """
-    planned = plan(buffer.lengths.tolist(), samples, max_tokens)
+    planned = plan(split.padded(buffer.lengths).tolist(), samples, max_tokens)
     planned += [[]] * (agree(len(planned)) - len(planned))
-    return [buffer.micro_batch(group, multiple, device) for group in planned]
+    rows = [split.row_length(buffer.lengths[torch.tensor(group, dtype=int)]) for group in planned]
+    if same_length:
+        rows = [max(rows)] * len(rows)
+    return [pack(buffer, group, split, row, device) for group, row in zip(planned, rows)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_rpp.data.prompts import Prompt
@@ -36,7 +37,7 @@ class Evaluation:
 
 def evaluate(
     engine: RolloutEngine,
-    prompts: list[Prompt],
+    prompts: Sequence[Prompt],
     rewards: RewardSet,
     tokenizer: Tokenizer,
     sampling: Sampling,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Callable
 
-from megatron_rpp.data.prompts import Prompt, prompt_indices
+from megatron_rpp.data.prompts import PromptSet
 from megatron_rpp.records import Request, Sampling
 from megatron_rpp.rollout.buffer import RolloutBuffer, from_generations
 from megatron_rpp.rollout.engine import RolloutEngine
@@ -17,7 +17,7 @@ def shard(count: int, rank: int, size: int) -> range:
 
 def collect(
     engine: RolloutEngine,
-    prompts: list[Prompt],
+    prompts: PromptSet,
     sampling: Sampling,
     prompts_per_step: int,
     samples_per_prompt: int,
@@ -34,10 +34,10 @@ def collect(
     it is on, so the sampled tokens do not depend on the number of replicas. `prompts_seen` is the
     data position: how many prompts all steps before this one took.
     """
-    rows = prompt_indices(prompts_seen, prompts_per_step, len(prompts), seed)
+    rows = prompts.order(prompts_seen, prompts_per_step, seed)
     chosen, requests = [], []
     for position in shard(prompts_per_step, data_rank, data_size):
-        prompt = prompts[rows[position]]
+        prompt = prompts[rows[position]]  # tokenized here
         for sample in range(samples_per_prompt):
             chosen.append(prompt)
             requests.append(Request(prompt.tokens, position * samples_per_prompt + sample))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from megatron_rpp.algorithms import aggregate, kl_estimate, policy_loss, policy_stats
+from megatron_rpp.algorithms import aggregation_weights, kl_estimate, policy_loss, policy_stats
 from megatron_rpp.config import AlgorithmConfig, TrainConfig
 from megatron_rpp.parallel import device as devices
 from megatron_rpp.parallel import groups, pipeline
@@ -35,38 +35,34 @@ class UpdateStats:
     learning_rate: float
 
 
-def _responses(batch: MicroBatch, values: torch.Tensor) -> torch.Tensor:
-    """[n] values of a micro-batch's response tokens as [b, t], zero elsewhere."""
-    starts = torch.searchsorted(batch.sample, batch.sample)  # where each token's response begins
-    steps = torch.arange(len(values), device=values.device) - starts
-    width = int(steps.max()) + 1 if len(steps) else 0
-    padded = values.new_zeros(batch.tokens.shape[0], width)
-    return padded.index_put((batch.sample, steps), values)
-
-
 def _loss(model, buffer: RolloutBuffer, algorithm: AlgorithmConfig, temperature: float):
     """The loss function of a mini-batch for `pipeline.train`."""
     clip = (algorithm.clip_low, algorithm.clip_high)
-    device = devices.device()
-
-    def column(batch: MicroBatch, values: torch.Tensor) -> torch.Tensor:
-        return _responses(batch, values[batch.column].to(device))
+    weights, counts = (
+        buffer.flat(values)
+        for values in aggregation_weights(buffer.padded(buffer.mask), algorithm.aggregation)
+    )
 
     def loss(batch: MicroBatch, hidden: torch.Tensor):
+        def column(values: torch.Tensor) -> torch.Tensor:
+            """[1, n]: a response may be split over ranks, so tokens stand for themselves."""
+            return values[batch.column].to(hidden.device)[None]
+
         logprobs, entropy = scoring.token_logprobs(model, batch, hidden, temperature, True)
-        logprobs, entropy = _responses(batch, logprobs), _responses(batch, entropy)
-        old, advantages = column(batch, buffer.old_logprobs), column(batch, buffer.advantages)
-        mask = column(batch, buffer.mask)
+        logprobs, entropy = logprobs[None], entropy[None]
+        old, advantages, mask = (
+            column(values) for values in (buffer.old_logprobs, buffer.advantages, buffer.mask)
+        )
         per_token = policy_loss(logprobs, old, advantages, *clip, algorithm.dual_clip)
         if buffer.rollout_weights is not None:
-            per_token = per_token * column(batch, buffer.rollout_weights)
+            per_token = per_token * column(buffer.rollout_weights)
         if algorithm.entropy_coef:
             per_token = per_token - algorithm.entropy_coef * entropy
         if algorithm.kl_loss_coef:
-            reference = column(batch, buffer.ref_logprobs)
-            kl = kl_estimate(logprobs, reference, "k2")
+            kl = kl_estimate(logprobs, column(buffer.ref_logprobs), "k2")
             per_token = per_token + algorithm.kl_loss_coef * kl
-        total, count = aggregate(per_token, mask, algorithm.aggregation)
+        total = (torch.where(mask, per_token, 0.0) * column(weights).to(per_token)).sum()
+        count = column(counts).sum()
         stats = policy_stats(logprobs.detach(), old, advantages, mask, *clip)
         entropy_sum = torch.where(mask, entropy.detach(), 0.0).sum()
         report = (total.detach(), count, *stats[:3], entropy_sum, stats.ratio_max)
@@ -83,8 +79,8 @@ def _reduce(reports: list[torch.Tensor], minibatch: int) -> list[float]:
     empty = torch.zeros(7, dtype=torch.float64, device=devices.device())
     stacked = torch.stack([empty, *reports])
     sums, peak = stacked[:, :6].sum(0), stacked[:, 6:].amax(0)
-    dist.all_reduce(sums, group=groups.data_group())
-    dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=groups.data_group())
+    dist.all_reduce(sums, group=groups.token_group())
+    dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=groups.token_group())
     values = groups.broadcast_from_last_stage(torch.cat([sums, peak])).tolist()
     assert values[1] > 0, f"mini-batch {minibatch} has no response token on any rank"
     return values
@@ -105,9 +101,9 @@ def run(
     """Updates `policy` on the step's rollouts; the same on every layout of ranks.
 
     Args:
-        policy: DDP-wrapped. buffer: this replica's shard, with old_logprobs, advantages and, where
-            a KL loss is on, ref_logprobs. temperature: of the rollout. sample_count: samples of
-            the whole step over all replicas.
+        policy: its chunks, DDP-wrapped. buffer: this replica's shard, with old_logprobs, advantages
+            and, where a KL loss is on, ref_logprobs. temperature: of the rollout. sample_count:
+            samples of the whole step over all replicas.
     """
     loss = _loss(policy, buffer, algorithm, temperature)
     rows, norms = [], []
@@ -137,7 +133,8 @@ def optimizer_step(policy, optimizer, scheduler, batches, loss) -> tuple[float, 
 
     Returns the global gradient norm before clipping, and the loss function's reports.
     """
-    policy.zero_grad_buffer()
+    for chunk in policy:
+        chunk.zero_grad_buffer()
     optimizer.zero_grad()
     reports = pipeline.train(policy, batches, loss)
     _, grad_norm, _ = optimizer.step()

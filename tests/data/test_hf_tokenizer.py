@@ -70,7 +70,7 @@ def test_a_plain_prompt_has_one_begin_of_sequence_where_the_tokenizer_writes_one
 def test_chatml_by_hand(chatml):
     text = "<|im_start|>user\nWhat is 12 + 30?<|im_end|>\n<|im_start|>assistant\n"
     form = PromptFormat(chatml, apply_chat_template=True)
-    assert form.text(QUESTION) == form.text("What is 12 + 30?") == text
+    assert form.render(QUESTION).text == form.render("What is 12 + 30?").text == text
     tokens = form.tokens(QUESTION)
     assert tokens == form.tokens("What is 12 + 30?") == tuple(chatml.encode(text))
     assert [i for i in tokens if i < 3] == [1, 2, 1]
@@ -87,9 +87,9 @@ def test_llama3_by_hand_has_one_begin_of_sequence(llama3):
 def test_a_conversations_own_system_message_stays(chatml):
     form = PromptFormat(chatml, apply_chat_template=True, system_prompt="Be brief.")
     own = [{"role": "system", "content": "Be kind."}, *QUESTION]
-    assert "Be kind." in form.text(own) and "Be brief." not in form.text(own)
-    assert form.text(QUESTION) == form.text("What is 12 + 30?")
-    assert form.text(QUESTION).startswith("<|im_start|>system\nBe brief.<|im_end|>\n")
+    assert "Be kind." in form.render(own).text and "Be brief." not in form.render(own).text
+    assert form.render(QUESTION).text == form.render("What is 12 + 30?").text
+    assert form.render(QUESTION).text.startswith("<|im_start|>system\nBe brief.<|im_end|>\n")
     assert own == [{"role": "system", "content": "Be kind."}, *QUESTION]
 
 
@@ -105,7 +105,7 @@ def test_tokens_are_those_of_the_library(chatml, chatml_path):
 def test_a_template_file_takes_the_place_of_the_directorys(chatml_path, tmp_path):
     (tmp_path / "short.jinja").write_text("{% for m in messages %}Q: {{ m.content }} A:{% endfor %}")
     tokenizer = load_tokenizer(chatml_path, str(tmp_path / "short.jinja"))
-    assert PromptFormat(tokenizer).text(QUESTION) == "Q: What is 12 + 30? A:"
+    assert PromptFormat(tokenizer).render(QUESTION).text == "Q: What is 12 + 30? A:"
     with pytest.raises(ValueError, match="data.chat_template .*absent.jinja cannot be read"):
         load_tokenizer(chatml_path, str(tmp_path / "absent.jinja"))
 

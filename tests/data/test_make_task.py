@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from megatron_rpp.data.chat import PromptFormat
-from megatron_rpp.data.prompts import encode_prompts, read_examples
+from megatron_rpp.data.examples import open_examples
+from megatron_rpp.data.prompts import fitting_rows
 from megatron_rpp.data.tokenizer import load_tokenizer
 from megatron_rpp.rewards import RewardSet
 
@@ -55,12 +56,12 @@ def test_a_trainer_can_use_what_it_writes(recipe):
     out = recipe.parent / "out"
     tokenizer = load_tokenizer(out / "sums.model")
     for path, size in ((out / "train.jsonl", 300), (out / "held" / "eval.jsonl", 20)):
-        examples = read_examples(path, "prompt", "label")
-        prompts = encode_prompts(examples, PromptFormat(tokenizer), 11, path)
-        assert len(prompts) == size
+        examples, form = open_examples(path, "prompt", "label"), PromptFormat(tokenizer)
+        assert len(fitting_rows(examples, form, 11, drop=False)) == size
+        prompts = [form.tokens(example.prompt) for example in examples]
         answers = [tokenizer.decode(tokenizer.encode(e.label)) for e in examples]
         scores = RewardSet(["exact_match", "reasoning_gym"]).score(
-            [tokenizer.decode(p.tokens) for p in prompts],
+            [tokenizer.decode(tokens) for tokens in prompts],
             answers,
             [e.label for e in examples],
             [e.metadata for e in examples],
@@ -156,7 +157,7 @@ def test_a_kill_between_two_files_is_repaired(recipe, monkeypatch):
 
 def test_rows_carry_the_field_names_of_the_recipe(recipe):
     assert make(recipe, "--data.prompt_key", "question", "--data.label_key", "answer") == 0
-    examples = read_examples(recipe.parent / "out" / "train.jsonl", "question", "answer")
+    examples = open_examples(recipe.parent / "out" / "train.jsonl", "question", "answer")
     assert all(example.label for example in examples)
 
 

@@ -1,159 +1,134 @@
-"""Reading, encoding and ordering of prompts."""
+"""Prompts of a run: encoded when asked for, filtered, mixed, split and cached."""
 
 from __future__ import annotations
 
+import json
+from contextlib import contextmanager
+
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
+from megatron_rpp.config import DataConfig
 from megatron_rpp.data.chat import PromptFormat
-from megatron_rpp.data.prompts import (
-    Example,
-    Prompt,
-    encode_prompts,
-    prompt_indices,
-    read_examples,
-)
+from megatron_rpp.data.examples import Example, open_examples
+from megatron_rpp.data.opening import open_data
+from megatron_rpp.data.prompts import Prompt, PromptSet, fitting_rows
+from tests.data.code_points import CodePoints
 
 
-class CodePoints:
-    """A real tokenizer of the simplest kind: one id per character, after the special ids."""
-
-    vocab_size = 4 + 0x110000
-    eos_id, eos_ids, pad_id = 3, (3,), 0
-
-    def __init__(self, bos_id: int | None) -> None:
-        self.bos_id = bos_id
-
-    def encode(self, text: str) -> list[int]:
-        return [4 + ord(character) for character in text]
-
-    def decode(self, ids) -> str:
-        return "".join(chr(i - 4) for i in ids if i >= 4)
+def write(path, prompts: list[str]) -> str:
+    rows = [json.dumps({"prompt": prompt, "label": str(i)}) for i, prompt in enumerate(prompts)]
+    path.write_text("".join(row + "\n" for row in rows))
+    return str(path)
 
 
-def write(tmp_path, *lines: str):
-    path = tmp_path / "rows.jsonl"
-    path.write_bytes("".join(line + "\n" for line in lines).encode())
-    return path
+@pytest.fixture
+def opened(tmp_path):
+    """open_data with the given settings; a prompt may have 10 tokens, progress goes to `seen`."""
+    seen = []
+
+    @contextmanager
+    def progress(title: str, total: int):
+        seen.append(total)
+        yield lambda done: None
+
+    def run(seed=1234, bos_id=2, **settings):
+        settings = {"tokenizer": __file__, "cache_dir": str(tmp_path / "cache")} | settings
+        form = PromptFormat(CodePoints(bos_id))
+        return open_data(DataConfig(**settings), form, 10, seed, progress)
+
+    run.seen = seen
+    return run
 
 
-def test_rows_come_back_in_order_with_labels_as_text(tmp_path):
-    path = write(
-        tmp_path,
-        '{"prompt": "1+1=", "label": "2", "metadata": {"level": 1}, "other": []}',
-        '{"prompt": "1+2=", "label": 3}',
-        '{"prompt": "1/2=", "label": 0.5, "metadata": {}}',
-        '{"prompt": "write a poem", "label": null}',
-        '{"prompt": "separator\u2028inside, \u00e9"}',
+def prompts_of(data: PromptSet) -> list[str]:
+    return [prompt.example.prompt for prompt in data]
+
+
+def test_prompts_start_with_begin_of_sequence_where_there_is_one(opened, tmp_path):
+    train = write(tmp_path / "a.jsonl", ["ab"])
+    for bos_id, tokens in ((2, (2, 101, 102)), (None, (101, 102))):
+        data = opened(train=train, eval=train, bos_id=bos_id)
+        assert list(data.train) == [Prompt(Example("ab", "0"), tokens)]
+
+
+def test_prompt_over_the_limit_is_refused_with_the_remedies(tmp_path):
+    path = write(tmp_path / "a.jsonl", ["ab", "abc"])
+    examples, form = open_examples(path, "prompt", "label"), PromptFormat(CodePoints(2))
+    assert fitting_rows(examples, form, 4, drop=False).tolist() == [0, 1]
+    assert fitting_rows(examples, form, 3, drop=True).tolist() == [0]
+    with pytest.raises(ValueError) as error:
+        fitting_rows(examples, form, 3, drop=False)
+    assert str(error.value).startswith(
+        f"{path}, line 2: the prompt has 4 tokens, the limit is 3: raise it (the lower of "
     )
-    assert read_examples(path, "prompt", "label") == [
-        Example("1+1=", "2", {"level": 1}),
-        Example("1+2=", "3", {}),
-        Example("1/2=", "0.5", {}),
-        Example("write a poem", None, {}),
-        Example("separator\u2028inside, \u00e9", None, {}),
+    assert "set data.overlong_prompts to drop" in str(error.value)
+
+
+def test_dropped_prompts_are_counted_and_keep_their_places(opened, tmp_path):
+    words = [letter * length for letter in "abc" for length in range(1, 13)]
+    train = write(tmp_path / "a.jsonl", words)
+    data = opened(train=train, eval=train, overlong_prompts="drop", max_prompt_tokens=5)
+    assert prompts_of(data.train) == [word for word in words if len(word) < 5]
+    assert data.dropped == 2 * 3 * 8
+    assert data.train.where(4) == f"{train}, line 13"
+    with pytest.raises(ValueError, match="the prompt has 11 tokens, the limit is 10"):
+        opened(train=train, eval=train, max_prompt_tokens=500)
+    with pytest.raises(ValueError, match="no prompt of at most 1 tokens"):
+        opened(train=train, eval=train, overlong_prompts="drop", max_prompt_tokens=1)
+
+
+def test_a_second_start_reads_the_cache_and_a_changed_file_does_not(opened, tmp_path):
+    train = write(tmp_path / "a.jsonl", ["ab", "c"])
+    first = opened(train=train, eval=train)
+    assert opened.seen == [2]  # the second source is the same file
+    assert prompts_of(opened(train=train, eval=train).train) == prompts_of(first.train)
+    opened(train=train, eval=train, max_prompt_tokens=4)
+    assert opened.seen == [2, 2]
+    write(tmp_path / "a.jsonl", ["ab", "c", "d"])
+    assert len(opened(train=train, eval=train).train) == 3
+    assert opened.seen == [2, 2, 3]
+
+
+def test_several_files_make_one_order_and_weights_another(opened, tmp_path):
+    files = [write(tmp_path / "a.jsonl", list("abc")), write(tmp_path / "b.jsonl", list("ABCDEFG"))]
+    data = opened(train=files, eval=files[0]).train
+    assert prompts_of(data) == list("abcABCDEFG")
+    epoch = data.order(10, 10, seed=7)
+    assert sorted(epoch) == list(range(10)) and epoch != data.order(0, 10, seed=7)
+    mixed = opened(train=files, eval=files[0], weights=[3, 1]).train
+    letters = [mixed[row].example.prompt for row in mixed.order(0, 4000, seed=7)]
+    assert 2860 < sum(letter.islower() for letter in letters) < 3140  # 3000 +- 5 deviations
+    assert mixed.order(1000, 50, seed=7) == mixed.order(0, 1050, seed=7)[1000:]
+    assert set(letters) == set("abcABCDEFG")
+
+
+@pytest.mark.parametrize("split, count", [(0.25, 10), (7, 7)])
+def test_a_held_out_split_is_disjoint_and_drawn_from_the_seed(opened, tmp_path, split, count):
+    files = [
+        write(tmp_path / "a.jsonl", [f"a{i}" for i in range(15)]),
+        write(tmp_path / "b.jsonl", [f"b{i}" for i in range(25)]),
     ]
-
-
-def test_keys_are_the_users_and_a_missing_last_newline_is_fine(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_text('{"question": "a", "answer": "b"}')
-    assert read_examples(path, "question", "answer") == [Example("a", "b", {})]
+    data = opened(train=files, eval_split=split)
+    train, held_out = prompts_of(data.train), prompts_of(data.held_out)
+    assert len(held_out) == count and sorted(train + held_out) == sorted(
+        [f"a{i}" for i in range(15)] + [f"b{i}" for i in range(25)]
+    )
+    assert prompts_of(opened(train=files, eval_split=split).held_out) == held_out
+    assert prompts_of(opened(train=files, eval_split=split, seed=1).held_out) != held_out
+    with pytest.raises(ValueError, match="data.eval_split 40 leaves none of the 40 prompts"):
+        opened(train=files, eval_split=40)
 
 
 @pytest.mark.parametrize(
-    "line, problem",
+    "settings, problem",
     [
-        ('{"prompt": "a"', "is not JSON"),
-        ("", "is not JSON"),
-        ("[1, 2]", "is a list"),
-        ("null", "is null"),
-        ('{"question": "a"}', r"no field 'prompt', only \['question'\]: set data.prompt_key"),
-        ('{"prompt": ""}', "non-empty string"),
-        ('{"prompt": " \\n"}', "non-empty string"),
-        ('{"prompt": 7}', "'prompt' is 7"),
-        ('{"prompt": []}', r"'prompt' is \[\], it must be a non-empty string or a list of messages"),
-        ('{"prompt": [{"content": "a"}]}', "message 0 is .* must be an object with the fields 'role'"),
-        ('{"prompt": "a", "label": true}', "'label' is true or false"),
-        ('{"prompt": "a", "label": ["b"]}', "'label' is a list"),
-        ('{"prompt": "a", "metadata": "b"}', "'metadata' is a string"),
+        ({"eval_split": -0.1}, "data.eval_split must be at least 0"),
+        ({"eval_split": 1.5}, "data.eval_split must be a share below 1 or a whole number"),
+        ({"train": ["a", "b"], "weights": [1.0]}, "one number above 0 for each source.*2"),
+        ({"train": "a", "weights": [0.0]}, "one number above 0 for each source"),
+        ({"overlong_prompts": "cut"}, "data.overlong_prompts must be one of refuse, drop"),
     ],
 )
-def test_bad_rows_name_file_and_line(tmp_path, line, problem):
-    path = write(tmp_path, '{"prompt": "fine"}', line, '{"prompt": "fine"}')
-    with pytest.raises(ValueError, match=rf"rows\.jsonl, line 2.*{problem}"):
-        read_examples(path, "prompt", "label")
-
-
-def test_bytes_that_are_not_utf8_name_file_and_line(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_bytes(b'{"prompt": "\xff\xfe"}\n')
-    with pytest.raises(ValueError, match=r"rows\.jsonl, line 1 is not JSON"):
-        read_examples(path, "prompt", "label")
-
-
-def test_missing_and_empty_files(tmp_path):
-    with pytest.raises(ValueError, match="absent.jsonl is not a file"):
-        read_examples(tmp_path / "absent.jsonl", "prompt", "label")
-    (tmp_path / "empty.jsonl").write_text("")
-    with pytest.raises(ValueError, match="empty.jsonl is empty"):
-        read_examples(tmp_path / "empty.jsonl", "prompt", "label")
-
-
-def test_prompts_start_with_begin_of_sequence_where_there_is_one():
-    example = Example("ab", "c", {})
-    assert encode_prompts([example], PromptFormat(CodePoints(2)), 3, "f") == [Prompt(example, (2, 101, 102))]
-    assert encode_prompts([example], PromptFormat(CodePoints(None)), 3, "f") == [Prompt(example, (101, 102))]
-
-
-def test_prompt_over_the_limit_is_refused_with_the_remedies():
-    examples = [Example("ab"), Example("abc")]
-    assert len(encode_prompts(examples, PromptFormat(CodePoints(2)), 4, "f")) == 2
-    with pytest.raises(ValueError) as error:
-        encode_prompts(examples, PromptFormat(CodePoints(2)), 3, "data/train.jsonl")
-    assert str(error.value) == (
-        "data/train.jsonl, line 2: the prompt has 4 tokens, the limit is 3: raise "
-        "model.max_length, lower rollout.max_new_tokens, or remove the row"
-    )
-
-
-@settings(deadline=None)
-@given(
-    cursor=st.integers(0, 200),
-    counts=st.lists(st.integers(0, 40), max_size=6),
-    size=st.integers(1, 30),
-    seed=st.integers(0, 2**64),
-)
-def test_order_is_the_same_however_it_is_cut(cursor, counts, size, seed):
-    parts, position = [], cursor
-    for count in counts:
-        parts += prompt_indices(position, count, size, seed)
-        position += count
-    assert parts == prompt_indices(cursor, sum(counts), size, seed)
-
-
-@settings(deadline=None)
-@given(epoch=st.integers(0, 50), size=st.integers(1, 50), seed=st.integers(0, 2**32))
-def test_every_epoch_is_a_permutation(epoch, size, seed):
-    assert sorted(prompt_indices(epoch * size, size, size, seed)) == list(range(size))
-
-
-def test_epochs_and_seeds_differ_and_every_first_row_is_possible():
-    orders = {tuple(prompt_indices(epoch * 20, 20, 20, 7)) for epoch in range(10)}
-    orders |= {tuple(prompt_indices(0, 20, 20, seed)) for seed in range(8, 18)}
-    assert len(orders) == 20
-    first = [prompt_indices(epoch * 4, 1, 4, 0)[0] for epoch in range(400)]
-    # Binomial(400, 1/4): 100 expected, 60 and 140 are 4.6 standard deviations away.
-    assert all(60 < first.count(row) < 140 for row in range(4))
-
-
-def test_order_is_pinned():
-    # A change of this order breaks the resume of every run in flight.
-    assert prompt_indices(3, 12, 8, 1234) == [5, 2, 7, 3, 1, 0, 4, 5, 6, 3, 1, 7]
-
-
-@pytest.mark.parametrize("arguments", [(-1, 1, 1, 0), (0, -1, 1, 0), (0, 1, 0, 0), (0, 1, 1, -1)])
-def test_impossible_positions_are_refused(arguments):
-    with pytest.raises(ValueError, match="must be at least 0"):
-        prompt_indices(*arguments)
+def test_settings_that_cannot_be(settings, problem):
+    with pytest.raises(ValueError, match=problem):
+        DataConfig(**settings)

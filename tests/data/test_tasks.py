@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from megatron_rpp.data.prompts import read_examples
+from megatron_rpp.data.examples import open_examples
 from megatron_rpp.data.tasks import create_task, make_task, restore_entry, write_jsonl
 
 SUMS = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
@@ -67,7 +67,7 @@ def test_neighbouring_seeds_share_entries_and_only_the_filter_keeps_them_apart()
 def test_rows_score_as_the_entries_after_a_file(tmp_path, name, params):
     train, held_out = make_task(name, params, 5, 3, 1, 2)
     write_jsonl(tmp_path / "rows.jsonl", train + held_out)
-    examples = read_examples(tmp_path / "rows.jsonl", "prompt", "label")
+    examples = open_examples(tmp_path / "rows.jsonl", "prompt", "label")
     assert len(examples) == 8
     for example, row in zip(examples, train + held_out):
         assert example.prompt == row["prompt"] and example.label == row["label"]

@@ -18,9 +18,9 @@ from megatron_rpp.hf.architecture import read_architecture
 from megatron_rpp.hf.convert import to_megatron
 from megatron_rpp.model import build
 from megatron_rpp.model.hf_weights import load_hf
+from megatron_rpp.model.language_model import chunks
 from megatron_rpp.model.rotary import inverse_frequencies
 from megatron_rpp.parallel import groups, pipeline
-from megatron_rpp.records import MicroBatch
 from tests.distributed import run_ranks
 from tests.hf.models import FAMILIES, LLAMA3, logits, save
 
@@ -76,18 +76,18 @@ def loaded(directory, parallel):
 def our_logits(directory, parallel):
     """[b, s, v] on the last stage, None elsewhere."""
     stage = loaded(directory, parallel).requires_grad_(False)
-    none = torch.zeros(0, dtype=torch.int64)
-    head = lambda batch, hidden: stage.sampling_logits(hidden.flatten(0, 1))
-    found = pipeline.score(stage, [MicroBatch(TOKENS, none, none, none, none)], head)
-    rows = TOKENS.shape[1], TOKENS.shape[0]
-    return found[0].unflatten(0, rows).transpose(0, 1) if found else None
+    hidden = pipeline.stage_forward(stage, TOKENS)
+    if not groups.is_last_stage():
+        return None
+    logits = chunks(stage)[-1].sampling_logits(hidden.flatten(0, 1))
+    return logits.unflatten(0, hidden.shape[:2]).transpose(0, 1)
 
 
 def on_every_layout(rank, directories):
     os.environ["LOCAL_WORLD_SIZE"] = "4"
     results = {}
     for layout, parallel in LAYOUTS.items():
-        groups.start(parallel.tensor, parallel.pipeline, 1)
+        groups.start(**parallel.sizes(), seed=1)
         for family, directory in directories.items():
             results[layout, family] = our_logits(directory, parallel)
         groups.split_again()

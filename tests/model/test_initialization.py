@@ -20,7 +20,14 @@ from tests.distributed import run_ranks
 
 LAYERS, HIDDEN, FFN, HEADS, KV_HEADS, VOCAB, STD = 4, 32, 48, 4, 2, 100, 0.02
 HEAD = HIDDEN // HEADS
-LAYOUTS = {"TP1": (1, 1), "TP2": (2, 1), "PP2": (1, 2), "TP2 x PP2": (2, 2)}
+LAYOUTS = {
+    "TP1": ParallelConfig(),
+    "TP2": ParallelConfig(tensor=2),
+    "PP2": ParallelConfig(pipeline=2),
+    "TP2 x PP2": ParallelConfig(tensor=2, pipeline=2),
+    "PP2 of 2 chunks each": ParallelConfig(pipeline=2, virtual_pipeline=2),
+    "CP2": ParallelConfig(context=2),
+}
 SHAPES = {
     "embedding.word_embeddings.weight": (128, HIDDEN),  # 100 words, padded to a multiple of 64
     "linear_qkv.weight": ((HEADS + 2 * KV_HEADS) * HEAD, HIDDEN),
@@ -46,16 +53,18 @@ def model_config(tied):
 def build_on_every_layout(rank):
     os.environ["LOCAL_WORLD_SIZE"] = "4"
     built = {}
-    for layout, (tensor, pipeline) in LAYOUTS.items():
-        groups.start(tensor, pipeline, 1)
-        parallel = ParallelConfig(tensor=tensor, pipeline=pipeline)
+    for layout, parallel in LAYOUTS.items():
+        groups.start(**parallel.sizes(), seed=1)
         for tied in (False, True):
             for seed in (7, 8) if layout == "TP1" else (7,):
                 stage = build.build_model(model_config(tied), parallel, VOCAB, seed)
                 built[layout, tied, seed] = {
                     "place": (groups.tensor_group().rank(), groups.pipeline_group().rank()),
                     "count": build.parameter_count(stage),
-                    "weights": {k: v.detach().clone() for k, v in stage.named_parameters()},
+                    "weights": [
+                        {k: v.detach().clone() for k, v in chunk.named_parameters()}
+                        for chunk in stage
+                    ],
                 }
         groups.split_again()
     return built
@@ -78,30 +87,33 @@ def join(name, parts):
     return torch.cat(parts, 1 if row_parallel else 0)
 
 
-def whole_name(name, stage, stages):
-    parts = name.split(".")
-    if parts[:2] == ["decoder", "layers"]:
-        parts[2] = str(int(parts[2]) + stage * LAYERS // stages)
-    return ".".join(parts)
+def whole_name(name, part, parts):
+    words = name.split(".")
+    if words[:2] == ["decoder", "layers"]:
+        words[2] = str(int(words[2]) + part * LAYERS // parts)
+    return ".".join(words)
 
 
 def whole_model(ranks, layout, tied, seed=7):
     """{name: weight} of the first replica; a copy of tied weights stays as "output_layer"."""
-    tensor, pipeline = LAYOUTS[layout]
+    sizes = LAYOUTS[layout]
     parts: dict[str, dict[int, torch.Tensor]] = {}
     for rank in ranks:
         part, stage = rank[layout, tied, seed]["place"]
-        for name, weight in rank[layout, tied, seed]["weights"].items():
-            parts.setdefault(whole_name(name, stage, pipeline), {}).setdefault(part, weight)
-    return {name: join(name, [of[i] for i in range(tensor)]) for name, of in parts.items()}
+        for chunk, weights in enumerate(rank[layout, tied, seed]["weights"]):
+            for name, weight in weights.items():
+                place = chunk * sizes.pipeline + stage  # chunks go round the stages
+                name = whole_name(name, place, sizes.pipeline * sizes.virtual_pipeline)
+                parts.setdefault(name, {}).setdefault(part, weight)
+    return {name: join(name, [of[i] for i in range(sizes.tensor)]) for name, of in parts.items()}
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("layout", ["TP2", "PP2", "TP2 x PP2"])
+@pytest.mark.parametrize("layout", list(LAYOUTS)[1:])
 def test_the_same_whole_weights_on_every_layout(ranks, layout, tied):
     expected = whole_model(ranks, "TP1", tied)
     found = whole_model(ranks, layout, tied)
-    if tied and LAYOUTS[layout][1] > 1:  # the last stage holds a copy of its own
+    if tied and LAYOUTS[layout].pipeline > 1:  # the last stage holds a copy of its own
         copy = found.pop("output_layer.weight")
         assert torch.equal(copy, expected["embedding.word_embeddings.weight"])
     assert found.keys() == expected.keys()
@@ -120,9 +132,10 @@ def test_shapes_and_names(ranks):
 
 
 def test_replicas_are_equal(ranks):
-    first = ranks[0]["TP1", False, 7]["weights"]
+    (first,) = ranks[0]["TP1", False, 7]["weights"]
     for rank in ranks[1:]:
-        assert all(torch.equal(rank["TP1", False, 7]["weights"][k], v) for k, v in first.items())
+        (other,) = rank["TP1", False, 7]["weights"]
+        assert all(torch.equal(other[name], weight) for name, weight in first.items())
 
 
 def test_another_seed_gives_other_weights(ranks):

@@ -13,19 +13,22 @@ import pytest
 import torch
 
 from megatron_rpp.config import ModelConfig, ParallelConfig
+from megatron_rpp.data.prompts import Example, Prompt
 from megatron_rpp.model import build
 from megatron_rpp.model.attention import CoreAttention
-from megatron_rpp.model.language_model import decoding, unwrap
+from megatron_rpp.model.language_model import chunks, decoding
 from megatron_rpp.parallel import groups, pipeline
-from megatron_rpp.records import MicroBatch
+from megatron_rpp.records import Generation, Request
+from megatron_rpp.rollout.buffer import from_generations
+from megatron_rpp.stages import scoring
 from tests.distributed import run_ranks
 
 LAYERS, HIDDEN, FFN, HEADS, KV_HEADS, VOCAB, MAX_LENGTH = 4, 32, 48, 4, 2, 100, 33
 TOLERANCE = 1e-5
-# [b, s] token batches of several shapes; even lengths, so that sequence parallelism can halve them.
+# [b, s] token batches of several shapes, one as long as the context, which no two ranks can halve.
 BATCHES = [
     torch.randint(VOCAB, shape, generator=torch.Generator().manual_seed(number))
-    for number, shape in enumerate([(3, 8), (2, 20), (1, 32)])
+    for number, shape in enumerate([(3, 8), (2, 20), (1, MAX_LENGTH)])
 ]
 # Sequences to decode, and where their prompts end.
 SEQUENCES = torch.randint(VOCAB, (3, 20), generator=torch.Generator().manual_seed(9))
@@ -48,8 +51,8 @@ def model_config(tied):
 
 
 def make_model(tied=False, parallel=ParallelConfig()):
-    """Weights of seed 5, with norm weights that are not all one."""
-    stage = build.build_frozen(model_config(tied), parallel, VOCAB, 5)
+    """This rank's chunks with weights of seed 5, and norm weights that are not all one."""
+    stage = build.build_model(model_config(tied), parallel, VOCAB, 5).requires_grad_(False)
     for parameter in stage.parameters():
         if parameter.dim() == 1:
             parameter.copy_(torch.linspace(0.5, 1.5, len(parameter)))
@@ -58,7 +61,8 @@ def make_model(tied=False, parallel=ParallelConfig()):
 
 def all_logprobs(stage, hidden):
     """[b, s, words] from hidden states [s, b, h] of the last stage."""
-    logits = stage.sampling_logits(hidden.flatten(0, 1)).unflatten(0, hidden.shape[:2])
+    logits = chunks(stage)[-1].sampling_logits(hidden.flatten(0, 1))
+    logits = logits.unflatten(0, hidden.shape[:2])
     return logits.log_softmax(-1).transpose(0, 1)
 
 
@@ -77,7 +81,7 @@ def tied(request):
 
 @pytest.fixture(scope="module")
 def model(tied):
-    return make_model(tied)
+    return make_model(tied)[0]
 
 
 def llama_weights(stage):
@@ -159,7 +163,7 @@ def decode_all(stage, steps):
     """Hidden states [b, 1 + steps, h]: after each prompt, then token by token through the cache."""
     lengths = torch.tensor(PROMPT_LENGTHS)
     rows = torch.arange(len(lengths))
-    with decoding(unwrap(stage), int(lengths.max()) + steps) as state:
+    with decoding(stage, int(lengths.max()) + steps) as state:
         hidden = pipeline.stage_forward(stage, ragged_prompts())
         found = [hidden[lengths - 1, rows]]
         for step in range(steps):
@@ -209,49 +213,61 @@ LAYOUTS = {
     "TP2": ParallelConfig(tensor=2),
     "TP2, sequence-parallel": ParallelConfig(tensor=2, sequence_parallel=True),
     "PP2": ParallelConfig(pipeline=2),
+    "PP2 of 2 chunks each": ParallelConfig(pipeline=2, virtual_pipeline=2),
+    "CP2": ParallelConfig(context=2),
 }
 
 
-def score(stage):
-    none = torch.zeros(0, dtype=torch.int64)
-    batches = [MicroBatch(tokens, none, none, none, none) for tokens in BATCHES]
-    return pipeline.score(stage, batches, lambda batch, hidden: all_logprobs(stage, hidden))
+def packed_buffer():
+    """The sequences of BATCHES, each with a prompt of one token."""
+    rows = [row.tolist() for tokens in BATCHES for row in tokens]
+    prompts = [Prompt(Example("?"), tuple(row[:1])) for row in rows]
+    requests = [Request(prompt.tokens, i) for i, prompt in enumerate(prompts)]
+    generations = [Generation(row[1:], [0.0] * (len(row) - 1), False) for row in rows]
+    return from_generations(prompts, requests, generations, 1)
+
+
+def response_logprobs(model):
+    """What transformers would give for the responses of `packed_buffer`, by way of `model`."""
+    found = []
+    for tokens in BATCHES:
+        logprobs = all_logprobs(model, model(tokens))[:, :-1]
+        found.append(logprobs.gather(2, tokens[:, 1:, None]).flatten())
+    return torch.cat(found)
 
 
 def score_on_layout(parallel, tied):
-    """Log-probs of BATCHES through the pipeline schedules, before and after decoding ([] on the
-    stages that have none), and the sequence lengths that this rank's first layer saw."""
-    groups.start(parallel.tensor, parallel.pipeline, 1)
+    """Log-probs of BATCHES through the pipeline schedules, before and after decoding, the last
+    rank's decoded hidden states, and the lengths that this rank's first layer saw."""
+    groups.start(**parallel.sizes(), seed=1)
     stage = make_model(tied, parallel)
     seen = []
-    stage.decoder.layers[0].register_forward_hook(lambda *call: seen.append(len(call[2][0])))
+    chunks(stage)[0].decoder.layers[0].register_forward_hook(
+        lambda *call: seen.append(len(call[2][0]))
+    )
     with torch.no_grad():
-        scores = score(stage)
+        scores = scoring.response_logprobs(stage, packed_buffer(), 64, 1.0)
+        packed = len(seen)
         decoded = decode_all(stage, 6)
-        again = score(stage)
+        again = scoring.response_logprobs(stage, packed_buffer(), 64, 1.0)
+    last = groups.is_last_stage()
     groups.split_again()
-    return {"scores": scores, "again": again, "decoded": decoded, "seen": seen}
-
-
-def whole_context(parallel):
-    """Shape of the hidden states of a sequence as long as the context, padded to be halved."""
-    groups.start(parallel.tensor, parallel.pipeline, 1)
-    stage = make_model(False, parallel)
-    width = -(-MAX_LENGTH // parallel.tensor) * parallel.tensor
-    with torch.no_grad():
-        shape = stage(torch.zeros(1, width, dtype=torch.int64)).shape
-    groups.split_again()
-    return tuple(shape)
+    return {
+        "scores": scores,
+        "again": again,
+        "decoded": decoded if last else None,
+        "packed": seen[:packed],
+        "seen": seen[packed:-packed],
+    }
 
 
 def on_every_layout(rank):
     os.environ["LOCAL_WORLD_SIZE"] = "2"
-    results = {
+    return {
         (name, tied): score_on_layout(parallel, tied)
         for name, parallel in LAYOUTS.items()
         for tied in (False, True)
     }
-    return results | {"context": whole_context(LAYOUTS["TP2, sequence-parallel"])}
 
 
 @pytest.fixture(scope="module")
@@ -259,39 +275,36 @@ def ranks(tmp_path_factory):
     return run_ranks(on_every_layout, 2, tmp_path_factory.mktemp("ranks"))
 
 
-def last_stages(ranks, layout, tied):
-    first = LAYOUTS[layout].pipeline - 1
-    assert all(rank[layout, tied]["scores"] == [] for rank in ranks[:first])
-    return [rank[layout, tied] for rank in ranks[first:]]
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout_scores_as_one_process(ranks, model, tied, layout):
-    for found in last_stages(ranks, layout, tied):
+def test_every_layout_scores_packed_rows_as_transformers_does(ranks, model, tied, layout):
+    with torch.no_grad():
+        expected = response_logprobs(model)
+    for rank in ranks:
         for key in ("scores", "again"):
-            for tokens, logprobs in zip(BATCHES, found[key], strict=True):
-                with torch.no_grad():
-                    expected = all_logprobs(model, model(tokens))
-                torch.testing.assert_close(logprobs, expected, rtol=0, atol=TOLERANCE)
+            torch.testing.assert_close(rank[layout, tied][key], expected, rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_decodes_as_one_process(ranks, model, tied, layout):
     with torch.no_grad():
         expected = decode_all(model, 6)
-    for found in last_stages(ranks, layout, tied):
-        torch.testing.assert_close(found["decoded"], expected, rtol=0, atol=TOLERANCE)
+    found = [rank[layout, tied]["decoded"] for rank in ranks]
+    assert any(hidden is not None for hidden in found)
+    for hidden in found:
+        if hidden is not None:
+            torch.testing.assert_close(hidden, expected, rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_sequence_parallelism_halves_the_sequence_except_in_decoding(ranks, layout):
-    scoring, prompts_and_tokens = [8, 20, 32], [7, 1, 1, 1, 1, 1, 1]
-    if LAYOUTS[layout].sequence_parallel:
-        scoring = [4, 10, 16]
+def test_who_shares_a_sequence_holds_its_part_except_in_decoding(ranks, layout):
+    """Rows of at most 64 tokens, from sequences of 33, 20, 20, 8, 8 and 8 tokens."""
+    parallel, rows = LAYOUTS[layout], [33 + 20, 20 + 3 * 8]
+    if parallel.sequence_parallel:
+        rows = [54 // 2, 44 // 2]
+    elif parallel.context == 2:
+        rows = [(36 + 20) // 2, 44 // 2]  # each sequence a multiple of 4
+    elif parallel.virtual_pipeline == 2:
+        rows = [53, 53]  # all of one shape
     for rank in ranks:
-        assert rank[layout, False]["seen"] == scoring + prompts_and_tokens + scoring
-
-
-def test_a_sequence_as_long_as_the_context_under_sequence_parallelism(ranks):
-    """A context of 33 tokens is padded to 34, which two ranks can halve."""
-    assert [rank["context"] for rank in ranks] == [(34, 1, HIDDEN)] * 2
+        assert rank[layout, False]["packed"] == rows
+        assert rank[layout, False]["seen"] == [7, 1, 1, 1, 1, 1, 1]

@@ -16,9 +16,20 @@ import torch.distributed as dist
 from megatron_rpp.parallel import groups
 from tests.distributed import run_ranks
 
-LAYOUTS = {"TP2 x PP2": (2, 2), "DP2 x TP2": (2, 1), "DP4": (1, 1), "PP4": (1, 4)}
+# Tensor, pipeline and context size of each.
+LAYOUTS = {
+    "TP2 x PP2": (2, 2, 1),
+    "DP2 x TP2": (2, 1, 1),
+    "DP4": (1, 1, 1),
+    "PP4": (1, 4, 1),
+    "DP2 x CP2": (1, 1, 2),
+    "PP2 x CP2": (1, 2, 2),
+}
 KINDS = {
     "data": groups.data_group,
+    "context": groups.context_group,
+    "token": groups.token_group,
+    "model": groups.model_group,
     "tensor": groups.tensor_group,
     "pipeline": groups.pipeline_group,
     "replica": groups.replica_group,
@@ -51,8 +62,8 @@ def observe(rank):
 def every_layout(rank):
     os.environ["LOCAL_WORLD_SIZE"] = "4"
     seen = {}
-    for name, (tensor, pipeline) in LAYOUTS.items():
-        groups.start(tensor, pipeline, 1234)
+    for name, (tensor, pipeline, context) in LAYOUTS.items():
+        groups.start(tensor, pipeline, 1234, context)
         seen[name] = observe(rank)
         seen[name]["threads"] = torch.get_num_threads()
         groups.split_again()
@@ -92,6 +103,21 @@ def test_data_by_tensor(ranks):
     assert column(ranks, layout, "stage") == [(True, True)] * 4
 
 
+def test_context_parallel_ranks_share_a_replica(ranks):
+    """Context-parallel ranks are neighbours; together they have one shard of the buffer."""
+    layout = "DP2 x CP2"
+    assert members(ranks, layout, "context") == [[0, 1], [0, 1], [2, 3], [2, 3]]
+    assert members(ranks, layout, "replica") == [[0, 1], [0, 1], [2, 3], [2, 3]]
+    assert members(ranks, layout, "data") == [[0, 2], [1, 3], [0, 2], [1, 3]]
+    assert members(ranks, layout, "token") == [[0, 1, 2, 3]] * 4
+    assert members(ranks, layout, "model") == [[0], [1], [2], [3]]
+    assert column(ranks, layout, "data rank") == [(0, 2), (0, 2), (1, 2), (1, 2)]
+    layout = "PP2 x CP2"
+    assert members(ranks, layout, "replica") == [[0, 1, 2, 3]] * 4
+    assert members(ranks, layout, "model") == [[0, 2], [1, 3], [0, 2], [1, 3]]
+    assert members(ranks, layout, "token") == [[0, 1], [0, 1], [2, 3], [2, 3]]
+
+
 def test_one_kind_of_parallelism(ranks):
     assert column(ranks, "DP4", "data rank") == [(rank, 4) for rank in range(4)]
     assert column(ranks, "PP4", "stage") == [
@@ -102,9 +128,9 @@ def test_one_kind_of_parallelism(ranks):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_exactly_one_leader_a_replica_and_one_main(ranks, layout):
     replicas = {tuple(replica) for replica in members(ranks, layout, "replica")}
-    tensor, pipeline = LAYOUTS[layout]
+    tensor, pipeline, context = LAYOUTS[layout]
     assert sorted(rank for replica in replicas for rank in replica) == [0, 1, 2, 3]
-    assert {len(replica) for replica in replicas} == {tensor * pipeline}
+    assert {len(replica) for replica in replicas} == {tensor * pipeline * context}
     leader = column(ranks, layout, "leader")
     for replica in replicas:
         assert [leader[rank] for rank in replica].count(True) == 1
@@ -128,6 +154,8 @@ def test_broadcast_from_the_last_stage(ranks):
         "DP2 x TP2": [0.0, 1.0, 2.0, 3.0],
         "DP4": [0.0, 1.0, 2.0, 3.0],
         "PP4": [3.0, 3.0, 3.0, 3.0],
+        "DP2 x CP2": [0.0, 1.0, 2.0, 3.0],
+        "PP2 x CP2": [2.0, 3.0, 2.0, 3.0],
     }
 
 

@@ -1,4 +1,4 @@
-"""The rollout buffer: where each sample's tokens and values lie, and how a micro-batch is cut."""
+"""The rollout buffer: where each sample's tokens and values lie."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from hypothesis import strategies as st
 from megatron_rpp.data.prompts import Example, Prompt
 from megatron_rpp.records import Generation, Request
 from megatron_rpp.rollout.buffer import from_generations
-
-CPU = torch.device("cpu")
 
 
 def make_buffer(samples, first_id=0, samples_per_prompt=1):
@@ -65,35 +63,6 @@ def test_padded_and_back(tiny):
     assert torch.equal(tiny.flat(padded), tiny.behaviour_logprobs)
 
 
-def test_rows_are_the_hidden_states_before_each_response_token(tiny):
-    """Hidden states are [s, b]; with two sequences, row 2·position + sequence.
-
-    Sample 2 (13 14 15 | 16): position 2 predicts 16. Sample 1 (9 | 10 11 12): positions 0, 1, 2.
-    """
-    batch = tiny.micro_batch([2, 1], 1, CPU)
-    assert batch.tokens.tolist() == [[13, 14, 15, 16], [9, 10, 11, 12]]
-    assert batch.rows.tolist() == [2 * 2 + 0, 2 * 0 + 1, 2 * 1 + 1, 2 * 2 + 1]
-    assert batch.targets.tolist() == [16, 10, 11, 12]
-    assert batch.column.tolist() == [5, 2, 3, 4]
-    assert batch.sample.tolist() == [0, 1, 1, 1]
-
-
-def test_a_micro_batch_is_padded_to_its_longest_and_to_a_multiple():
-    buffer = make_buffer([([1, 2], [3]), ([4], [5, 6, 7, 8])])
-    assert buffer.micro_batch([0], 1, CPU).tokens.tolist() == [[1, 2, 3]]
-    batch = buffer.micro_batch([0, 1], 4, CPU)
-    assert batch.tokens.tolist() == [[1, 2, 3, 0, 0, 0, 0, 0], [4, 5, 6, 7, 8, 0, 0, 0]]
-    assert batch.rows.tolist() == [1 * 2 + 0, 0 * 2 + 1, 1 * 2 + 1, 2 * 2 + 1, 3 * 2 + 1]
-
-
-@pytest.mark.parametrize(("multiple", "width"), [(1, 1), (4, 4)])
-def test_an_empty_micro_batch_is_one_padding_sequence(tiny, multiple, width):
-    batch = tiny.micro_batch([], multiple, CPU)
-    assert batch.tokens.tolist() == [[0] * width]
-    for values in (batch.rows, batch.targets, batch.column, batch.sample):
-        assert values.shape == (0,) and values.dtype == torch.int64
-
-
 def test_a_buffer_without_samples():
     buffer = make_buffer([])
     assert len(buffer) == 0 and buffer.offsets.tolist() == [0]
@@ -108,27 +77,11 @@ step = st.lists(st.tuples(tokens, tokens), min_size=1, max_size=6)
 
 
 @settings(deadline=None, max_examples=60)
-@given(step, st.integers(1, 4), st.randoms(use_true_random=False))
-def test_padded_flat_and_micro_batches_lose_nothing(samples, multiple, random):
+@given(step)
+def test_padded_and_flat_lose_nothing(samples):
     buffer = make_buffer(samples)
     column = torch.arange(len(buffer.mask), dtype=torch.float64) + 1
     padded = buffer.padded(column)
     assert padded.shape == (len(samples), max(len(response) for _, response in samples))
     assert torch.equal(buffer.flat(padded), column)
     assert (padded != 0).sum() == len(column)
-
-    order = random.sample(range(len(samples)), len(samples))
-    batch = buffer.micro_batch(order, multiple, CPU)
-    assert batch.tokens.shape[1] % multiple == 0
-    for row, index in enumerate(order):
-        prompt, response = samples[index]
-        whole = prompt + response
-        assert batch.tokens[row].tolist()[: len(whole)] == whole
-        assert not batch.tokens[row, len(whole) :].any()
-        own = batch.sample == row
-        assert batch.targets[own].tolist() == response
-        # A token lies one after the hidden state that predicts it.
-        flat = batch.tokens.t().flatten()
-        assert flat[batch.rows[own] + len(order)].tolist() == response
-        start = int(buffer.response_offsets[index])
-        assert batch.column[own].tolist() == list(range(start, start + len(response)))

@@ -93,8 +93,8 @@ def continue_greedily(model, prompt, count, eos_id):
     """Argmax of a full forward over everything so far, again and again."""
     tokens = list(prompt)
     for _ in range(count):
-        hidden = model(torch.tensor([tokens]))
-        tokens.append(int(model.sampling_logits(hidden[-1]).argmax()))
+        hidden = model[0](torch.tensor([tokens]))
+        tokens.append(int(model[0].sampling_logits(hidden[-1]).argmax()))
         if tokens[-1] == eos_id:
             break
     return tokens[len(prompt) :]

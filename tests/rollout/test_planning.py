@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -9,18 +10,19 @@ from hypothesis import strategies as st
 from megatron_rpp.data.prompts import Example, Prompt
 from megatron_rpp.records import Generation, Request
 from megatron_rpp.rollout.buffer import from_generations
+from megatron_rpp.rollout.packing import Split
 from megatron_rpp.rollout.planning import micro_batches, minibatch_of, plan
 from megatron_rpp.seeds import permutation
 
 
 def test_a_plan_by_hand():
-    # Longest first: 5 + 5 fill the budget of 10; a third sequence would be padded to 5 as well.
+    # Longest first: 5 + 5 fill the budget of 10.
     assert plan([5, 1, 5, 1], [0, 1, 2, 3], 10) == [[0, 2], [1, 3]]
     # Only the samples asked for, whatever their order.
     assert plan([5, 1, 5, 1], [3, 0], 10) == [[0, 3]]
-    # Padding counts: 4 + 3 tokens are 2 x 4 = 8 in the batch.
-    assert plan([4, 3], [0, 1], 7) == [[0], [1]]
-    assert plan([4, 3], [0, 1], 8) == [[0, 1]]
+    # Sequences lie end to end: 4 + 3 tokens are 7.
+    assert plan([4, 3], [0, 1], 6) == [[0], [1]]
+    assert plan([4, 3], [0, 1], 7) == [[0, 1]]
     assert plan([4, 3], [], 8) == []
 
 
@@ -38,12 +40,12 @@ def test_a_plan_covers_each_sample_once_within_the_budget(lengths, budget, data)
     assert plan(lengths, sorted(samples), budget) == groups, "the order asked for must not matter"
     for group in groups:
         assert group, "an empty group"
-        assert len(group) == 1 or len(group) * max(lengths[i] for i in group) <= budget
+        assert len(group) == 1 or sum(lengths[i] for i in group) <= budget
     flat = [lengths[i] for group in groups for i in group]
     assert flat == sorted(flat, reverse=True)
     # No group could have taken the sample that opened the next one.
     for group, following in zip(groups, groups[1:]):
-        assert (len(group) + 1) * lengths[group[0]] > budget, (group, following)
+        assert sum(lengths[i] for i in group) + lengths[following[0]] > budget
 
 
 def make_buffer(lengths):
@@ -56,8 +58,9 @@ def make_buffer(lengths):
     return from_generations(prompts, requests, generations, 1)
 
 
-def cut(buffer, samples, budget, agree):
-    return micro_batches(buffer, samples, budget, 1, torch.device("cpu"), agree)
+def cut(buffer, samples, budget, agree, split=Split(), **options):
+    device = torch.device("cpu")
+    return micro_batches(buffer, samples, budget, split, device, agree, **options)
 
 
 def test_micro_batches_are_filled_up_to_the_agreed_count():
@@ -71,7 +74,7 @@ def test_micro_batches_are_filled_up_to_the_agreed_count():
     batches = cut(buffer, [0, 1, 2], 8, agree)
     assert asked == [2], "one agreement, on the own count"
     assert [batch.tokens.tolist() for batch in batches] == [
-        [[1, 1, 1, 1], [3, 3, 3, 3]],
+        [[1, 1, 1, 1, 3, 3, 3, 3]],
         [[2, 2]],
         [[0]],
         [[0]],
@@ -85,11 +88,29 @@ def test_a_rank_without_samples_still_joins_the_agreement():
     assert [batch.tokens.tolist() for batch in batches] == [[[0]], [[0]]]
 
 
-def test_every_response_token_is_in_one_micro_batch():
+@pytest.mark.parametrize("context", [1, 2, 4])
+def test_every_response_token_is_in_one_micro_batch_of_one_rank(context):
     buffer = make_buffer([3, 9, 4, 4, 2, 12])
-    batches = cut(buffer, list(range(6)), 10, lambda count: count)
-    columns = torch.cat([batch.column for batch in batches])
-    assert sorted(columns.tolist()) == list(range(len(buffer.mask)))
+    columns = []
+    for rank in range(context):
+        batches = cut(buffer, list(range(6)), 20, lambda count: count, Split(context, rank))
+        columns += [batch.column for batch in batches]
+    assert sorted(torch.cat(columns).tolist()) == list(range(len(buffer.mask)))
+
+
+def test_rows_of_one_length_where_the_stages_want_one_shape():
+    buffer = make_buffer([9, 4, 3])
+    batches = cut(buffer, [0, 1, 2], 9, lambda count: count + 1, same_length=True)
+    assert [batch.tokens.shape for batch in batches] == [(1, 9)] * 3
+    assert batches[1].packing.boundaries.tolist() == [0, 4, 7, 9]  # 4 + 3 tokens, 2 of padding
+    # Padding is cut up, so that attention does not lay out a sequence that nothing comes from.
+    assert batches[2].packing.longest <= 9 and len(batches[2].column) == 0
+
+
+def test_the_padding_that_context_parallelism_adds_counts_in_the_budget():
+    batches = cut(make_buffer([5, 5, 5]), [0, 1, 2], 10, lambda count: count, Split(2, 0))
+    assert len(batches) == 3  # 8 tokens each, in halves
+    assert [batch.tokens.shape[1] for batch in batches] == [4, 4, 4]
 
 
 @settings(deadline=None)

@@ -1,0 +1,90 @@
+"""Opens the data sets that a run's configuration names: training prompts and held-out ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_rpp.config_learning import DataConfig
+from megatron_rpp.data.chat import PromptFormat
+from megatron_rpp.data.examples import open_examples
+from megatron_rpp.data.kept import cached, stamp
+from megatron_rpp.data.prompts import PromptFile, PromptSet, fitting_rows, split_held_out
+
+Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
+"""(title, total) -> a context whose value hears how much more is done; see console.Console."""
+
+
+@dataclass(frozen=True)
+class Data:
+    train: PromptSet
+    held_out: PromptSet
+    dropped: int
+    """Prompts that were left out because they are too long."""
+
+
+def open_data(
+    data: DataConfig, form: PromptFormat, limit: int, seed: int, progress: Progress
+) -> Data:
+    """Opens and checks every source; the first start on a source reads all of it.
+
+    Args:
+        limit: tokens that a prompt may have; data.max_prompt_tokens lowers it.
+
+    Raises:
+        ValueError: a source is not named, missing or empty, or a row is malformed or too long.
+    """
+    limit = min(limit, data.max_prompt_tokens or limit)
+    dropped = 0
+
+    def open_file(source: str) -> PromptFile:
+        nonlocal dropped
+        examples = open_examples(source, data.prompt_key, data.label_key, data.cache_dir)
+
+        def find():
+            with progress(f"reading {source}", len(examples)) as done:
+                return fitting_rows(examples, form, limit, data.overlong_prompts == "drop", done)
+
+        key = [examples.rows.identity, limit, *_dependencies(data)]
+        rows = cached(_cache_dir(data), key, find)
+        if not len(rows):
+            raise ValueError(
+                f"data set {source} has no prompt of at most {limit} tokens: raise "
+                "data.max_prompt_tokens or model.max_length"
+            )
+        dropped += len(examples) - len(rows)
+        return PromptFile(examples, form, rows)
+
+    held_out = None
+    if data.eval or not data.eval_split:
+        held_out = [open_file(given("data.eval", data.eval))]
+    train = [open_file(source) for source in given("data.train", data.sources)]
+    if held_out is None:
+        train, held_out = split_held_out(train, data.eval_split, seed)
+    return Data(PromptSet(train, data.weights), PromptSet(held_out), dropped)
+
+
+def given(setting: str, value):
+    """The value of a setting that names files: ValueError where it is empty."""
+    if not value or value == [""]:
+        raise ValueError(f"{setting} is empty: name a file with --{setting} or in the recipe")
+    return value
+
+
+def _cache_dir(data: DataConfig) -> Path:
+    if data.cache_dir is not None:
+        return Path(data.cache_dir)
+    from huggingface_hub.constants import HF_HOME
+
+    return Path(HF_HOME) / "megatron_rpp"
+
+
+def _dependencies(data: DataConfig) -> list:
+    """All that decides how long a prompt is and whether its row is well formed."""
+    template = [] if data.chat_template is None else stamp(data.chat_template)
+    return [
+        data.prompt_key, data.label_key, data.apply_chat_template, data.system_prompt,
+        data.overlong_prompts, stamp(data.tokenizer), template,
+    ]  # fmt: skip
