@@ -3,7 +3,7 @@
 Tags are those of the README; `metrics.jsonl` has one row a step, TensorBoard the same tags as
 scalars, and histograms of advantages and response lengths of the main rank's shard.
 
-Left out: MFU on CUDA; weights-and-biases and other trackers.
+Left out: weights-and-biases and other trackers.
 """
 
 from __future__ import annotations
@@ -93,12 +93,14 @@ def step_metrics(
     advantage: AdvantageStats,
     update: UpdateStats,
     times: StageTimes,
+    flops: float,
 ) -> dict[str, float]:
     """The step's row, the same on every rank. Collective over the data-parallel group.
 
     algorithm: with the step's KL coefficients. parts: scores of each reward function, by name.
+    flops: that this replica's samples need (model/flops.py).
     """
-    own = _shard_sums(buffer, parts)
+    own = _shard_sums(buffer, parts) | {"flops": flops}
     sums = dict(zip(own, groups.reduce_sums([float(v) for v in own.values()], groups.data_group())))
     memory, largest_difference = _peaks(buffer)
     tokens, scores = max(sums["masked"], 1), advantage.scores
@@ -133,6 +135,8 @@ def step_metrics(
         "throughput/generated_tokens_per_second": sums["generated"] / seconds["rollout"],
         "memory/peak_gb": memory,
     }
+    if (peak := devices.peak_flops()) is not None:
+        row["throughput/mfu"] = sums["flops"] / (whole * dist.get_world_size() * peak)
     if len(parts) > 1:
         row |= {f"reward/{name}": sums[f"part/{name}"] / sums["samples"] for name in parts}
     if buffer.ref_logprobs is not None:

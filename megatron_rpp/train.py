@@ -20,6 +20,7 @@ from megatron_rpp.console import Console
 from megatron_rpp.inputs import Inputs, check_writable, load_inputs
 from megatron_rpp.metrics import StageTimes, step_metrics
 from megatron_rpp.model.build import parameter_count
+from megatron_rpp.model.flops import step_flops
 from megatron_rpp.parallel import groups
 from megatron_rpp.parallel.device import describe
 from megatron_rpp.rollout.buffer import RolloutBuffer
@@ -118,7 +119,10 @@ def rl_step(run: Run) -> tuple[dict[str, float], RolloutBuffer]:
             policy.model, policy.optimizer, policy.scheduler, buffer, algorithm,
             config.train, temperature, config.rollout.samples_per_step, config.seed, step,
         )  # fmt: skip
-    return step_metrics(buffer, algorithm, parts, stats, updated, times), buffer
+    flops = step_flops(
+        config.model, inputs.vocab_size, buffer, config.train.epochs, run.reference is not None
+    )
+    return step_metrics(buffer, algorithm, parts, stats, updated, times, flops), buffer
 
 
 def _resume(run: Run) -> RunState:

@@ -57,6 +57,46 @@ def peak_memory_gb() -> float:
     return torch.cuda.max_memory_allocated() / 1e9
 
 
+# Dense bf16 peak in TFLOP/s by a part of the name that CUDA gives the device, from NVIDIA's data
+# sheets (their figures "with sparsity" are twice these). The first that fits counts.
+_PEAKS = {
+    "B300": 2250.0,
+    "GB300": 2500.0,
+    "GB200": 2500.0,
+    "B200": 2250.0,
+    "H200 NVL": 835.0,
+    "H200": 989.4,
+    "GH200": 989.4,
+    "H100 PCIe": 756.0,
+    "H100 NVL": 835.0,
+    "H100": 989.4,
+    "H800": 989.4,
+    "H20": 148.0,
+    "A100": 312.0,
+    "A800": 312.0,
+    "A40": 149.7,
+    "A10G": 70.0,
+    "A10": 125.0,
+    "L40S": 362.0,
+    "L40": 181.0,
+    "L4": 121.0,
+}
+
+
+def peak_flops_of(name: str) -> float | None:
+    """Dense bf16 FLOP/s of the GPU of this name; None where it is not known."""
+    words = name.replace("-", " ").split()
+    for known, peak in _PEAKS.items():
+        if all(word in words for word in known.split()):
+            return peak * 1e12
+    return None
+
+
+def peak_flops() -> float | None:
+    """Dense bf16 FLOP/s of this rank's GPU; None on the CPU and on a GPU that is not known."""
+    return None if ON_CPU else peak_flops_of(torch.cuda.get_device_name())
+
+
 def has_transformer_engine() -> bool:
     """Whether Megatron's fused modules can be used."""
     return not ON_CPU and importlib.util.find_spec("transformer_engine") is not None

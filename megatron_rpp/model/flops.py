@@ -1,0 +1,48 @@
+"""Floating-point operations that a step needs, for the model FLOPs utilisation (PaLM, arXiv
+2204.02311, appendix B): matrix products only, a multiplication and an addition each; attention is
+causal, so a token attends to itself and to what precedes it; what a kernel computes beyond that
+(padding, both triangles, recomputation) is not counted.
+
+Left out: mixture of experts.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from megatron_rpp.config import ModelConfig
+from megatron_rpp.rollout.buffer import RolloutBuffer
+
+
+def body_flops(model: ModelConfig, lengths: torch.Tensor) -> float:
+    """Forward through all layers, of whole sequences of `lengths` [n] tokens."""
+    head_dim = model.head_dim or model.hidden // model.heads
+    kv_heads = model.kv_heads or model.heads
+    attention_weights = model.hidden * head_dim * (2 * model.heads + 2 * kv_heads)
+    weights = attention_weights + 3 * model.hidden * model.ffn_hidden
+    tokens = lengths.double().sum()
+    pairs = (lengths.double() * (lengths.double() + 1) / 2).sum()  # of a token and one it attends
+    return float(model.layers * (2 * weights * tokens + 4 * model.heads * head_dim * pairs))
+
+
+def head_flops(model: ModelConfig, vocab_size: int, rows: int) -> float:
+    """The output projection of `rows` hidden states."""
+    return 2.0 * model.hidden * vocab_size * rows
+
+
+def step_flops(
+    model: ModelConfig, vocab_size: int, buffer: RolloutBuffer, epochs: int, reference: bool
+) -> float:
+    """Rollout, scoring and update of the samples in `buffer`.
+
+    A prompt that is sampled several times is read once; backward counts twice the forward.
+
+    Args:
+        epochs: passes of the update. reference: whether it was scored, too.
+    """
+    forward = body_flops(model, buffer.lengths)
+    forward += head_flops(model, vocab_size, int(buffer.response_lengths.sum()))
+    prompts = dict(zip(buffer.group_ids.tolist(), buffer.prompt_lengths.tolist()))
+    once = body_flops(model, torch.tensor(list(prompts.values())))
+    rollout = forward - body_flops(model, buffer.prompt_lengths) + once
+    return rollout + forward * (1 + reference + 3 * epochs)
