@@ -126,11 +126,14 @@ class TrainConfig:
     """Passes over each rollout batch."""
     max_tokens_per_microbatch: int = 8192
     """Token budget of one forward and backward pass per data-parallel replica."""
+    max_skipped_updates: int = 10
+    """The run stops when this many updates in a row were skipped because a loss or a gradient was
+    NaN or infinite."""
     stop_accuracy: float | None = None
     """Stop when the held-out accuracy reaches this share; null = never."""
 
     def __post_init__(self) -> None:
-        counts = "steps minibatches epochs max_tokens_per_microbatch"
+        counts = "steps minibatches epochs max_tokens_per_microbatch max_skipped_updates"
         check_range("train", self, counts, at_least=1)
         check_range("train", self, "stop_accuracy", above=0, at_most=1)
 

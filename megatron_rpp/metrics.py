@@ -122,6 +122,7 @@ def step_metrics(
         "policy/ratio_max": update.ratio_max,
         "policy/approx_kl": update.approx_kl,
         "policy/learning_rate": update.learning_rate,
+        "policy/skipped_updates": len(update.faults),
         "advantage/count": advantage.advantages.count,
         "advantage/mean": advantage.advantages.mean,
         "advantage/var": advantage.advantages.var,

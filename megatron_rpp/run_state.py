@@ -15,6 +15,8 @@ class RunState:
     """Held-out accuracy of the last evaluation."""
     kl_factor: float = 1.0
     """What the adaptive KL controller has made of the KL coefficients: a factor on them."""
+    skipped_in_a_row: int = 0
+    """Updates skipped since the last one that was not, for a loss or gradient not finite."""
 
     def reached(self, target: float | None) -> bool:
         """Whether the last evaluation reached the accuracy at which to stop (None: never)."""

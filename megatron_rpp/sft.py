@@ -29,7 +29,7 @@ from megatron_rpp.records import Generation, MicroBatch, Request
 from megatron_rpp.rollout.buffer import RolloutBuffer, from_generations
 from megatron_rpp.run import assemble, evaluate_held_out
 from megatron_rpp.run_state import RunState, due
-from megatron_rpp.stages import scoring
+from megatron_rpp.stages import finite, scoring
 from megatron_rpp.stages.rollout import shard
 from megatron_rpp.stages.update import optimizer_step
 
@@ -97,7 +97,10 @@ def finetune(config: Config, inputs: Inputs, dry_run: bool = False) -> None:
 
 
 def _step(config: Config, inputs: Inputs, policy: Policy, state: RunState) -> dict[str, float]:
-    """One optimizer step, counted in `state`. Returns its metrics: loss in nats a token."""
+    """One optimizer step, counted in `state`. Returns its metrics: loss in nats a token.
+
+    Raises RunFailure where too many in a row were skipped (stages/finite.py).
+    """
     start = time.perf_counter()
     size = config.sft.batch_size
     rows = inputs.train.order(state.prompts_seen, size, config.seed)
@@ -112,17 +115,25 @@ def _step(config: Config, inputs: Inputs, policy: Policy, state: RunState) -> di
 
     budget = config.train.max_tokens_per_microbatch
     batches = scoring.cut(policy.model, buffer, list(range(len(buffer))), budget)
-    grad_norm, reports = optimizer_step(
-        policy.model, policy.optimizer, policy.scheduler, batches, loss
-    )
+    done = optimizer_step(policy.model, policy.optimizer, policy.scheduler, batches, loss)
+    finite.count(state, done.fault, config.train.max_skipped_updates)
+    state.step += 1
+    state.prompts_seen += size
+    row = {"sft/skipped_updates": 0, "sft/grad_norm": done.grad_norm}
+    if done.fault is None:
+        row["sft/loss"] = _mean_loss(done.reports)
+    else:
+        row["sft/skipped_updates"] = 1
+    return row | {"time/step": time.perf_counter() - start}
+
+
+def _mean_loss(reports: list[torch.Tensor]) -> float:
+    """From the sums and counts of this rank's micro-batches. Collective."""
     empty = torch.zeros(2, dtype=torch.float64, device=devices.device())
     sums = torch.stack([empty, *reports]).sum(0)
     dist.all_reduce(sums, group=groups.token_group())
     total, count = groups.broadcast_from_last_stage(sums).tolist()
-    state.step += 1
-    state.prompts_seen += size
-    seconds = time.perf_counter() - start
-    return {"sft/loss": total / count, "sft/grad_norm": grad_norm, "time/step": seconds}
+    return total / count
 
 
 if __name__ == "__main__":

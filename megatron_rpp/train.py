@@ -117,8 +117,10 @@ def rl_step(run: Run) -> tuple[dict[str, float], RolloutBuffer]:
     with run.stage(times, "update"):
         updated = update.run(
             policy.model, policy.optimizer, policy.scheduler, buffer, algorithm,
-            config.train, temperature, config.rollout.samples_per_step, config.seed, step,
+            config.train, temperature, config.rollout.samples_per_step, config.seed, run.state,
         )  # fmt: skip
+    for fault in updated.faults:
+        run.console.say(f"step {step + 1}: update skipped, {fault}")
     flops = step_flops(
         config.model, inputs.vocab_size, buffer, config.train.epochs, run.reference is not None
     )

@@ -26,7 +26,7 @@ TAGS = {
     "reward/shaped_mean", "reward/shaped_std", "reward/shaped_min", "reward/shaped_max",
     "kl/k1", "kl/k2", "kl/k3", "kl/coef",
     "policy/loss", "policy/clip_fraction", "policy/entropy", "policy/grad_norm",
-    "policy/ratio_max", "policy/approx_kl", "policy/learning_rate",
+    "policy/ratio_max", "policy/approx_kl", "policy/learning_rate", "policy/skipped_updates",
     "advantage/count", "advantage/mean", "advantage/var",
     "response/length_mean", "response/truncated_share", "rollout/logprob_abs_diff",
     "rollout/logprob_abs_diff_max", "rollout/ess", "rollout/correction_clipped_share",

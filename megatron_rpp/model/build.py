@@ -15,7 +15,6 @@ import torch.nn.functional as F
 
 from megatron_rpp.parallel import device as devices
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-from megatron.core.distributed import finalize_model_grads
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
@@ -41,7 +40,7 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig) -> Transfor
     """Megatron's configuration of a Llama-like decoder: RMSNorm, SwiGLU."""
     bf16, virtual = model.dtype == "bf16", parallel.virtual_pipeline
     dtype = torch.bfloat16 if bf16 else torch.float32
-    config = TransformerConfig(
+    return TransformerConfig(
         num_layers=model.layers,
         hidden_size=model.hidden,
         ffn_hidden_size=model.ffn_hidden,
@@ -82,8 +81,6 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig) -> Transfor
         masked_softmax_fusion=False,
         persist_layer_norm=devices.has_transformer_engine(),
     )
-    config.finalize_model_grads_func = finalize_model_grads
-    return config
 
 
 def layer_spec(qk_norm: bool):

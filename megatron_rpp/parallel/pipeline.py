@@ -10,6 +10,7 @@ others wait.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Callable
 
@@ -18,6 +19,7 @@ import torch.distributed as dist
 
 from megatron_rpp.parallel import device as devices
 from megatron_rpp.parallel import groups
+from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_rpp.model.language_model import chunks
@@ -46,12 +48,28 @@ def _run(model, micro_batches: list[MicroBatch], last_stage, **schedule) -> list
     )
 
 
-def train(model, micro_batches: list[MicroBatch], loss: LossFunction) -> list[Any]:
-    """Forward and backward over `micro_batches`; gradients of the global mean land in the buffers.
+@dataclass(frozen=True)
+class Backward:
+    """What a rank knows of a backward pass, beside the gradients in its buffers."""
 
-    Returns the reports of `loss`, one per micro-batch, on the last stage; [] elsewhere.
-    """
-    return _run(model, micro_batches, loss, forward_only=False)
+    reports: list[Any]
+    """Of the loss function, one per micro-batch, on the last stage; [] elsewhere."""
+    own_norms: list[torch.Tensor]
+    """Norm of each gradient buffer before other ranks' gradients were added to it."""
+
+
+def train(model, micro_batches: list[MicroBatch], loss: LossFunction) -> Backward:
+    """Forward and backward over `micro_batches`: gradients of the global mean in the buffers."""
+    own_norms = []
+
+    def finalize(wrapped, *args, **kwargs):
+        # Afterwards one rank's NaN is in the buffers of all, and nobody could say whose it was.
+        own_norms.extend(buffer.grad_data.norm() for chunk in wrapped for buffer in chunk.buffers)
+        finalize_model_grads(wrapped, *args, **kwargs)
+
+    for chunk in chunks(model):
+        chunk.config.finalize_model_grads_func = finalize
+    return Backward(_run(model, micro_batches, loss, forward_only=False), own_norms)
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ the number of ranks nor the micro-batch size can change it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -19,12 +20,14 @@ from megatron_rpp.parallel import groups, pipeline
 from megatron_rpp.records import MicroBatch
 from megatron_rpp.rollout import planning
 from megatron_rpp.rollout.buffer import RolloutBuffer
-from megatron_rpp.stages import scoring
+from megatron_rpp.run_state import RunState
+from megatron_rpp.stages import finite, scoring
 
 
 @dataclass(frozen=True)
 class UpdateStats:
-    """Means over all tokens of the step's mini-batches (loss: over mini-batches)."""
+    """Means over all tokens of the step's mini-batches (loss: over mini-batches), but for those
+    whose update was skipped; all 0 where every one was."""
 
     loss: float
     clip_fraction: float
@@ -33,6 +36,8 @@ class UpdateStats:
     ratio_max: float
     grad_norm: float
     learning_rate: float
+    faults: list[str]
+    """Why updates were skipped, one text each."""
 
 
 def _loss(model, buffer: RolloutBuffer, algorithm: AlgorithmConfig, temperature: float):
@@ -96,47 +101,68 @@ def run(
     temperature: float,
     sample_count: int,
     seed: int,
-    step: int,
+    state: RunState,
 ) -> UpdateStats:
     """Updates `policy` on the step's rollouts; the same on every layout of ranks.
 
     Args:
         policy: its chunks, DDP-wrapped. buffer: this replica's shard, with old_logprobs, advantages
             and, where a KL loss is on, ref_logprobs. temperature: of the rollout. sample_count:
-            samples of the whole step over all replicas.
+            samples of the whole step over all replicas. state: of the run; counts skipped updates.
+
+    Raises RunFailure where too many updates in a row were skipped (finite.py).
     """
     loss = _loss(policy, buffer, algorithm, temperature)
-    rows, norms = [], []
+    rows, norms, faults = [], [], []
     for epoch in range(train.epochs):
-        number = planning.minibatch_of(sample_count, train.minibatches, seed, step, epoch)
+        number = planning.minibatch_of(sample_count, train.minibatches, seed, state.step, epoch)
         own = number[buffer.sample_ids]
         for minibatch in range(train.minibatches):
             samples = (own == minibatch).nonzero().squeeze(1).tolist()
             batches = scoring.cut(policy, buffer, samples, train.max_tokens_per_microbatch)
-            grad_norm, reports = optimizer_step(policy, optimizer, scheduler, batches, loss)
-            rows.append(_reduce(reports, minibatch))
-            norms.append(grad_norm)
-    tokens = sum(row[2] for row in rows)
+            done = optimizer_step(policy, optimizer, scheduler, batches, loss)
+            finite.count(state, done.fault, train.max_skipped_updates)
+            if done.fault is not None:
+                faults.append(f"mini-batch {minibatch} of epoch {epoch}: {done.fault}")
+                continue
+            rows.append(_reduce(done.reports, minibatch))
+            norms.append(done.grad_norm)
+    tokens, updates = max(1, sum(row[2] for row in rows)), max(1, len(rows))
     return UpdateStats(
-        loss=sum(row[0] / row[1] for row in rows) / len(rows),
+        loss=sum(row[0] / row[1] for row in rows) / updates,
         clip_fraction=sum(row[3] for row in rows) / tokens,
         approx_kl=sum(row[4] for row in rows) / tokens,
         entropy=sum(row[5] for row in rows) / tokens,
-        ratio_max=max(row[6] for row in rows),
-        grad_norm=sum(norms) / len(norms),
+        ratio_max=max((row[6] for row in rows), default=0.0),
+        grad_norm=sum(norms) / updates,
         learning_rate=optimizer.param_groups[0]["lr"],
+        faults=faults,
     )
 
 
-def optimizer_step(policy, optimizer, scheduler, batches, loss) -> tuple[float, list]:
-    """Gradient of `loss` over `batches` and one step of the optimizer.
+class Done(NamedTuple):
+    """One step of the optimizer, or why there was none."""
 
-    Returns the global gradient norm before clipping, and the loss function's reports.
+    reports: list[torch.Tensor]
+    """Of the loss function, on the last stage."""
+    grad_norm: float
+    """Global norm before clipping; 0 where the step was skipped."""
+    fault: str | None
+    """Why it was skipped; None where it was not."""
+
+
+def optimizer_step(policy, optimizer, scheduler, batches, loss) -> Done:
+    """Gradient of `loss` over `batches` and one step of the optimizer and its schedule.
+
+    Where a loss or gradient of any rank is not finite, all ranks skip the step. Collective.
     """
     for chunk in policy:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
-    reports = pipeline.train(policy, batches, loss)
+    backward = pipeline.train(policy, batches, loss)
+    fault = finite.fault(backward)
+    if fault is not None:
+        return Done(backward.reports, 0.0, fault)
     _, grad_norm, _ = optimizer.step()
     scheduler.step(increment=1)
-    return float(grad_norm), reports
+    return Done(backward.reports, float(grad_norm), None)
