@@ -1,23 +1,22 @@
 """Checkpoints in Megatron's tree, through Megatron's dist_checkpointing: sharded by the layout that
-writes, readable by any other TP × PP × DP.
+writes, readable by any other TP × PP × DP. Policy, optimizer, schedule, step, data position; there
+is no random state to keep (seeds.py: every random number is a function of its place).
 
-    <dir>/latest_checkpointed_iteration.txt     the newest step
-    <dir>/iter_0000040/                         policy, optimizer, schedule, step, data position
+Which one of a directory is in force, and how one gets there unharmed: checkpoint_store.py.
 
-A save goes to a temporary directory that is renamed when whole, then the pointer moves; so a kill
-leaves the previous checkpoint in force.
-
-Left out: asynchronous saves, checksums, the rollout buffer of a step under way.
+Left out: asynchronous saves, the rollout buffer of a step under way.
 """
 
 from __future__ import annotations
 
+import queue
 import shutil
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_rpp.parallel import device as _device  # noqa: F401  (before megatron)
 from megatron.core import dist_checkpointing
@@ -27,48 +26,25 @@ from megatron.core.dist_checkpointing.mapping import (
     ShardedTensor,
     apply_factories,
 )
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 
+from megatron_rpp import checkpoint_store, phases, sealing
+from megatron_rpp.checkpoint_store import POINTER, newest, require
+from megatron_rpp.config import CheckpointConfig
 from megatron_rpp.config_model import NOT_COMPARED
-from megatron_rpp.data.files import write_atomic
+from megatron_rpp.failures import RunFailure
 from megatron_rpp.model.language_model import chunks
 from megatron_rpp.parallel import groups
 from megatron_rpp.run_state import RunState
 
-POINTER = "latest_checkpointed_iteration.txt"
+__all__ = ["POINTER", "load_weights", "newest", "require", "resume", "save", "write"]
+
 # Adam's state in the model's own shapes, so that it loads on any other layout too.
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
-def newest(directory: str | Path) -> Path | None:
-    """The checkpoint that the pointer in `directory` names; None where there is none.
-
-    Raises ValueError where the pointer names something that is not there.
-    """
-    pointer = Path(directory) / POINTER
-    if not pointer.exists():
-        return None
-    name = pointer.read_text().strip()
-    path = Path(directory) / (f"iter_{int(name):07d}" if name.isdigit() else name)
-    if not (path / ".metadata").exists():
-        raise ValueError(
-            f"{pointer} names {name!r}, but {path} is not a complete checkpoint: write the step "
-            f"of an older iter_* directory into that file, or remove it to start anew"
-        )
-    return path
-
-
-def require(directory: str | Path) -> Path:
-    """The newest checkpoint of `directory`, which may also be a checkpoint itself.
-
-    Raises ValueError where there is none.
-    """
-    path = Path(directory)
-    found = path if (path / ".metadata").exists() else newest(path)
-    if found is None:
-        raise ValueError(
-            f"no checkpoint at {path}: it holds no {POINTER}; give the directory of an earlier run"
-        )
-    return found
+class SaveFailed(RunFailure):
+    """A checkpoint could not be written; those there before are as they were."""
 
 
 def _model_state(model: torch.nn.Module) -> dict:
@@ -202,27 +178,71 @@ def resume(model: torch.nn.Module, optimizer, scheduler, path: Path) -> RunState
     return RunState(**loaded["run"])
 
 
+def write(
+    settings: CheckpointConfig,
+    model: torch.nn.Module,
+    optimizer,
+    scheduler,
+    state: RunState,
+    accuracy: float | None = None,
+) -> checkpoint_store.Unpublished:
+    """Writes and seals a checkpoint of `state`, to be put in force by `publish`. Collective.
+
+    accuracy: held-out accuracy of these weights, where they were evaluated.
+
+    Raises SaveFailed where the file system does not take it; the one in force stays.
+    """
+    directory = Path(settings.dir)
+    name = f"iter_{state.step:07d}"
+    content = _whole_state(model, optimizer, scheduler, False)
+    content |= {"run": asdict(state), "architecture": chunks(model)[0].architecture}
+    temporary = None
+    try:
+        phases.enter("save: begin")
+        temporary = checkpoint_store.begin(directory, name)
+        phases.enter("save: write")
+        _write_here(content, temporary)
+        phases.enter("save: seal")
+        sealing.seal(temporary, {"step": state.step, "accuracy": accuracy})
+    except (OSError, RuntimeError, CheckpointException) as error:
+        if temporary is not None and groups.is_main():
+            shutil.rmtree(temporary, ignore_errors=True)  # it may be what fills the disk
+        raise SaveFailed(
+            f"the checkpoint of step {state.step} could not be written to {directory}: "
+            f"{_reason(error)}; {_free_space(directory)}. The checkpoints there are as they were: "
+            f"make room (or repair the file system) and run again"
+        ) from error
+    return checkpoint_store.Unpublished(
+        temporary, directory / name, settings.keep, settings.keep_best
+    )
+
+
 def save(
     directory: str | Path, model: torch.nn.Module, optimizer, scheduler, state: RunState, keep: int
 ) -> Path:
     """Writes a checkpoint of `state.step` and drops all but the newest `keep`; collective."""
-    directory = Path(directory)
-    final = directory / f"iter_{state.step:07d}"
-    temporary = directory / f".saving_{final.name}"
-    if groups.is_main():
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    dist.barrier()
-    content = _whole_state(model, optimizer, scheduler, False)
-    content |= {"run": asdict(state), "architecture": chunks(model)[0].architecture}
-    dist_checkpointing.save(content, str(temporary))
-    dist.barrier()
-    if groups.is_main():
-        shutil.rmtree(final, ignore_errors=True)
-        temporary.rename(final)
-        write_atomic(directory / POINTER, f"{state.step}\n".encode())
-        for old in sorted(directory.glob("iter_*"))[:-keep]:
-            if old != final:
-                shutil.rmtree(old)
-    dist.barrier()
-    return final
+    settings = CheckpointConfig(dir=str(directory), keep=keep)
+    return write(settings, model, optimizer, scheduler, state).publish()
+
+
+def _write_here(content: dict, directory: Path) -> None:
+    """Megatron's save, its results handed over in this process.
+
+    For saves that another process finishes Megatron makes a queue in a process of its own, which
+    imports the whole program again (seconds, in every rank's first save) and which a signal to the
+    job would kill. This save waits, so a plain queue does.
+    """
+    filesystem_async._results_queue = queue.Queue()
+    dist_checkpointing.save(content, str(directory))
+
+
+def _reason(error: BaseException) -> str:
+    """One line: what the file system said, by rank where ranks differ."""
+    if isinstance(error, CheckpointException):
+        found = [f"rank {rank}: {failure[0]}" for rank, failure in error.failures.items()]
+        return "; ".join(found) or "another rank failed"
+    return str(error).splitlines()[0]
+
+
+def _free_space(directory: Path) -> str:
+    return f"{shutil.disk_usage(directory).free / 1e9:.3f} GB are free"

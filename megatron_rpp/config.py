@@ -145,11 +145,15 @@ class CheckpointConfig:
     dir: str = "runs/default/checkpoints"
     """Directory that checkpoints are written to."""
     load: str | None = None
-    """Directory to resume from; null = from dir where it holds a checkpoint."""
+    """Directory (or checkpoint) to start from where dir holds no checkpoint yet; so a run that is
+    submitted again with the same command goes on from its own newest one. null = start anew."""
     interval: int = 0
     """Steps between checkpoints; 0 = only at the end."""
     keep: int = 2
     """Newest checkpoints kept; older ones are deleted."""
+    keep_best: bool = False
+    """Keep the checkpoint of the highest held-out accuracy too (of those saved after an evaluation)
+    and name it in best_checkpointed_iteration.txt."""
 
     def __post_init__(self) -> None:
         check_filled("checkpoint", self, "dir")

@@ -9,6 +9,7 @@ Left out: weights-and-biases and other trackers.
 from __future__ import annotations
 
 import json
+import os
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -173,7 +174,7 @@ class MetricsLog:
         self.writer = SummaryWriter(str(self.directory), purge_step=purged)
 
     def step(self, step: int, row: dict[str, float]) -> None:
-        """The numbers of finished step `step`."""
+        """The numbers of finished step `step`; they are on the disk when this returns."""
         if self.writer is None:
             return
         self._append(self.rows, {"step": step, **row})
@@ -203,6 +204,8 @@ class MetricsLog:
     def _append(path: Path, row: dict) -> None:
         with open(path, "a") as file:
             file.write(json.dumps(row) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
 
     def close(self) -> None:
         if self.writer is not None:

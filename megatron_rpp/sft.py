@@ -21,6 +21,7 @@ from megatron_rpp.console import Console
 from megatron_rpp.data.prompts import Prompt, PromptSet
 from megatron_rpp.data.tokenizer import Tokenizer
 from megatron_rpp.inputs import Inputs, check_writable, load_inputs
+from megatron_rpp.lock import one_writer
 from megatron_rpp.parallel import device as devices
 from megatron_rpp.parallel import groups
 from megatron_rpp.parallel.device import describe
@@ -72,8 +73,14 @@ def batch_of(prompts: list[Prompt], tokenizer: Tokenizer) -> RolloutBuffer:
 def finetune(config: Config, inputs: Inputs, dry_run: bool = False) -> None:
     """Trains to sft.steps, or to the accuracy at which to stop. Collective."""
     settings, console = config.sft, Console(groups.is_main())
+    with one_writer([settings.dir], console.say):
+        _finetune(config, inputs, console, dry_run)
+
+
+def _finetune(config: Config, inputs: Inputs, console: Console, dry_run: bool) -> None:
+    settings = config.sft
     policy = build_policy(config, settings.optimizer, inputs.vocab_size)
-    finished = checkpoint.newest(settings.dir)
+    finished = checkpoint.newest(settings.dir, console.say, repair=True)
     console.say(describe())
     if dry_run or finished is not None:
         console.say("dry run: nothing was trained" if dry_run else f"finished before: {finished}")

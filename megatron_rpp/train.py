@@ -15,9 +15,11 @@ from functools import partial
 
 from megatron_rpp import checkpoint, cli, launching
 from megatron_rpp import run as runs
+from megatron_rpp.checkpoint_store import Unpublished
 from megatron_rpp.config import Config, check_world_size
 from megatron_rpp.console import Console
 from megatron_rpp.inputs import Inputs, check_writable, load_inputs
+from megatron_rpp.lock import one_writer
 from megatron_rpp.metrics import StageTimes, step_metrics
 from megatron_rpp.model.build import parameter_count
 from megatron_rpp.model.flops import step_flops
@@ -45,16 +47,18 @@ def main(argv: list[str] | None = None) -> None:
 
 def train(config: Config, inputs: Inputs, dry_run: bool = False) -> None:
     """Trains to config.train.steps, or to the accuracy at which to stop. Collective."""
-    run = runs.build(config, inputs, Console(groups.is_main()))
-    run.state = _resume(run)
-    _announce(run)
-    if dry_run:
-        run.console.say("dry run: everything is built and nothing was trained")
-    elif _finished(run):
-        step = run.state.step
-        run.console.say(f"finished before, at step {step}: raise train.steps to go on")
-    else:
-        _loop(run)
+    console = Console(groups.is_main())
+    with one_writer([config.checkpoint.dir, config.logging.dir], console.say):
+        run = runs.build(config, inputs, console)
+        run.state = _resume(run)
+        _announce(run)
+        if dry_run:
+            console.say("dry run: everything is built and nothing was trained")
+        elif _finished(run):
+            step = run.state.step
+            console.say(f"finished before, at step {step}: raise train.steps to go on")
+        else:
+            _loop(run)
 
 
 def _finished(run: Run) -> bool:
@@ -77,8 +81,12 @@ def _loop(run: Run) -> None:
         )
         if state.step == config.train.steps or due(state.step, config.evaluation.interval):
             row |= evaluate_held_out(run)
-        row["time/checkpoint"] = _save_if_due(run)
+        checkpoint_of_step, row["time/checkpoint"] = _write_if_due(run, row)
+        # The row before the checkpoint is in force: a kill between them repeats the step, row and
+        # all, while the other order would lose the row.
         log.step(state.step, row)
+        if checkpoint_of_step is not None:
+            checkpoint_of_step.publish()
         console.row({"step": str(state.step)} | {t: f"{row[t]:.4g}" for t in SHOWN if t in row})
     log.close()
     if state.step:
@@ -128,26 +136,28 @@ def rl_step(run: Run) -> tuple[dict[str, float], RolloutBuffer]:
 
 
 def _resume(run: Run) -> RunState:
-    """Continues from checkpoint.load, else from what checkpoint.dir holds, else at step 0."""
+    """Continues from what checkpoint.dir holds, else from checkpoint.load, else at step 0."""
     policy, settings = run.policy, run.config.checkpoint
-    path = checkpoint.newest(settings.dir)
-    if settings.load is not None:
-        path = checkpoint.require(settings.load)
+    path = checkpoint.newest(settings.dir, run.console.say, repair=True)
+    if path is None and settings.load is not None:
+        path = checkpoint.require(settings.load, run.console.say)
     if path is None:
         return RunState()
     return checkpoint.resume(policy.model, policy.optimizer, policy.scheduler, path)
 
 
-def _save_if_due(run: Run) -> float:
-    """Saves after the last step and every checkpoint.interval steps; the seconds it took."""
+def _write_if_due(run: Run, row: dict[str, float]) -> tuple[Unpublished | None, float]:
+    """After the last step and every checkpoint.interval steps a checkpoint, not yet in force; and
+    the seconds it took."""
     times, policy, settings = StageTimes(), run.policy, run.config.checkpoint
-    if _finished(run) or due(run.state.step, settings.interval):
-        with times.measure("checkpoint"), run.console.stage("checkpoint"):
-            checkpoint.save(
-                settings.dir, policy.model, policy.optimizer, policy.scheduler, run.state,
-                settings.keep,
-            )  # fmt: skip
-    return times.seconds.get("checkpoint", 0.0)
+    if not _finished(run) and not due(run.state.step, settings.interval):
+        return None, 0.0
+    with times.measure("checkpoint"), run.console.stage("checkpoint"):
+        written = checkpoint.write(
+            settings, policy.model, policy.optimizer, policy.scheduler, run.state,
+            row.get("eval/accuracy"),
+        )  # fmt: skip
+    return written, times.seconds["checkpoint"]
 
 
 def _announce(run: Run) -> None:

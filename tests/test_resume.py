@@ -130,6 +130,15 @@ def test_load_goes_on_elsewhere_and_leaves_its_source_alone(base):
     assert contents(source.parent) == before
 
 
+def test_load_given_again_does_not_hide_the_newer_checkpoints(base):
+    """The same command, submitted again after the run stopped at step 3."""
+    source = {"checkpoint__load": base / "whole/checkpoints/iter_0000002"}
+    run_once(base, "again", train__steps=3, **source)
+    run_once(base, "again", **source)
+    assert [row["step"] for row in log(base, "again")] == [3, 4]
+    same_bits(base, "again", "whole", first=4)
+
+
 def test_load_takes_the_newest_of_a_directory(base):
     copied(base, "whole", "short")
     go_back(base / "short", 2)

@@ -1,9 +1,18 @@
-"""Atomic file writes: a file is there whole or not at all, also after a kill in the middle."""
+"""Atomic file writes: a file is there whole or not at all, also after a kill or a power cut."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+
+
+def sync_directory(directory: str | Path) -> None:
+    """Brings the names in ``directory`` (what was made, renamed, removed) to the disk."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_atomic(path: str | Path, content: bytes) -> None:
@@ -20,5 +29,6 @@ def write_atomic(path: str | Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        sync_directory(path.parent)
     finally:
         temporary.unlink(missing_ok=True)

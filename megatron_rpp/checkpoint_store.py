@@ -1,0 +1,208 @@
+"""A directory of checkpoints: which one is in force, how a new one comes to be, which old ones go.
+
+    <dir>/latest_checkpointed_iteration.txt     the step (or the name) of the one in force
+    <dir>/best_checkpointed_iteration.txt       that of the best evaluation (checkpoint.keep_best)
+    <dir>/iter_0000040/                         a checkpoint; sealed by its manifest (sealing.py)
+    <dir>/damaged_iter_0000060/                 set aside at a resume: it did not match its manifest
+    <dir>/.saving_*  .removing_*                left by a kill; cleared away by the next save
+
+A save goes to a temporary directory, is sealed, renamed, and only then pointed to; so a kill or a
+power cut leaves the previous checkpoint in force. Checkpoints from elsewhere (Megatron's own) have
+no manifest; of them only `.metadata`, which Megatron writes last, is asked for.
+
+Everything but `require` and `newest` of a directory that no run writes to needs the one-writer lock.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Callable
+
+import torch.distributed as dist
+
+from megatron_rpp import phases, sealing
+from megatron_rpp.data.files import sync_directory, write_atomic
+from megatron_rpp.parallel import groups
+
+POINTER, BEST = "latest_checkpointed_iteration.txt", "best_checkpointed_iteration.txt"
+
+
+def _pointed(directory: Path) -> str | None:
+    """The checkpoint that the pointer names; None where there is none, or it is empty."""
+    pointer = directory / POINTER
+    text = pointer.read_text().strip() if pointer.exists() else ""
+    return f"iter_{int(text):07d}" if text.isdigit() else text or None
+
+
+def _candidates(directory: Path) -> list[str]:
+    """The checkpoints to try: the one pointed to and those before it, else all; newest first."""
+    names = sorted((path.name for path in directory.glob("iter_*")), reverse=True)
+    pointed = _pointed(directory)
+    if pointed is None or not (directory / pointed).is_dir():
+        return names
+    return [pointed, *(name for name in names if name < pointed or pointed not in names)]
+
+
+def _damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint, the same on every rank. Collective."""
+    if not sealing.gathered((path / ".metadata").exists())[0]:
+        return ".metadata is missing"
+    if not sealing.gathered((path / sealing.MANIFEST).exists())[0]:
+        return None
+    return sealing.damage(path)
+
+
+def newest(
+    directory: str | Path, say: Callable[[str], None] = print, repair: bool = False
+) -> Path | None:
+    """The newest intact checkpoint that the pointer allows; None in a new directory. Collective.
+
+    Args:
+        say: told of each damaged one that is passed over.
+        repair: set those aside (renamed) and move the pointer; only for the directory's one writer.
+    Raises:
+        ValueError: there are checkpoints and none is intact, or the pointer names one and there
+            are none.
+    """
+    directory = Path(directory)
+    damaged: dict[str, str] = {}
+    for name in sealing.gathered(_candidates(directory))[0]:
+        found = _damage(directory / name)
+        if found is None:
+            if repair:
+                _set_aside(directory, name, list(damaged))
+            if name != _pointed(directory) and not damaged:
+                say(f"{directory / POINTER} names no checkpoint; using {name}")
+            for other, problem in damaged.items():
+                where = f", set aside as damaged_{other}" if repair else ""
+                say(f"checkpoint {directory / other} is damaged ({problem}){where}; using {name}")
+            return directory / name
+        damaged[name] = found
+    if damaged:
+        listed = "; ".join(f"{name}: {problem}" for name, problem in damaged.items())
+        raise ValueError(
+            f"no checkpoint in {directory} is intact ({listed}): restore one of them, or choose "
+            f"another directory to start anew"
+        )
+    if (directory / POINTER).exists():
+        raise ValueError(
+            f"{directory / POINTER} is there, but no checkpoint: restore the iter_* directories, "
+            f"or remove that file to start anew"
+        )
+    return None
+
+
+def _set_aside(directory: Path, kept: str, damaged: list[str]) -> None:
+    if not damaged:
+        return
+    if sealing.is_main():
+        for name in damaged:
+            target = directory / f"damaged_{name}"
+            shutil.rmtree(target, ignore_errors=True)
+            (directory / name).rename(target)
+        _point(directory / POINTER, kept)
+    sealing.gathered(None)  # nobody reads on before the names are changed
+
+
+def require(directory: str | Path, say: Callable[[str], None] = print) -> Path:
+    """The newest checkpoint of `directory`, which may also be a checkpoint itself. Collective.
+
+    Raises ValueError where there is none, or it is damaged. Changes nothing.
+    """
+    path = Path(directory)
+    if (path / ".metadata").exists() or (path / sealing.MANIFEST).exists():
+        found = _damage(path)
+        if found is not None:
+            raise ValueError(f"checkpoint {path} is damaged ({found}): choose another")
+        return path
+    found = newest(path, say)
+    if found is None:
+        raise ValueError(
+            f"no checkpoint at {path}: it holds no {POINTER}; give the directory of an earlier run"
+        )
+    return found
+
+
+def _point(pointer: Path, name: str) -> None:
+    step = name.removeprefix("iter_")
+    write_atomic(pointer, f"{int(step) if step.isdigit() else name}\n".encode())
+
+
+def clear(directory: Path) -> None:
+    """Removes what kills have left."""
+    for pattern in (".saving_*", ".removing_*"):
+        for stale in directory.glob(pattern):
+            shutil.rmtree(stale)
+
+
+def _remove(path: Path) -> None:
+    """A kill leaves either the whole directory or none by its name."""
+    doomed = path.with_name(f".removing_{path.name}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    path.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def begin(directory: Path, name: str) -> Path:
+    """A temporary directory for the checkpoint `name`. Collective."""
+    temporary = None
+    if groups.is_main():
+        directory.mkdir(parents=True, exist_ok=True)
+        clear(directory)
+        # By process: a helper of a killed run may still write to its own.
+        temporary = directory / f".saving_{name}_{os.getpid()}"
+        temporary.mkdir()
+    return groups.broadcast_object(temporary)
+
+
+@dataclass(frozen=True)
+class Unpublished:
+    """A whole, sealed checkpoint that is not in force yet."""
+
+    temporary: Path
+    final: Path
+    keep: int
+    """Newest checkpoints that stay."""
+    keep_best: bool
+    """The one of the best evaluation stays too."""
+
+    def publish(self) -> Path:
+        """Puts it in force and removes old ones. Collective."""
+        if groups.is_main():
+            phases.enter("save: rename")
+            if self.final.exists():
+                _remove(self.final)
+            self.temporary.rename(self.final)
+            sync_directory(self.final.parent)
+            phases.enter("save: pointer")
+            _point(self.final.parent / POINTER, self.final.name)
+            phases.enter("save: remove old ones")
+            self._prune()
+        dist.barrier()
+        return self.final
+
+    def _prune(self) -> None:
+        directory = self.final.parent
+        names = sorted(path.name for path in directory.glob("iter_*"))
+        staying = {*names[-self.keep :], self.final.name}
+        best = _best(directory, names) if self.keep_best else None
+        if best is not None:
+            _point(directory / BEST, best)
+            staying.add(best)
+        for name in names:
+            if name not in staying:
+                _remove(directory / name)
+
+
+def _best(directory: Path, names: list[str]) -> str | None:
+    """The checkpoint with the highest held-out accuracy, the newest of equals; None: none has."""
+    found = []
+    for name in names:
+        manifest = sealing.read_manifest(directory / name)
+        accuracy = manifest["notes"].get("accuracy") if manifest is not None else None
+        if accuracy is not None:
+            found.append((accuracy, name))
+    return max(found)[1] if found else None

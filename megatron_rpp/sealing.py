@@ -1,0 +1,100 @@
+"""Directories that are whole or recognisably not: a manifest, written last, names every file with
+its size and digest, and everything is on the disk before a rename shows it.
+
+Work on many files is shared by the ranks (each digests every world-size-th file); a process without
+a process group is a world of one.
+
+Left out: signatures; a digest shows damage, not intent.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_rpp.data.files import sync_directory, write_atomic
+from megatron_rpp.parallel import groups
+
+MANIFEST = "manifest.json"
+_ALGORITHM = "blake2b"
+
+
+def gathered(value: Any) -> list[Any]:
+    """Every rank's `value`, in rank order."""
+    return groups.gather_objects(value, dist.group.WORLD) if dist.is_initialized() else [value]
+
+
+def _own_share(names: list[str]) -> list[str]:
+    alone = not dist.is_initialized()
+    return names if alone else names[dist.get_rank() :: dist.get_world_size()]
+
+
+def is_main() -> bool:
+    return not dist.is_initialized() or groups.is_main()
+
+
+def _describe(path: Path, to_disk: bool = False) -> dict[str, Any]:
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, _ALGORITHM).hexdigest()
+        if to_disk:
+            os.fsync(file.fileno())
+        return {"size": os.fstat(file.fileno()).st_size, _ALGORITHM: digest}
+
+
+def seal(directory: str | Path, notes: dict[str, Any] | None = None) -> None:
+    """Writes the manifest of `directory`, when its files and theirs below are complete. Collective.
+
+    notes: JSON values to keep in the manifest.
+    """
+    directory = Path(directory)
+    found = sorted(
+        str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()
+    )
+    names = gathered([name for name in found if name != MANIFEST])[0]
+    own = {name: _describe(directory / name, to_disk=True) for name in _own_share(names)}
+    shares = gathered(own)
+    if is_main():
+        files = {name: entry for share in shares for name, entry in share.items()}
+        content = {"notes": notes or {}, "files": dict(sorted(files.items()))}
+        for folder in {(directory / name).parent for name in names} | {directory}:
+            sync_directory(folder)
+        write_atomic(directory / MANIFEST, json.dumps(content, indent=1).encode())
+
+
+def _own_damage(directory: Path, files: dict[str, dict]) -> str | None:
+    for name in _own_share(sorted(files)):
+        try:
+            size = (directory / name).stat().st_size
+            if size != files[name]["size"]:
+                return f"{name} has {size} bytes, not {files[name]['size']}"
+            if _describe(directory / name) != files[name]:
+                return f"{name} has another digest than when it was written"
+        except FileNotFoundError:
+            return f"{name} is missing"
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
+    return None
+
+
+def read_manifest(directory: str | Path) -> dict[str, Any] | None:
+    """The manifest of a sealed directory; None where there is none or it is not one."""
+    try:
+        content = json.loads((Path(directory) / MANIFEST).read_text())
+        return content if isinstance(content["files"], dict) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def damage(directory: str | Path) -> str | None:
+    """What is wrong with a sealed directory, the same on every rank; None: nothing. Collective."""
+    directory = Path(directory)
+    manifest = gathered(read_manifest(directory))[0]
+    if manifest is None:
+        return f"{MANIFEST} is missing or unreadable"
+    found = gathered(_own_damage(directory, manifest["files"]))
+    return next((text for text in found if text is not None), None)
