@@ -1,6 +1,7 @@
 """Benchmarks of the trainer; one JSON line each.
 
     python tools/benchmark.py rl-step [--nproc 2] [--steps 5] [--versus trl] [--section.key value]
+    python tools/benchmark.py logprobs [--nproc 2] [--vocabularies V ...] [--rows N ...]
 
 rl-step: whole REINFORCE++ steps on the reference work. A random Llama-shaped fp32 model (hidden
 128, 4 layers, 4 heads, ffn 344, vocabulary 512, untied), 64 prompts × 4 samples, 16 prompt tokens,
@@ -11,7 +12,11 @@ Any layout by --nproc and --parallel.*; the default is two replicas. Seconds are
 environment of its own made from tools/requirements-trl.txt), runs of the two in turn, and the
 ratio theirs / ours of whole steps and of each phase (above 1: ours is faster).
 
-Left out: log-probs, attention and memory benchmarks.
+logprobs [--nproc 2] [--vocabularies 8192 32768] [--rows 1024 2048 4096]: peak memory and time of
+token log-probs over --nproc tensor-parallel ranks against unfused and gathered logits
+(tools/benchmark_logprobs.py).
+
+Left out: attention and memory of whole steps.
 """
 
 from __future__ import annotations
@@ -23,6 +28,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -95,9 +101,24 @@ def rl_step_worker(steps: int, settings: list[str]) -> None:
         run.state.step += 1
         run.state.prompts_seen += PROMPTS
         measured.append(row)
+    whitening = whitening_seconds(buffer, groups)
     if groups.is_main():
-        print(json.dumps(summary(measured[WARMUP:], groups, config.parallel, describe())))
+        result = summary(measured[WARMUP:], groups, config.parallel, describe())
+        result["whitening_share"] = whitening / result["step_seconds"]["median"]
+        print(json.dumps(result))
     groups.stop()
+
+
+def whitening_seconds(buffer, groups) -> float:
+    """One normalisation of the step's returns over all replicas, its collective included."""
+    from megatron_rpp.algorithms import global_whiten
+
+    times = []
+    for _ in range(20):
+        start = time.perf_counter()
+        global_whiten(buffer.returns, buffer.mask, groups.data_group())
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
 
 
 def summary(rows: list[dict], groups, parallel, device: str) -> dict:
@@ -173,14 +194,20 @@ def versus_trl(nproc: int, steps: int, rounds: int, settings: list[str]) -> dict
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("benchmark", choices=["rl-step"])
+    parser.add_argument("benchmark", choices=["rl-step", "logprobs"])
     parser.add_argument("--nproc", type=int, default=2, help="processes (ranks)")
     parser.add_argument("--steps", type=int, default=5, help=f"timed steps, after {WARMUP} others")
     parser.add_argument("--versus", choices=["trl"], help="compare with this trainer, interleaved")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each trainer, with --versus")
+    parser.add_argument("--vocabularies", type=int, nargs="+", default=[8192, 32768])
+    parser.add_argument("--rows", type=int, nargs="+", default=[1024, 2048, 4096])
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options, settings = parser.parse_known_args()
-    if options.worker:
+    if options.benchmark == "logprobs":
+        import benchmark_logprobs
+
+        print(json.dumps(benchmark_logprobs.run(options.nproc, options.vocabularies, options.rows)))
+    elif options.worker:
         rl_step_worker(options.steps, settings)
     elif options.versus:
         print(json.dumps(versus_trl(options.nproc, options.steps, options.rounds, settings)))
