@@ -13,7 +13,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
-quick = settings(max_examples=100, deadline=None)
+quick = settings(max_examples=80, deadline=None)
 PRECISIONS = {torch.float64: 1e-12, torch.float32: 1e-6}
 
 
