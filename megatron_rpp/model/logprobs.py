@@ -19,7 +19,11 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-CHUNK_ELEMENTS = 2**24  # fp32 logits held at once: 64 MB
+from megatron_rpp.parallel import device as devices
+
+# fp32 logits held at once: 8 MB on a CPU, whose caches they should fit; 256 MB on a GPU, which needs
+# many rows to be busy.
+CHUNK_ELEMENTS = 2**21 if devices.ON_CPU else 2**26
 
 
 def _sum_over(group: dist.ProcessGroup, tensor: torch.Tensor) -> torch.Tensor:
@@ -36,6 +40,14 @@ def _chunks(rows: int, columns: int) -> list[slice]:
 def _logits(hidden, weight, words: int, temperature: float) -> torch.Tensor:
     """fp32 [n, words]: the padding rows of the vocabulary are left out, they have no log-prob."""
     return (hidden @ weight[:words].t()).float().div_(temperature)
+
+
+def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """total += left · right, in fp32 whatever the factors are in."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    else:
+        total += (left @ right).float()
 
 
 class _VocabParallelLogProbs(torch.autograd.Function):
@@ -90,7 +102,7 @@ class _VocabParallelLogProbs(torch.autograd.Function):
             grad_logits[own_target, local[rows][own_target]] += grad_logprobs[rows][own_target]
             grad_logits = grad_logits.div_(temperature).to(hidden.dtype)
             grad_hidden[rows] = grad_logits @ weight[:words]
-            grad_weight[:words] += (grad_logits.t() @ hidden[rows]).float()
+            _add_product(grad_weight[:words], grad_logits.t(), hidden[rows])
         # Each rank saw only its part of the vocabulary: the input's gradient is the sum.
         _sum_over(ctx.group, grad_hidden)
         return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None, None
