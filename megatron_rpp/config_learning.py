@@ -154,8 +154,18 @@ class RewardConfig:
     """Score of a response: weighted sum, then normalise, scale, clip, in this order."""
 
     functions: list[str] = field(default_factory=lambda: ["exact_match"])
-    """Reward functions: exact_match, reasoning_gym, path/to/file.py:function or
-    package.module:function."""
+    """Reward functions: exact_match, math_verify, regex, length, reasoning_gym,
+    path/to/file.py:function, package.module:function, or the URL of a reward model."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Options of functions, by name: regex {pattern, equals_label}, length {max_tokens,
+    buffer_tokens}, a URL {shape, batch, concurrency, timeout, retries, token_variable}."""
+    workers: int = 4
+    """Processes per replica for math_verify, regex and functions of yours, which see one sample at
+    a time; 0 = in the training process, on the whole batch and without time limit."""
+    timeout: float = 10.0
+    """Seconds for one sample in a worker process."""
+    timeout_score: float = 0.0
+    """Score of a sample whose function takes longer, or kills its process."""
     weights: list[float] = field(default_factory=list)
     """Weight of each function in the sum; empty = 1 each."""
     normalize: bool = False
@@ -166,7 +176,14 @@ class RewardConfig:
     """Clip the score to [-clip, clip]; null = off."""
 
     def __post_init__(self) -> None:
-        check_range("reward", self, "scale clip", above=0)
+        check_range("reward", self, "scale clip timeout", above=0)
+        check_range("reward", self, "workers", at_least=0)
+        check_range("reward", self, "timeout_score", at_least=-1e6, at_most=1e6)
+        for name, options in self.options.items():
+            if not isinstance(options, dict):
+                raise ValueError(
+                    f"reward.options.{name} must be a mapping {{option: value}}, got {options!r}"
+                )
         if not self.functions:
             raise ValueError("reward.functions must name at least one function, got []")
         if self.weights and len(self.weights) != len(self.functions):

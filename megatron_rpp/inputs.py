@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from megatron_rpp.config import Config, DataConfig, RolloutConfig
+from megatron_rpp.config import Config, DataConfig, RewardConfig, RolloutConfig
 from megatron_rpp.console import Console
 from megatron_rpp.data.chat import PromptFormat
 from megatron_rpp.data.opening import given, open_data
@@ -74,7 +74,7 @@ def load_inputs(config: Config) -> Inputs:
         form=form,
         train=data.train,
         held_out=held_out,
-        rewards=RewardSet(config.reward.functions, config.reward.weights),
+        rewards=open_rewards(config.reward),
         vocab_size=vocab_size,
         sampling=sampling,
         greedy=greedy,
@@ -88,6 +88,18 @@ def open_tokenizer(data: DataConfig) -> tuple[Tokenizer, PromptFormat]:
         given("data.tokenizer", data.tokenizer), data.chat_template, data.trust_remote_code
     )
     return tokenizer, PromptFormat(tokenizer, data.apply_chat_template, data.system_prompt)
+
+
+def open_rewards(reward: RewardConfig) -> RewardSet:
+    """The reward functions; their worker processes start with the first sample."""
+    return RewardSet(
+        reward.functions,
+        reward.weights,
+        reward.options,
+        reward.workers,
+        reward.timeout,
+        reward.timeout_score,
+    )
 
 
 def samplings(rollout: RolloutConfig) -> tuple[Sampling, Sampling]:

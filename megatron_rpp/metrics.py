@@ -25,6 +25,7 @@ from megatron_rpp.config import AlgorithmConfig
 from megatron_rpp.data.files import write_atomic
 from megatron_rpp.parallel import device as devices
 from megatron_rpp.parallel import groups
+from megatron_rpp.rewards import Scores
 from megatron_rpp.rollout.buffer import RolloutBuffer
 from megatron_rpp.stages.advantage import AdvantageStats
 from megatron_rpp.stages.evaluation import Evaluation
@@ -57,13 +58,14 @@ def _peaks(buffer: RolloutBuffer) -> tuple[float, float]:
     return memory, largest
 
 
-def _shard_sums(buffer: RolloutBuffer, parts: dict[str, list]) -> dict[str, float]:
+def _shard_sums(buffer: RolloutBuffer, rewards: Scores) -> dict[str, float]:
     """What this replica's samples add to the step's means."""
     lengths = buffer.response_lengths
     difference = _rollout_difference(buffer)
     ratio = importance_ratio(buffer.old_logprobs, buffer.behaviour_logprobs)[buffer.mask].double()
     sums = {
         "samples": len(buffer),
+        "timeouts": rewards.timeouts,
         "truncated": int(buffer.truncated.sum()),
         "generated": int(lengths.sum()),
         "tokens": len(buffer.tokens),
@@ -84,13 +86,13 @@ def _shard_sums(buffer: RolloutBuffer, parts: dict[str, list]) -> dict[str, floa
     for kind in KL_KINDS if buffer.ref_logprobs is not None else ():
         kl = kl_estimate(buffer.old_logprobs, buffer.ref_logprobs, kind)[buffer.mask]
         sums[f"kl/{kind}"] = float(kl.double().sum())
-    return sums | {f"part/{name}": sum(values) for name, values in parts.items()}
+    return sums | {f"part/{name}": sum(values) for name, values in rewards.parts.items()}
 
 
 def step_metrics(
     buffer: RolloutBuffer,
     algorithm: AlgorithmConfig,
-    parts: dict[str, list],
+    rewards: Scores,
     advantage: AdvantageStats,
     update: UpdateStats,
     times: StageTimes,
@@ -98,10 +100,10 @@ def step_metrics(
 ) -> dict[str, float]:
     """The step's row, the same on every rank. Collective over the data-parallel group.
 
-    algorithm: with the step's KL coefficients. parts: scores of each reward function, by name.
+    algorithm: with the step's KL coefficients. rewards: of this replica's samples.
     flops: that this replica's samples need (model/flops.py).
     """
-    own = _shard_sums(buffer, parts) | {"flops": flops}
+    own = _shard_sums(buffer, rewards) | {"flops": flops}
     sums = dict(zip(own, groups.reduce_sums([float(v) for v in own.values()], groups.data_group())))
     memory, largest_difference = _peaks(buffer)
     tokens, scores = max(sums["masked"], 1), advantage.scores
@@ -116,6 +118,7 @@ def step_metrics(
         "reward/shaped_max": scores.high,
         "reward/clipped_share": scores.clipped_share,
         "reward/zero_variance_share": sums["flat_groups"] / sums["groups"],
+        "reward/timeouts": sums["timeouts"],
         "policy/loss": update.loss,
         "policy/clip_fraction": update.clip_fraction,
         "policy/entropy": update.entropy,
@@ -139,8 +142,8 @@ def step_metrics(
     }
     if (peak := devices.peak_flops()) is not None:
         row["throughput/mfu"] = sums["flops"] / (whole * dist.get_world_size() * peak)
-    if len(parts) > 1:
-        row |= {f"reward/{name}": sums[f"part/{name}"] / sums["samples"] for name in parts}
+    if len(rewards.parts) > 1:
+        row |= {f"reward/{name}": sums[f"part/{name}"] / sums["samples"] for name in rewards.parts}
     if buffer.ref_logprobs is not None:
         row |= {f"kl/{kind}": sums[f"kl/{kind}"] / tokens for kind in KL_KINDS}
         row["kl/coef"] = algorithm.kl_coef if algorithm.kl_in_reward else algorithm.kl_loss_coef

@@ -112,7 +112,7 @@ def rl_step(run: Run) -> tuple[dict[str, float], RolloutBuffer]:
             progress,
         )  # fmt: skip
     with run.stage(times, "reward"):
-        parts = reward.score(buffer, inputs.rewards, inputs.tokenizer)
+        scores = reward.score(buffer, inputs.rewards, inputs.tokenizer)
     with run.stage(times, "score"):
         logprobs = partial(
             scoring.response_logprobs, buffer=buffer, max_tokens=budget, temperature=temperature
@@ -132,7 +132,7 @@ def rl_step(run: Run) -> tuple[dict[str, float], RolloutBuffer]:
     flops = step_flops(
         config.model, inputs.vocab_size, buffer, config.train.epochs, run.reference is not None
     )
-    return step_metrics(buffer, algorithm, parts, stats, updated, times, flops), buffer
+    return step_metrics(buffer, algorithm, scores, stats, updated, times, flops), buffer
 
 
 def _resume(run: Run) -> RunState:

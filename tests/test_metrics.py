@@ -22,8 +22,8 @@ from tests.small_run import config_of, make_data
 from tests.whole_runs import layout, rows, train_run
 
 TAGS = {
-    "reward/mean", "reward/std", "reward/zero_variance_share", "reward/clipped_share",
-    "reward/shaped_mean", "reward/shaped_std", "reward/shaped_min", "reward/shaped_max",
+    "reward/mean", "reward/std", "reward/timeouts", "reward/zero_variance_share",
+    "reward/clipped_share", "reward/shaped_mean", "reward/shaped_std", "reward/shaped_min", "reward/shaped_max",
     "kl/k1", "kl/k2", "kl/k3", "kl/coef",
     "policy/loss", "policy/clip_fraction", "policy/entropy", "policy/grad_norm",
     "policy/ratio_max", "policy/approx_kl", "policy/learning_rate", "policy/skipped_updates",
@@ -41,6 +41,7 @@ SETTINGS = {
     "rollout__prompts_per_step": 6,
     "rollout__samples_per_prompt": 2,
     "reward__functions": "[tests.test_metrics:short, exact_match]",
+    "reward__workers": 0,
     "reward__weights": "[2.0, 1.0]",
     "reward__scale": SCALE,
     "reward__clip": CLIP,

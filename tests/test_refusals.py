@@ -90,7 +90,7 @@ MISTAKES = {
     ),
     "unknown reward": (
         {"reward__functions": "[exact_mach]"},
-        "unknown reward function 'exact_mach': use one of ['exact_match', 'reasoning_gym']",
+        "unknown reward function 'exact_mach': use one of ['exact_match', 'length', ",
     ),
     "no reward file": (
         {"reward__functions": "[DATA/gone.py:score]"},

@@ -36,6 +36,11 @@ def raising(prompts, responses, labels, metadata):
     if TRIGGER in prompts:
         raise KeyError("no such unit")
     return [0.5] * len(prompts)
+
+def hanging(prompts, responses, labels, metadata):
+    while TRIGGER in prompts:
+        pass
+    return [0.5] * len(prompts)
 '''
 FAILURES = ("not_a_number", "raising")
 SEED, PROMPTS, SAMPLES, HELD_OUT = 1234, 8, 4, 16
@@ -46,6 +51,7 @@ def train_one_step(base: Path, name: str, function: str, **settings) -> None:
     train_run(
         base, base / name, seed=SEED, train__steps=1, rollout__prompts_per_step=PROMPTS,
         rollout__samples_per_prompt=SAMPLES,
+        reward__workers=2, reward__timeout=1.0, reward__timeout_score=-1.5,
         **(settings | {"reward__functions": f"[{base}/reward.py:{function}]"}),
     )  # fmt: skip
 
@@ -61,6 +67,7 @@ def on_two_ranks(rank: int, base: Path) -> dict:
         if rank == 0:
             (base / "seen.txt").unlink()
         dist.barrier()
+    train_one_step(base, "hanging", "hanging")
     for function in FAILURES:
         with pytest.raises(RewardError) as failed:
             train_one_step(base, function, function)
@@ -120,12 +127,19 @@ def test_a_failure_on_one_replica_stops_every_rank_and_shows_the_sample(ranks, b
     assert f"reward.py:{function}' " in messages[0]
     shown = messages[0].splitlines()
     trigger = (base / "trigger.txt").read_text()
-    if function == "not_a_number":
-        # The second replica holds prompts 4 .. 7; the trigger is the third of them.
-        assert "gave the score nan, not a finite number" in shown[0]
-        assert shown[1] == "sample 8 of 16:" and shown[2] == f"  prompt:   {trigger!r}"
-    else:
-        # What a user's code chokes on is unknown: the first sample stands for the batch.
-        assert "raised KeyError: 'no such unit'" in shown[0]
-        assert shown[1] == "first of 16 samples:" and shown[2].startswith("  prompt:   'State")
+    problem = {
+        "not_a_number": "gave the score nan, not a finite number",
+        "raising": "raised KeyError: 'no such unit'",
+    }[function]
+    assert problem in shown[0]
+    # The second replica holds prompts 4 .. 7; the trigger is the third of them.
+    assert shown[1] == "sample 8 of 16:" and shown[2] == f"  prompt:   {trigger!r}"
     assert shown[3].startswith("  response: ") and shown[4].startswith("  label: ")
+
+
+def test_a_scorer_that_hangs_costs_its_samples_alone(ranks, base):
+    """One prompt's samples, on one of two replicas, get the default score; the run goes on."""
+    (row,) = rows(base / "hanging/logs/metrics.jsonl")
+    assert row["reward/timeouts"] == SAMPLES
+    share = 1 / PROMPTS
+    assert row["reward/mean"] == pytest.approx(0.5 * (1 - share) - 1.5 * share)

@@ -27,7 +27,8 @@ from tests.small_run import config_of
 MEASURED = ("time/", "throughput/", "memory/", "rollout/logprob_abs_diff")
 TOLERANCE, FLOOR = 1e-5, 1e-6
 # For runs that must learn: exact_match gives an untrained model nothing but zeros.
-VARIED = {"reward__functions": "[tests.whole_runs:varied]"}
+# In this process: a worker would import all of this module.
+VARIED = {"reward__functions": "[tests.whole_runs:varied]", "reward__workers": 0}
 
 
 def varied(prompts, responses, labels, metadata) -> list[float]:

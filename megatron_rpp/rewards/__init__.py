@@ -2,28 +2,25 @@
 
 A reward function is ``f(prompts, responses, labels, metadata) -> one score per response`` on lists
 of equal length: texts, texts, texts or None, dictionaries. Evaluation counts a response as correct
-when the first function gives it 1.0 or more. Left out: reward models, scoring over HTTP, and
-normalisation, scale and clip of the total (algorithms/).
+when the first function gives it 1.0 or more. Functions that may hang or crash run in worker
+processes, one sample at a time (pool.py). Left out: reward models on Megatron, and normalisation,
+scale and clip of the total (algorithms/).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Real
+from types import MappingProxyType
 from typing import Any, NoReturn
 
-import numpy as np
-
 from megatron_rpp.failures import RunFailure
-from megatron_rpp.rewards.rules import SampleError
-from megatron_rpp.rewards.user import RewardFunction, load_reward
+from megatron_rpp.rewards.checks import SampleError, numbers, short
+from megatron_rpp.rewards.loading import RewardFunction, load_reward, needs_worker
+from megatron_rpp.rewards.pool import WorkerPool
 
 __all__ = ["RewardError", "RewardFunction", "RewardSet", "SampleError", "Scores", "load_reward"]
-
-_SHOWN = 500
-"""Characters of a text in an error message."""
 
 
 class RewardError(RunFailure):
@@ -38,17 +35,34 @@ class Scores:
     """[B] weighted sums."""
     parts: dict[str, list[float]]
     """[B] scores before weighting, by function name, in the order of reward.functions."""
+    timeouts: int = 0
+    """Scores that are the default, because the function hung or its process died."""
 
 
 class RewardSet:
     """The reward functions of a run and their weights."""
 
-    def __init__(self, names: Sequence[str], weights: Sequence[float] = ()) -> None:
+    def __init__(
+        self,
+        names: Sequence[str],
+        weights: Sequence[float] = (),
+        options: Mapping[str, dict[str, Any]] = MappingProxyType({}),
+        workers: int = 0,
+        timeout: float = 10.0,
+        timeout_score: float = 0.0,
+    ) -> None:
         """Loads the functions; no weights = 1 each.
+
+        Args:
+            options: of the functions, by name.
+            workers: processes for functions that may hang or crash; 0 = they run in this one, on
+                the whole batch and without limit.
+            timeout: seconds for a sample in a worker.
+            timeout_score: the score where it takes longer, or where the worker dies.
 
         Raises:
             ValueError: none, doubled or unknown names, another number of weights, or one that is
-                not finite.
+                not finite, or options that a function does not have.
         """
         weights = list(weights) or [1.0] * len(names)
         if not names or len(set(names)) != len(names):
@@ -58,8 +72,17 @@ class RewardSet:
                 f"reward.weights must be one finite number for each of the {len(names)} "
                 f"reward.functions, or empty for 1 each, got {weights}"
             )
-        self._functions = {name: load_reward(name) for name in names}
+        if unknown := sorted(options.keys() - set(names)):
+            raise ValueError(
+                f"reward.options has {unknown}, but reward.functions has only {list(names)}"
+            )
+        self._functions = {name: load_reward(name, options.get(name)) for name in names}
         self._weights = weights
+        outside = [name for name in names if workers and needs_worker(name)]
+        self._pool = WorkerPool(
+            [(name, options.get(name, {})) for name in outside], workers, timeout, timeout_score
+        )
+        self._outside = frozenset(outside)
 
     def score(
         self,
@@ -75,12 +98,16 @@ class RewardSet:
                 is not a finite number.
         """
         batch = _Batch(prompts, responses, labels, metadata)
-        parts = {name: batch.score(name, function) for name, function in self._functions.items()}
+        parts, timeouts = {}, 0
+        for name, function in self._functions.items():
+            pool = self._pool if name in self._outside else None
+            parts[name], lost = batch.score(name, function, pool)
+            timeouts += lost
         total = [
             math.fsum(weight * score for weight, score in zip(self._weights, scores))
             for scores in zip(*parts.values())
         ]
-        return Scores(total, parts)
+        return Scores(total, parts, timeouts)
 
 
 @dataclass(frozen=True)
@@ -94,29 +121,21 @@ class _Batch:
         columns = (self.prompts, self.responses, self.labels, self.metadata)
         assert len({len(column) for column in columns}) == 1, "columns of different lengths"
 
-    def score(self, name: str, function: RewardFunction) -> list[float]:
+    def score(
+        self, name: str, function: RewardFunction, pool: WorkerPool | None
+    ) -> tuple[list[float], int]:
+        """The scores of one function, and how many of them are the default."""
         if not self.responses:
-            return []
+            return [], 0
+        columns = (self.prompts, self.responses, self.labels, self.metadata)
         try:
-            scores = function(self.prompts, self.responses, self.labels, self.metadata)
+            if pool is not None:
+                return pool.score(name, list(zip(*columns)))
+            return numbers(function(*columns), len(self.responses)), 0
         except SampleError as error:
             self._fail(name, str(error), error.index, error)
         except Exception as error:  # a user's code raises whatever it likes
             self._fail(name, f"raised {type(error).__name__}: {error}", None, error)
-        if not isinstance(scores, (list, tuple, np.ndarray)):
-            self._fail(name, f"returned {type(scores).__name__}, not a list of numbers")
-        if len(scores) != len(self.responses):
-            self._fail(name, f"returned {len(scores)} scores for {len(self.responses)} responses")
-        return [self._number(name, index, score) for index, score in enumerate(scores)]
-
-    def _number(self, name: str, index: int, score: Any) -> float:
-        try:
-            number = float(score) if isinstance(score, (Real, np.bool_)) else math.nan
-        except OverflowError:  # an int beyond the largest float
-            number = math.inf
-        if not math.isfinite(number):
-            self._fail(name, f"gave the score {_short(score)}, not a finite number", index)
-        return number
 
     def _fail(
         self, name: str, problem: str, index: int | None = None, cause: Exception | None = None
@@ -126,15 +145,7 @@ class _Batch:
         which = f"first of {size} samples" if index is None else f"sample {index} of {size}"
         raise RewardError(
             f"reward function {name!r} {problem}\n{which}:\n"
-            f"  prompt:   {_short(self.prompts[shown])}\n"
-            f"  response: {_short(self.responses[shown])}\n"
-            f"  label:    {_short(self.labels[shown])}"
+            f"  prompt:   {short(self.prompts[shown])}\n"
+            f"  response: {short(self.responses[shown])}\n"
+            f"  label:    {short(self.labels[shown])}"
         ) from cause
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    if len(text) <= _SHOWN:
-        return text
-    half = _SHOWN // 2
-    return f"{text[:half]} ... {len(text) - 2 * half} characters ... {text[-half:]}"

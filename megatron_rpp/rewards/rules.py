@@ -1,6 +1,6 @@
 """Built-in reward functions: text equality, and the scorers of reasoning-gym.
 
-Left out: parsers of boxed or tagged answers (a user function does that in three lines).
+Those with options are in terms.py.
 """
 
 from __future__ import annotations
@@ -10,14 +10,8 @@ from functools import lru_cache
 from typing import Any
 
 from megatron_rpp.data.tasks import create_task, restore_entry
-
-
-class SampleError(ValueError):
-    """A reward function cannot score the sample at ``index`` of its batch."""
-
-    def __init__(self, index: int, problem: str) -> None:
-        super().__init__(problem)
-        self.index = index
+from megatron_rpp.rewards.checks import SampleError
+from megatron_rpp.rewards.terms import require_labels
 
 
 def exact_match(
@@ -31,13 +25,7 @@ def exact_match(
     Raises:
         SampleError: a row has no label.
     """
-    for index, label in enumerate(labels):
-        if label is None:
-            raise SampleError(
-                index,
-                "needs a label, but this row has none: check data.label_key and the data file, or "
-                "choose another function in reward.functions",
-            )
+    require_labels(labels)
     return [float(response.strip() == label.strip()) for response, label in zip(responses, labels)]
 
 

@@ -5,9 +5,11 @@ A reward that raises ends the run on every rank with the sample shown.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-from megatron_rpp.data.prompts import Prompt
+from megatron_rpp.data.prompts import Example, Prompt
 from megatron_rpp.data.tokenizer import Tokenizer
 from megatron_rpp.parallel import groups
 from megatron_rpp.rewards import RewardError, RewardSet, Scores
@@ -30,7 +32,7 @@ def score_responses(
                 [example.prompt for example in examples],
                 [tokenizer.decode(response) for response in responses],
                 [example.label for example in examples],
-                [example.metadata for example in examples],
+                [_metadata(*pair) for pair in zip(examples, responses)],
             )
         except RewardError as error:
             failure = str(error)
@@ -41,9 +43,15 @@ def score_responses(
     return scores
 
 
-def score(buffer: RolloutBuffer, rewards: RewardSet, tokenizer: Tokenizer) -> dict[str, list]:
-    """Fills `buffer.scores` [n]; returns each reward function's own scores by name."""
+def _metadata(example: Example, response: list[int]) -> dict[str, Any]:
+    """The row's metadata, the length of the response and, where there is one, the conversation."""
+    messages = {"messages": list(example.messages)} if example.messages else {}
+    return example.metadata | messages | {"response_tokens": len(response)}
+
+
+def score(buffer: RolloutBuffer, rewards: RewardSet, tokenizer: Tokenizer) -> Scores:
+    """Fills `buffer.scores` [n]; returns them with each reward function's own scores."""
     responses = [buffer.response(index) for index in range(len(buffer))]
     scores = score_responses(rewards, tokenizer, buffer.prompts, responses)
     buffer.scores = torch.tensor(scores.total, dtype=torch.float32)
-    return scores.parts
+    return scores

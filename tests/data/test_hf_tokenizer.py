@@ -103,7 +103,8 @@ def test_tokens_are_those_of_the_library(chatml, chatml_path):
 
 
 def test_a_template_file_takes_the_place_of_the_directorys(chatml_path, tmp_path):
-    (tmp_path / "short.jinja").write_text("{% for m in messages %}Q: {{ m.content }} A:{% endfor %}")
+    template = "{% for m in messages %}Q: {{ m.content }} A:{% endfor %}"
+    (tmp_path / "short.jinja").write_text(template)
     tokenizer = load_tokenizer(chatml_path, str(tmp_path / "short.jinja"))
     assert PromptFormat(tokenizer).render(QUESTION).text == "Q: What is 12 + 30? A:"
     with pytest.raises(ValueError, match="data.chat_template .*absent.jinja cannot be read"):

@@ -1,4 +1,4 @@
-"""Finds a reward function by name: built in, in a Python file, or in an importable module."""
+"""Finds a reward function by name: built in, in a Python file, in a module, or behind a URL."""
 
 from __future__ import annotations
 
@@ -7,34 +7,59 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import MISSING, fields
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from megatron_rpp.rewards.http import HttpReward
 from megatron_rpp.rewards.rules import exact_match, reasoning_gym
+from megatron_rpp.rewards.terms import Length, MathVerify, Regex
 
 RewardFunction = Callable[
     [list[str], list[str], list[str | None], list[dict[str, Any]]], Sequence[float]
 ]
 """f(prompts, responses, labels, metadata) -> one score per response."""
 
-_BUILT_IN: dict[str, RewardFunction] = {"exact_match": exact_match, "reasoning_gym": reasoning_gym}
+_PLAIN: dict[str, RewardFunction] = {"exact_match": exact_match, "reasoning_gym": reasoning_gym}
+_WITH_OPTIONS = {"length": Length, "math_verify": MathVerify, "regex": Regex}
+_TRUSTED = {*_PLAIN, "length"}
+"""Built-in functions that run in the training process: they end, or bring their own limits."""
 
 
-def load_reward(name: str) -> RewardFunction:
-    """The function of a built-in name, "path/to/file.py:function" or "package.module:function".
+def is_url(name: str) -> bool:
+    return name.startswith(("http://", "https://"))
+
+
+def needs_worker(name: str) -> bool:
+    """Whether a function may hang or crash, and so belongs into a worker process."""
+    return name not in _TRUSTED and not is_url(name)
+
+
+def load_reward(name: str, options: dict[str, Any] | None = None) -> RewardFunction:
+    """The function of a built-in name, a URL, "path/to/file.py:function" or "package.module:name".
+
+    Args:
+        options: of the built-in functions that have some, and of URLs.
 
     Raises:
-        ValueError: there is no such name, file, module or function, it cannot be called, or its
-            import raised (the message holds the original error).
+        ValueError: there is no such name, file, module or function, it cannot be called, its
+            import raised (the message holds the original error), or the options are not its own.
     """
-    if name in _BUILT_IN:
-        return _BUILT_IN[name]
+    options = options or {}
+    if is_url(name):
+        return _with_options(HttpReward, name, options, url=name)
+    if name in _WITH_OPTIONS:
+        return _with_options(_WITH_OPTIONS[name], name, options)
+    if options:
+        raise ValueError(f"reward function {name!r} takes no reward.options, got {sorted(options)}")
+    if name in _PLAIN:
+        return _PLAIN[name]
     source, colon, attribute = name.rpartition(":")
     if not (source and colon and attribute):
         raise ValueError(
-            f"unknown reward function {name!r}: use one of {sorted(_BUILT_IN)}, "
-            "'path/to/file.py:function' or 'package.module:function'"
+            f"unknown reward function {name!r}: use one of {sorted([*_PLAIN, *_WITH_OPTIONS])}, "
+            "'path/to/file.py:function', 'package.module:function' or 'http://...'"
         )
     module = _load_file(Path(source), name) if source.endswith(".py") else _import(source, name)
     if not hasattr(module, attribute):
@@ -48,6 +73,20 @@ def load_reward(name: str) -> RewardFunction:
             f"reward function {name!r}: {attribute} is a {type(function).__name__}, not a function"
         )
     return function
+
+
+def _with_options(kind: type, name: str, options: dict[str, Any], **given: Any) -> RewardFunction:
+    known = {field.name: field for field in fields(kind) if field.name not in given}
+    needed = {key for key, field in known.items() if field.default is MISSING}
+    if options.keys() - known.keys() or needed - options.keys():
+        raise ValueError(
+            f"reward.options of {name!r} must be among {sorted(known)} and hold {sorted(needed)}, "
+            f"got {sorted(options)}"
+        )
+    try:
+        return kind(**given, **options)
+    except TypeError as error:
+        raise ValueError(f"reward.options of {name!r}: {error}") from error
 
 
 def _load_file(path: Path, name: str) -> ModuleType:

@@ -1,0 +1,129 @@
+"""Built-in reward functions with options: mathematical answers, patterns, lengths.
+
+Each is an object that is called like any reward function; its fields are its options in
+``reward.options``, checked when it is made. Left out: parsers of program code.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_rpp.rewards.checks import SampleError
+
+
+@dataclass(frozen=True, kw_only=True)
+class MathVerify:
+    """1.0 where the response's answer is mathematically equal to the label, else 0.0.
+
+    By the library math-verify: boxed answers, LaTeX, fractions, decimals, sets, intervals; where
+    nothing is boxed, the last expression. It may run for long on hostile input, and the time limit
+    is that of the worker.
+    """
+
+    def __post_init__(self) -> None:
+        import math_verify  # here: slow, and no part of the first sample's time
+
+        # Its own time limit is an alarm signal; switched off, it warns once per call.
+        logging.getLogger(math_verify.__name__).setLevel(logging.ERROR)
+
+    def __call__(
+        self,
+        prompts: list[str],
+        responses: list[str],
+        labels: list[str | None],
+        metadata: list[dict[str, Any]],
+    ) -> list[float]:
+        require_labels(labels)
+        return [float(self._equal(*pair)) for pair in zip(labels, responses)]
+
+    def _equal(self, label: str, response: str) -> bool:
+        from math_verify import parse, verify
+
+        boxed = label if "\\boxed" in label else f"\\boxed{{{label}}}"
+        gold, answer = (parse(text, parsing_timeout=None) for text in (boxed, response))
+        return verify(gold, answer, timeout_seconds=None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Regex:
+    """1.0 where the pattern is found in the response, else 0.0."""
+
+    pattern: str
+    """Python regular expression; "." matches line ends too."""
+    equals_label: bool = False
+    """Its last match must also have the label as its first group, but for space around it."""
+
+    def __post_init__(self) -> None:
+        try:
+            groups = re.compile(self.pattern, re.DOTALL).groups
+        except re.error as error:
+            raise ValueError(
+                f"reward.options of 'regex': pattern {self.pattern!r} is not a regular expression "
+                f"({error})"
+            ) from error
+        if self.equals_label and not groups:
+            raise ValueError(
+                f"reward.options of 'regex': pattern {self.pattern!r} has no group (...) that "
+                "could equal the label"
+            )
+
+    def __call__(
+        self,
+        prompts: list[str],
+        responses: list[str],
+        labels: list[str | None],
+        metadata: list[dict[str, Any]],
+    ) -> list[float]:
+        if self.equals_label:
+            require_labels(labels)
+        return [float(self._found(*pair)) for pair in zip(responses, labels)]
+
+    def _found(self, response: str, label: str | None) -> bool:
+        matches = list(re.finditer(self.pattern, response, re.DOTALL))
+        if not matches or not self.equals_label:
+            return bool(matches)
+        return (matches[-1][1] or "").strip() == label.strip()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Length:
+    """The soft overlong punishment of DAPO (arXiv 2503.14476, equation 13), from -1 to 0.
+
+    0 up to ``max_tokens - buffer_tokens`` response tokens, -1 from ``max_tokens`` on, linear in
+    between.
+    """
+
+    max_tokens: int
+    buffer_tokens: int
+
+    def __post_init__(self) -> None:
+        if not 0 < self.buffer_tokens <= self.max_tokens:
+            raise ValueError(
+                f"reward.options of 'length': buffer_tokens must be above 0 and at most max_tokens "
+                f"= {self.max_tokens}, got {self.buffer_tokens}"
+            )
+
+    def __call__(
+        self,
+        prompts: list[str],
+        responses: list[str],
+        labels: list[str | None],
+        metadata: list[dict[str, Any]],
+    ) -> list[float]:
+        free = self.max_tokens - self.buffer_tokens
+        lengths = [row["response_tokens"] for row in metadata]
+        return [min(0.0, max(-1.0, (free - length) / self.buffer_tokens)) for length in lengths]
+
+
+def require_labels(labels: list[str | None]) -> None:
+    """Raises SampleError for a row without a label."""
+    for index, label in enumerate(labels):
+        if label is None:
+            raise SampleError(
+                index,
+                "needs a label, but this row has none: check data.label_key and the data file, or "
+                "choose another function in reward.functions",
+            )

@@ -1,0 +1,161 @@
+"""Worker processes: right scores, one sample lost at a time, nothing left behind."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from megatron_rpp.rewards import RewardError, RewardSet
+
+SCORER = """
+import os, signal, subprocess, sys, time
+print("a scorer may print")
+
+def f(prompts, responses, labels, metadata):
+    assert len(prompts) == len(responses) == len(labels) == len(metadata) == 1
+    text = responses[0]
+    if text == "sleep":
+        time.sleep(600)
+    if text == "spin":
+        while True:
+            pass
+    if text == "exit":
+        os._exit(3)
+    if text == "segfault":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if text == "child":
+        subprocess.run([sys.executable, "-c", "import time; time.sleep(601)"])
+    if text.startswith("raise"):
+        raise KeyError(text)
+    if text == "nan":
+        return [float("nan")]
+    return [float(text) + len(prompts[0]) + 10 * len(labels[0]) + metadata[0]["x"]]
+"""
+
+
+@pytest.fixture(scope="module")
+def name(tmp_path_factory):
+    path = tmp_path_factory.mktemp("scorer") / "scorer.py"
+    path.write_text(SCORER)
+    return f"{path}:f"
+
+
+@pytest.fixture(scope="module")
+def rewards(name):
+    """Two workers, 0.7 seconds a sample, score -9 for those that take longer."""
+    return RewardSet([name, "exact_match"], workers=2, timeout=0.7, timeout_score=-9.0)
+
+
+def score(rewards: RewardSet, responses: list[str]):
+    count = len(responses)
+    return rewards.score(["pp"] * count, responses, ["l"] * count, [{"x": 0.5}] * count)
+
+
+def workers_of(rewards: RewardSet) -> list[int]:
+    return [worker.process.pid for worker in rewards._pool._workers]
+
+
+def running(text: str) -> list[str]:
+    """Command lines of this machine that hold `text`."""
+    found = []
+    for entry in os.listdir("/proc"):
+        try:
+            with open(f"/proc/{entry}/cmdline") as file:
+                line = file.read()
+        except (OSError, ValueError):
+            continue
+        found += [line] if text in line and entry.isdigit() else []
+    return found
+
+
+def gone(pid: int) -> bool:
+    """Whether the process ended (within five seconds)."""
+    for _ in range(100):
+        try:
+            with open(f"/proc/{pid}/stat") as file:
+                if file.read().rpartition(")")[2].split()[0] == "Z":
+                    return True
+        except OSError:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_scores_come_back_in_order(rewards, name):
+    scores = score(rewards, [str(number) for number in range(100)])
+    assert scores.parts[name] == [number + 12.5 for number in range(100)]
+    assert scores.parts["exact_match"] == [0.0] * 100 and scores.timeouts == 0
+
+
+def test_a_large_batch_of_a_cheap_scorer_is_quick(rewards):
+    start = time.perf_counter()
+    score(rewards, ["1"] * 512)
+    assert time.perf_counter() - start < 1.0
+
+
+@pytest.mark.parametrize("bad", ["sleep", "spin", "exit", "segfault", "child"])
+def test_a_sample_that_hangs_or_crashes_is_lost_alone(rewards, name, bad):
+    scores = score(rewards, ["1", bad, "2", "3"])
+    assert scores.parts[name] == [13.5, -9.0, 14.5, 15.5]
+    assert scores.total == scores.parts[name] and scores.timeouts == 1
+    assert score(rewards, ["1"]).timeouts == 0
+    assert not running("time.sleep(601)"), "a child of the killed scorer goes on"
+
+
+def test_an_exception_stops_with_its_own_sample(rewards, name):
+    with pytest.raises(RewardError) as error:
+        score(rewards, ["1", "2", "raise me", "3", "raise me too"])
+    assert str(error.value) == (
+        f"reward function {name!r} raised KeyError: 'raise me'\nsample 2 of 5:\n"
+        "  prompt:   'pp'\n  response: 'raise me'\n  label:    'l'"
+    )
+    with pytest.raises(RewardError, match="gave the score nan, not a finite number\nsample 1 of 2"):
+        score(rewards, ["1", "nan"])
+    assert score(rewards, ["1", "2"]).parts[name] == [13.5, 14.5]
+
+
+def test_a_file_that_can_no_longer_be_loaded_stops(tmp_path):
+    path = tmp_path / "gone.py"
+    path.write_text("def f(*columns):\n    return [1.0]\n")
+    rewards = RewardSet([f"{path}:f"], workers=1)
+    path.unlink()
+    with pytest.raises(RewardError, match="cannot start in a worker process: .*there is no file"):
+        rewards.score(["p"], ["r"], ["l"], [{}])
+
+
+def test_workers_end_with_the_rewards_and_know_neither_torch_nor_megatron(tmp_path):
+    path = tmp_path / "modules.py"
+    path.write_text(
+        "import sys\ndef f(*columns):\n"
+        "    return ['torch' in sys.modules or 'megatron' in sys.modules]\n"
+    )
+    rewards = RewardSet([f"{path}:f"], workers=1)
+    assert rewards.score(["p"], ["r"], ["l"], [{}]).total == [0.0]
+    (pid,) = workers_of(rewards)
+    del rewards
+    assert gone(pid)
+
+
+PARENT = """
+import sys, threading
+from megatron_rpp.rewards import RewardSet
+rewards = RewardSet([sys.argv[1]], workers=1, timeout=600.0)
+columns = (["p"], ["l"], [{"x": 0.0}])
+rewards.score(columns[0], ["1"], *columns[1:])
+print(rewards._pool._workers[0].process.pid, flush=True)
+rewards.score(columns[0], ["spin"], *columns[1:])
+"""
+
+
+def test_a_worker_ends_when_its_parent_is_killed_while_a_scorer_spins(name):
+    parent = subprocess.Popen([sys.executable, "-c", PARENT, name], stdout=subprocess.PIPE)
+    pid = int([parent.stdout.readline() for _ in range(2)][1])  # the scorer prints first
+    time.sleep(0.2)
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    assert gone(pid)
