@@ -6,6 +6,9 @@
 #   one node:    bash launch/torchrun.sh --nproc-per-node 8 train --config FILE
 #   many nodes:  the same line on every node, with
 #                --nnodes 2 --rdzv-endpoint FIRST_NODE:29500 --rdzv-id ANY_NAME
+#
+# Exits with the code of the ranks: 0 done, 2 refused, 75 saved after SIGTERM or SIGUSR1 (run it
+# again), anything else a failure. --max-restarts N starts crashed ranks again.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -15,7 +18,7 @@ while [[ $# -gt 0 && $1 != train && $1 != sft ]]; do
   shift
 done
 if [[ $# -eq 0 ]]; then
-  sed -n '2,8s/^# \{0,1\}//p' "$0" >&2
+  sed -n '2,11s/^# \{0,1\}//p' "$0" >&2
   exit 2
 fi
 program=$1
@@ -31,6 +34,6 @@ export CUDA_DEVICE_MAX_CONNECTIONS=1
 # Each rank takes its share of the host's cores by itself.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
-torchrun=torchrun
-[[ -x .venv/bin/torchrun ]] && torchrun=.venv/bin/torchrun
-exec "$torchrun" "${options[@]}" -m "megatron_rpp.$program" "$@"
+python=python3
+[[ -x ${VENV:=.venv}/bin/python ]] && python=$VENV/bin/python
+exec "$python" -m megatron_rpp.torchrun "${options[@]}" -m "megatron_rpp.$program" "$@"

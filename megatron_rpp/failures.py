@@ -3,11 +3,12 @@
     0   done
     1   failed: a rank raised (its traceback), or a RunFailure (its message) on every rank
     2   refused: the user's mistake, one line, before any expensive work
+    75  preempted: told to stop by a signal, and the same command goes on; see torchrun.py
 """
 
 from __future__ import annotations
 
-DONE, FAILED, REFUSED = 0, 1, 2
+DONE, FAILED, REFUSED, PREEMPTED = 0, 1, 2, 75
 
 
 class RunFailure(RuntimeError):

@@ -1,0 +1,215 @@
+"""The launcher passes on codes and signals, on one node and on two; launch/torchrun.sh trains.
+
+The ranks are small scripts where only the launcher is at stake, and the real program where two
+nodes train: two launchers on this machine, then two network namespaces with addresses of their own.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Callable
+
+import pytest
+
+from megatron_rpp.torchrun import exit_code
+from tests.launch.namespaces import two_namespaces
+from tests.small_run import arguments, make_data
+from tests.test_refusals import free_port
+from tests.whole_runs import VARIED, compare_rows, rows, train_run
+
+ROOT = Path(__file__).resolve().parents[2]
+LIMIT = 240.0
+
+# A rank that notes its start and does what its argument says; where it fails, rank 0 alone does.
+RANK = """
+import os, signal, sys, time
+from pathlib import Path
+
+folder, act = Path(sys.argv[1]), sys.argv[2]
+rank, start = os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]
+
+def save(signum, frame):
+    time.sleep(1)
+    (folder / f"saved.{rank}").write_text(signal.Signals(signum).name)
+    sys.exit(75)
+
+if act == "save":
+    signal.signal(signal.SIGTERM, save)
+    signal.signal(signal.SIGUSR1, save)
+(folder / f"start.{rank}.{start}").touch()
+if act in ("save", "unprepared"):
+    time.sleep(60)
+elif act == "crash once" and start == "0" and rank == "0":
+    os.kill(os.getpid(), signal.SIGKILL)
+elif act.isdigit():
+    sys.exit(int(act)) if rank == "0" else time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(
+    ("codes", "expected"),
+    [
+        ([], 0),
+        ([1, 1], 1),
+        ([1, 75], 75),
+        ([-signal.SIGTERM, 2], 2),
+        ([1, -signal.SIGKILL], 137),
+        ([-signal.SIGTERM, 1], 1),
+        ([-signal.SIGTERM], 143),
+    ],
+)
+def test_the_most_telling_code(codes, expected):
+    assert exit_code(codes) == expected
+
+
+class Launchers:
+    """Launchers that a test started; none outlives it."""
+
+    def __init__(self):
+        self.started: list[subprocess.Popen] = []
+
+    def start(self, *words: str | Path, **env: str) -> subprocess.Popen:
+        process = subprocess.Popen([*map(str, words)], cwd=ROOT, env=os.environ | env)
+        self.started.append(process)
+        return process
+
+    def node(self, core: int, *words: str | Path, **env: str) -> subprocess.Popen:
+        """A launcher with one core: two nodes would each take threads for the whole machine."""
+        cores = sorted(os.sched_getaffinity(0))
+        return self.start("taskset", "-c", cores[core % len(cores)], *words, **env)
+
+    def scripted(self, folder: Path, act: str, *options: str) -> subprocess.Popen:
+        """One launcher of ranks that run RANK."""
+        folder.mkdir(exist_ok=True)
+        (folder / "rank.py").write_text(RANK)
+        launcher = (sys.executable, "-m", "megatron_rpp.torchrun", *options)
+        return self.start(*launcher, folder / "rank.py", folder, act)
+
+    def codes(self) -> list[int]:
+        return [process.wait(LIMIT) for process in self.started]
+
+
+@pytest.fixture
+def launchers():
+    launchers = Launchers()
+    yield launchers
+    for process in launchers.started:
+        if process.poll() is None:
+            process.send_signal(signal.SIGINT)  # it stops its ranks, within 30 seconds
+            process.wait(LIMIT)
+
+
+def wait_until(condition: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + LIMIT
+    while not condition():
+        assert time.monotonic() < deadline, f"did not come: {what}"
+        time.sleep(0.05)
+
+
+def wait_for(*paths: Path) -> None:
+    wait_until(lambda: all(path.exists() for path in paths), f"{paths}")
+
+
+def starts(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("start.*"))
+
+
+ONE_NODE = ("--standalone", "--nproc-per-node", "2", "--max-restarts", "1")
+
+
+def two_nodes(port: int, address: str = "127.0.0.1") -> tuple[str, ...]:
+    """Options of either of two nodes with one rank each."""
+    endpoint = ("--rdzv-backend", "c10d", "--rdzv-endpoint", f"{address}:{port}")
+    return ("--nnodes", "2", "--nproc-per-node", "1", *endpoint, "--rdzv-id", "run")
+
+
+def test_codes_and_restarts(launchers, tmp_path):
+    """Refused and preempted end the run, a crash is started again once; the peer never hangs on."""
+    acts = {"2": 2, "75": 75, "crash once": 0, "9": 9}
+    for act in acts:
+        launchers.scripted(tmp_path / act, act, *ONE_NODE)
+    assert launchers.codes() == list(acts.values())
+    once = ["start.0.0", "start.1.0"]
+    assert starts(tmp_path / "2") == starts(tmp_path / "75") == once
+    for act in ("crash once", "9"):
+        assert "start.0.1" in starts(tmp_path / act)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_ranks_have_time_to_save(name, launchers, tmp_path):
+    """A signal to the launcher of one of two nodes reaches its rank; both nodes end preempted."""
+    nodes = two_nodes(free_port())
+    first, _ = (launchers.scripted(tmp_path, "save", *nodes, "--max-restarts", "1") for _ in "12")
+    wait_for(tmp_path / "start.0.0", tmp_path / "start.1.0")
+    first.send_signal(signal.Signals[name])
+    assert launchers.codes() == [75, 75]
+    assert name in {path.read_text() for path in tmp_path.glob("saved.*")}
+    assert len(starts(tmp_path)) == 2
+
+
+def answers(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def test_signals_before_there_is_anything_to_save(launchers, tmp_path):
+    """A rank that has no handler yet, and a node that waits for the other one: preempted."""
+    port = free_port()
+    unprepared = launchers.scripted(tmp_path, "unprepared", *ONE_NODE)
+    waiting = launchers.scripted(tmp_path / "waiting", "save", *two_nodes(port))
+    wait_for(tmp_path / "start.0.0", tmp_path / "start.1.0")
+    wait_until(lambda: answers(port), "the rendezvous")
+    for launcher in (unprepared, waiting):
+        launcher.send_signal(signal.SIGUSR1)
+    assert launchers.codes() == [75, 75]
+    assert starts(tmp_path / "waiting") == []
+
+
+def test_a_failure_is_known_on_both_nodes(launchers, tmp_path):
+    """The node whose rank would sleep on stops it and leaves with the other's code."""
+    nodes = two_nodes(free_port())
+    for _ in "12":
+        launchers.scripted(tmp_path, "9", *nodes)
+    assert launchers.codes() == [9, 9]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    """The folder of the data and of run "one": two steps on one rank."""
+    base = tmp_path_factory.mktemp("nodes")
+    make_data(base)
+    train_run(base, base / "one")
+    return base
+
+
+def same_as_one_rank(base: Path, run: Path) -> None:
+    ours, theirs = (rows(folder / "logs/metrics.jsonl") for folder in (run, base / "one"))
+    assert compare_rows(ours, theirs).size <= 1e-4
+
+
+def test_two_launchers_train(launchers, base):
+    """launch/torchrun.sh on two nodes that are both this machine: tensor-parallel between them."""
+    command = ("bash", "launch/torchrun.sh", *two_nodes(free_port()), "--local-addr", "127.0.0.1")
+    settings = arguments(base, base / "two", parallel__tensor=2, **VARIED)
+    for core in (0, 1):
+        launchers.node(core, *command, "train", *settings)
+    assert launchers.codes() == [0, 0]
+    same_as_one_rank(base, base / "two")
+
+
+def test_two_namespaces_train(launchers, base):
+    """Two nodes with network stacks, addresses and a link of their own."""
+    settings = arguments(base, base / "apart", parallel__tensor=2, **VARIED)
+    with two_namespaces() as nodes:
+        for core, node in enumerate(nodes):
+            options = (*two_nodes(29500, nodes[0].address), "--local-addr", node.address)
+            command = (*node.prefix, "bash", "launch/torchrun.sh", *options, "train", *settings)
+            launchers.node(core, *command, GLOO_SOCKET_IFNAME=node.interface)
+        assert launchers.codes() == [0, 0]
+    same_as_one_rank(base, base / "apart")
