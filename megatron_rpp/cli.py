@@ -121,7 +121,8 @@ def _add_program_options(parser: argparse.ArgumentParser) -> None:
         help="print the resolved settings as YAML, which --config reads back, and exit",
     )
     parser.add_argument(
-        "--dry-run", "--dry_run", action="store_true", help="build everything, run no step"
+        "--dry-run", "--dry_run", action="store_true",
+        help="check the cluster (train), build everything, run no step",  # fmt: skip
     )
     parser.add_argument(
         "--micro-batch-size",

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from megatron_rpp import checkpoint, cli, launching
+from megatron_rpp import checkpoint, cli, launching, preflight
 from megatron_rpp import run as runs
 from megatron_rpp.checkpoint_store import Unpublished
 from megatron_rpp.config import Config, check_world_size
@@ -41,6 +41,8 @@ def main(argv: list[str] | None = None) -> None:
     check_writable("logging.dir", config.logging.dir)
     inputs = load_inputs(config)
     groups.start(**config.parallel.sizes(), seed=config.seed)
+    if dry_run:
+        preflight.run(config, inputs.vocab_size, Console(groups.is_main()))
     train(config, inputs, dry_run)
     groups.stop()
 

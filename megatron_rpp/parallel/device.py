@@ -12,6 +12,7 @@ import os
 import resource
 import warnings
 
+import psutil
 import torch
 
 from megatron_rpp.parallel import cuda_on_cpu
@@ -95,6 +96,13 @@ def peak_flops_of(name: str) -> float | None:
 def peak_flops() -> float | None:
     """Dense bf16 FLOP/s of this rank's GPU; None on the CPU and on a GPU that is not known."""
     return None if ON_CPU else peak_flops_of(torch.cuda.get_device_name())
+
+
+def free_memory() -> int:
+    """Bytes that are free for the ranks of this host (CPU) or for this rank (its GPU)."""
+    if ON_CPU:
+        return psutil.virtual_memory().available
+    return torch.cuda.mem_get_info()[0]
 
 
 def has_transformer_engine() -> bool:

@@ -1,0 +1,31 @@
+"""Checks a cluster before a run: versions, devices, layout, memory, disk, directories, network.
+
+    bash launch/torchrun.sh ... train --dry-run --config FILE      (checks, then builds the models)
+    torchrun --nproc-per-node N tools/preflight.py --config FILE [--section.key value ...]
+
+with the options and settings of the run. A table and a verdict; exit code 0, or 2 where a check
+failed. It opens the data of the run too.
+"""
+
+from __future__ import annotations
+
+from megatron_rpp import cli, launching, preflight
+from megatron_rpp.config import check_world_size
+from megatron_rpp.console import Console
+from megatron_rpp.inputs import check_writable, load_inputs
+from megatron_rpp.parallel import groups
+
+
+def main() -> None:
+    config = cli.parse().config
+    check_world_size(config, groups.launched_world_size())
+    check_writable("checkpoint.dir", config.checkpoint.dir)
+    check_writable("logging.dir", config.logging.dir)
+    vocab_size = load_inputs(config).vocab_size
+    groups.start(**config.parallel.sizes(), seed=config.seed)
+    preflight.run(config, vocab_size, Console(groups.is_main()))
+    groups.stop()
+
+
+if __name__ == "__main__":
+    launching.run(main)
