@@ -3,4 +3,5 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash launch/install.sh requirements.txt requirements-dev.txt
+bash tests/launch/install_slurm.sh
 exec .venv/bin/python -m pytest "${@:-tests}"
