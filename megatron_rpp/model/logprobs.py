@@ -45,7 +45,7 @@ def _logits(hidden, weight, words: int, temperature: float) -> torch.Tensor:
 def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
     """total += left · right, in fp32 whatever the factors are in."""
     if left.dtype == total.dtype:
-        total.addmm_(left, right)
+        torch.addmm(total, left, right, out=total)
     else:
         total += (left @ right).float()
 

@@ -134,7 +134,7 @@ def on_every_rank(rank):
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    return run_ranks(on_every_rank, 2, tmp_path_factory.mktemp("ranks"), timeout=60.0)
+    return run_ranks(on_every_rank, 2, tmp_path_factory.mktemp("ranks"))
 
 
 def assert_close(found, expected, tolerance=Case.tolerance):

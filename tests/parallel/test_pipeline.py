@@ -45,10 +45,11 @@ def gradient_norm(layout):
 
     def loss(batch, hidden):
         logprobs, _ = scoring.token_logprobs(model, batch, hidden, 1.0)
-        return -logprobs.sum(), torch.tensor(len(logprobs), dtype=torch.int), None
+        total, count = -logprobs.sum(), torch.tensor(len(logprobs), dtype=torch.int)
+        return total, count, total.detach()
 
     batches = scoring.cut(model, buffer, list(range(len(buffer))), 16)
-    norm = update.optimizer_step(model, optimizer, scheduler, batches, loss)[0]
+    norm = update.optimizer_step(model, optimizer, scheduler, batches, loss).grad_norm
     groups.split_again()
     return norm
 
