@@ -1,11 +1,12 @@
-"""Supervised warm start: next-token loss on the label of each prompt, on any layout.
+"""Supervised fine-tuning: next-token loss on the assistant's turns, on any layout.
 
     torchrun --nproc-per-node N -m megatron_rpp.sft --config FILE [--section.key value ...]
 
-The response of a row is its label; the loss is the mean over the response tokens of the whole
-batch. The same models, micro-batches, evaluation and checkpoints as `train.py`.
+What is learned of a row is its label and, in a conversation, every turn of the assistant
+(data/supervised.py); the loss is the mean over those tokens of the whole batch. The same models,
+packed micro-batches, evaluation and checkpoints as `train.py`.
 
-Left out: `messages` data, checkpoints while it runs.
+Left out: resume of a warm start that was stopped.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ import torch.distributed as dist
 from megatron_rpp import checkpoint, cli, launching
 from megatron_rpp.config import Config, check_world_size
 from megatron_rpp.console import Console
+from megatron_rpp.data.chat import PromptFormat
 from megatron_rpp.data.prompts import Prompt, PromptSet
-from megatron_rpp.data.tokenizer import Tokenizer
+from megatron_rpp.data.supervised import lesson
 from megatron_rpp.inputs import Inputs, check_writable, load_inputs
 from megatron_rpp.lock import one_writer
 from megatron_rpp.parallel import device as devices
@@ -40,34 +42,43 @@ def main(argv: list[str] | None = None) -> None:
     check_world_size(config, groups.launched_world_size())
     check_writable("sft.dir", config.sft.dir)
     inputs = load_inputs(config)
-    check_labels(inputs.train, inputs.tokenizer, config.model.max_length)
+    check_labels(inputs.train, inputs.form, config.model.max_length)
     groups.start(**config.parallel.sizes(), seed=config.seed)
     finetune(config, inputs, dry_run)
     groups.stop()
 
 
-def check_labels(prompts: PromptSet, tokenizer: Tokenizer, context: int) -> None:
+def check_labels(prompts: PromptSet, form: PromptFormat, context: int) -> None:
     """Raises ValueError where a row has nothing to learn from, or more than fits."""
     for index, prompt in enumerate(prompts):
         if not prompt.example.label:
             raise ValueError(
-                f"{prompts.where(index)}: the row has no label, which is the response to learn: add "
-                f"it, or set data.label_key to the field that holds it"
+                f"{prompts.where(index)}: the row has no label, which is the response to learn: "
+                "add it, or set data.label_key to the field that holds it"
             )
-        tokens = len(prompt.tokens) + len(tokenizer.encode(prompt.example.label)) + 1
+        try:
+            learned = lesson(prompt, form)
+        except ValueError as error:
+            raise ValueError(f"{prompts.where(index)}: {error}") from error
+        tokens = len(learned.prompt) + len(learned.response)
         if tokens > context:
             raise ValueError(
-                f"{prompts.where(index)}: prompt and label have {tokens} tokens, model.max_length is "
-                f"{context}: raise it, or remove the row"
+                f"{prompts.where(index)}: prompt and label have {tokens} tokens, model.max_length "
+                f"is {context}: raise it, or remove the row"
             )
 
 
-def batch_of(prompts: list[Prompt], tokenizer: Tokenizer) -> RolloutBuffer:
-    """The prompts with their labels (and end-of-sequence) as responses."""
-    requests = [Request(prompt.tokens, index) for index, prompt in enumerate(prompts)]
-    responses = [[*tokenizer.encode(p.example.label), tokenizer.eos_id] for p in prompts]
-    generations = [Generation(tokens, [0.0] * len(tokens), False) for tokens in responses]
-    return from_generations(prompts, requests, generations, samples_per_prompt=1)
+def batch_of(prompts: list[Prompt], form: PromptFormat) -> RolloutBuffer:
+    """The prompts with what is learned of them as responses; the mask leaves out the rest."""
+    lessons = [lesson(prompt, form) for prompt in prompts]
+    requests = [Request(part.prompt, index) for index, part in enumerate(lessons)]
+    generations = [
+        Generation(part.response, [0.0] * len(part.response), False) for part in lessons
+    ]
+    buffer = from_generations(prompts, requests, generations, samples_per_prompt=1)
+    learned = [mark for part in lessons for mark in part.learned]
+    buffer.mask = torch.tensor(learned, dtype=torch.bool)
+    return buffer
 
 
 def finetune(config: Config, inputs: Inputs, dry_run: bool = False) -> None:
@@ -112,12 +123,13 @@ def _step(config: Config, inputs: Inputs, policy: Policy, state: RunState) -> di
     size = config.sft.batch_size
     rows = inputs.train.order(state.prompts_seen, size, config.seed)
     own = [inputs.train[rows[i]] for i in shard(size, groups.data_rank(), groups.data_size())]
-    buffer = batch_of(own, inputs.tokenizer)
+    buffer = batch_of(own, inputs.form)
 
     def loss(batch: MicroBatch, hidden: torch.Tensor):
         logprobs, _ = scoring.token_logprobs(policy.model, batch, hidden, temperature=1.0)
-        total = -logprobs.sum()
-        count = torch.tensor(len(logprobs), dtype=torch.int, device=total.device)
+        mask = buffer.mask[batch.column].to(logprobs.device)
+        total = -torch.where(mask, logprobs, 0.0).sum()
+        count = mask.sum().int()
         return total, count, torch.stack([total.detach().double(), count.double()])
 
     budget = config.train.max_tokens_per_microbatch

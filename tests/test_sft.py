@@ -11,6 +11,8 @@ import pytest
 from megatron_rpp import sft, train
 from megatron_rpp.inputs import load_inputs
 from megatron_rpp.policy import build_policy
+from megatron_rpp.stages import scoring
+from tests.data.hf_tokenizers import make_chatml
 from tests.distributed import run_ranks
 from tests.small_run import arguments, config_of, make_data
 from tests.whole_runs import (
@@ -158,3 +160,41 @@ def test_a_row_that_cannot_be_learned_is_refused(base, tmp_path, kind):
         run_program(sft.main, arguments(base, tmp_path, **SETTINGS, data__train=path))
     assert str(path) in str(refused.value)
     assert not (tmp_path / "sft/metrics.jsonl").exists()
+
+
+CHATS = [
+    [
+        {"role": "user", "content": f"What is {a} + {b}?"},
+        {"role": "assistant", "content": f"Let me see, {a + b}."},
+        {"role": "user", "content": "Sure?"},
+        {"role": "assistant", "content": f"The answer is {a + b}."},
+    ]
+    for a in range(3)
+    for b in range(3)
+]
+
+
+def test_the_loss_is_the_mean_over_the_assistants_turns(base, tmp_path):
+    """Its oracle scores the whole conversations in another way: as rollouts, before the step."""
+    path = tmp_path / "chats.jsonl"
+    path.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in CHATS))
+    settings = SETTINGS | {
+        "data__train": path, "data__eval": path, "data__prompt_key": "messages",
+        "data__tokenizer": make_chatml(tmp_path / "chatml"), "model__max_length": 256,
+        "sft__steps": 1, "sft__batch_size": len(CHATS), "train__max_tokens_per_microbatch": 512,
+        "model__init_std": 0.2,
+    }  # fmt: skip
+    config = config_of(base, tmp_path, **settings)
+    inputs = load_inputs(config)
+    with layout(config):
+        policy = build_policy(config, config.sft.optimizer, inputs.vocab_size)
+        buffer = sft.batch_of(list(inputs.train), inputs.form)
+        logprobs = scoring.response_logprobs(policy.model, buffer, 512, 1.0)
+        expected = -float(logprobs[buffer.mask].double().mean())
+        everything = -float(logprobs.double().mean())
+    assert 0 < int((~buffer.mask).sum()) < int(buffer.mask.sum())
+    with layout(config):
+        sft.finetune(config, inputs)
+    (row,) = rows(tmp_path / "sft/metrics.jsonl")
+    assert row["sft/loss"] == pytest.approx(expected, rel=1e-6)
+    assert abs(everything - expected) > 1e-4 * expected, "the mask makes no difference here"

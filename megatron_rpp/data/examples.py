@@ -2,7 +2,9 @@
 
 A row is ``{"prompt": ..., "label": ..., "metadata": {...}}``. The prompt is a text or a list of
 messages; keys may be dotted paths (``reward_model.ground_truth``), so the layouts of verl and
-OpenRLHF load as they are. Without a field ``metadata``, the row's other fields are the metadata.
+OpenRLHF load as they are. A turn of the assistant that closes a conversation is no part of the
+prompt; it is the label where the row has no other. Without a field ``metadata``, the row's other
+fields are the metadata.
 """
 
 from __future__ import annotations
@@ -66,10 +68,15 @@ def _example(row: Row, where: str, prompt_key: str, label_key: str) -> Example:
             "field that holds the prompt"
         )
     messages = _messages(prompt, f"{where}: {prompt_key!r}")
+    label = _label(_field(row, label_key), where, label_key)
+    if len(messages) > 1 and messages[-1]["role"] == "assistant":
+        closing = messages[-1].get("content")
+        label = closing if label is None and isinstance(closing, str) else label
+        messages = messages[:-1]
     text = last_user_text(messages) if messages else prompt
     return Example(
         text,
-        _label(_field(row, label_key), where, label_key),
+        label,
         _metadata(row, where, {prompt_key, label_key}),
         messages,
     )

@@ -1,0 +1,66 @@
+"""What supervised fine-tuning learns of an example: every turn of the assistant, and nothing else.
+
+The last turn is the label, or what closes the conversation. The turns before it stand in the
+prompt; each is learned up to its end-of-sequence. Left out: templates that rewrite earlier turns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_rpp.data.chat import PromptFormat
+from megatron_rpp.data.prompts import Prompt
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """A sequence to learn: nothing of ``prompt``, and of ``response`` what ``learned`` marks."""
+
+    prompt: tuple[int, ...]
+    response: list[int]
+    learned: list[bool]
+
+
+def lesson(prompt: Prompt, form: PromptFormat) -> Lesson:
+    """The tokens of an example that has a label.
+
+    Raises:
+        ValueError: the chat template writes earlier turns differently once others follow.
+    """
+    tokenizer = form.tokenizer
+    last = [*tokenizer.encode(prompt.example.label), tokenizer.eos_id]
+    tokens, learned = _earlier_turns(prompt, form)
+    start = learned.index(True) if any(learned) else len(tokens)
+    marks = learned[start:] + [True] * len(last)
+    return Lesson(tuple(tokens[:start]), tokens[start:] + last, marks)
+
+
+def _earlier_turns(prompt: Prompt, form: PromptFormat) -> tuple[list[int], list[bool]]:
+    """The tokens of the prompt, and which of them belong to turns of the assistant."""
+    messages = form.with_system(prompt.example.messages) if prompt.example.messages else []
+    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    if not turns:
+        return list(prompt.tokens), [False] * len(prompt.tokens)
+    cuts = [""]
+    for turn in turns:
+        cuts.append(form.tokenizer.render(messages[:turn], generation_prompt=True))
+        cuts.append(form.tokenizer.render(messages[: turn + 1], generation_prompt=False))
+    cuts.append(form.tokenizer.render(messages, generation_prompt=True))
+    tokens, learned = [], []
+    for number, (before, after) in enumerate(zip(cuts, cuts[1:])):
+        if not after.startswith(before):
+            raise ValueError(
+                "the chat template writes earlier turns differently once others follow, so that "
+                "they cannot be learned: split the conversation into one row for each answer"
+            )
+        part = form.tokenizer.encode(after[len(before) :])
+        tokens += part
+        learned += _until_end(part, form) if number % 2 else [False] * len(part)
+    return tokens, learned
+
+
+def _until_end(part: list[int], form: PromptFormat) -> list[bool]:
+    """True up to the last end-of-sequence; what a template writes behind it is not learned."""
+    ends = [i for i, token in enumerate(part) if token in form.tokenizer.eos_ids]
+    length = ends[-1] + 1 if ends else len(part)
+    return [i < length for i in range(len(part))]
