@@ -26,6 +26,7 @@ import jsonargparse
 from megatron_rpp.cli_aliases import aliases_of, list_aliases
 from megatron_rpp.cli_yaml import dump_yaml, read_yaml
 from megatron_rpp.config import Config
+from megatron_rpp.hf.adoption import adopt
 
 
 class Arguments(NamedTuple):
@@ -73,7 +74,9 @@ def _parse(argv: list[str], program: str) -> tuple[Arguments, bool]:
     values = _converted("", parser.parse_args, words, values)
     if options.micro_batch_size is not None:
         _set_microbatch(values, options.micro_batch_size, words)
-    config = _build(Config, values.as_dict())
+    settings = values.as_dict()
+    adopt(settings, Config().model)
+    config = _build(Config, settings)
     return Arguments(config, options.dry_run), options.print_config
 
 

@@ -154,6 +154,8 @@ class CheckpointConfig:
     keep_best: bool = False
     """Keep the checkpoint of the highest held-out accuracy too (of those saved after an evaluation)
     and name it in best_checkpointed_iteration.txt."""
+    export_hf: str | None = None
+    """Directory that the final policy is written to as a Hugging Face model; null = none."""
 
     def __post_init__(self) -> None:
         check_filled("checkpoint", self, "dir")

@@ -34,7 +34,8 @@ class DataConfig:
     """Directory of what is known of the data files between runs; null = megatron_rpp in Hugging
     Face's cache."""
     tokenizer: str = ""
-    """SentencePiece .model file, or directory of a Hugging Face tokenizer."""
+    """SentencePiece .model file, or directory of a Hugging Face tokenizer; empty = the one that came
+    with the weights of model.hf_path or model.init_path."""
     trust_remote_code: bool = False
     """Run the Python code that a tokenizer's directory brings along."""
     chat_template: str | None = None

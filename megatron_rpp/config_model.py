@@ -92,7 +92,10 @@ class ModelConfig:
     """Arithmetic of forward and backward; the optimizer always keeps fp32 master weights."""
     init_path: str | None = None
     """Megatron checkpoint directory whose weights policy and reference start from; null = random
-    weights from the seed."""
+    weights from the seed. A converted one brings the settings above that are left at their
+    defaults, and the tokenizer."""
+    hf_path: str | None = None
+    """The same from a Hugging Face model directory (safetensors)."""
 
     def __post_init__(self) -> None:
         check_range("model", self, "layers hidden ffn_hidden heads kv_heads vocab_size", at_least=1)
@@ -107,6 +110,11 @@ class ModelConfig:
             raise ValueError(
                 f"model.head_dim (model.hidden / model.heads where it is null) must be even, got "
                 f"{head_dim}: rotary positions turn pairs of channels"
+            )
+        if self.hf_path is not None and self.init_path is not None:
+            raise ValueError(
+                f"model.hf_path {self.hf_path} and model.init_path {self.init_path} are both set: "
+                f"the weights come from one of them"
             )
         if self.kv_heads is not None:
             check_divides("model.heads", self.heads, "model.kv_heads", self.kv_heads)

@@ -9,6 +9,7 @@ import torch
 from megatron_rpp import checkpoint
 from megatron_rpp.config import Config, OptimizerConfig
 from megatron_rpp.model import build
+from megatron_rpp.model.hf_weights import load_hf
 from megatron_rpp.model.optimizer import build_optimizer
 from megatron_rpp.model.reference import OffloadedReference, Reference, ResidentReference
 
@@ -23,10 +24,12 @@ class Policy:
 
 
 def build_policy(config: Config, optimizer: OptimizerConfig, vocab_size: int) -> Policy:
-    """A policy with the weights of model.init_path, or random ones from the seed."""
+    """A policy with the weights of model.init_path or model.hf_path, else random ones."""
     stage = build.build_model(config.model, config.parallel, vocab_size, config.seed)
     if config.model.init_path is not None:
         checkpoint.load_weights(stage, config.model.init_path)
+    if config.model.hf_path is not None:
+        load_hf(stage, config.model.hf_path)
     model = build.wrap_for_training(stage, optimizer.distributed)
     return Policy(model, *build_optimizer(model, optimizer, config.model.dtype == "bf16"))
 

@@ -16,7 +16,7 @@ import time
 import torch
 import torch.distributed as dist
 
-from megatron_rpp import checkpoint, cli, launching
+from megatron_rpp import checkpoint, cli, export, launching
 from megatron_rpp.config import Config, check_world_size
 from megatron_rpp.console import Console
 from megatron_rpp.data.chat import PromptFormat
@@ -41,6 +41,7 @@ def main(argv: list[str] | None = None) -> None:
     config, dry_run = cli.parse(argv, program="sft")
     check_world_size(config, groups.launched_world_size())
     check_writable("sft.dir", config.sft.dir)
+    export.check_export(config, config.sft.dir)
     inputs = load_inputs(config)
     check_labels(inputs.train, inputs.form, config.model.max_length)
     groups.start(**config.parallel.sizes(), seed=config.seed)
@@ -96,6 +97,7 @@ def _finetune(config: Config, inputs: Inputs, console: Console, dry_run: bool) -
     if dry_run or finished is not None:
         console.say("dry run: nothing was trained" if dry_run else f"finished before: {finished}")
         return
+    export.keep_side_files(config, settings.dir)
     run = assemble(config, inputs, console, policy, None, settings.dir)
     log, state = run.log, run.state
     log.start(steps_done=0)
@@ -112,6 +114,7 @@ def _finetune(config: Config, inputs: Inputs, console: Console, dry_run: bool) -
         settings.dir, policy.model, policy.optimizer, policy.scheduler, state, keep=1
     )
     console.say(f"checkpoint: {path}")
+    export.export_policy(config, settings.dir)
 
 
 def _step(config: Config, inputs: Inputs, policy: Policy, state: RunState) -> dict[str, float]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from megatron_rpp import checkpoint, cli, launching, preflight
+from megatron_rpp import checkpoint, cli, export, launching, preflight
 from megatron_rpp import run as runs
 from megatron_rpp.checkpoint_store import Unpublished
 from megatron_rpp.config import Config, check_world_size
@@ -39,6 +39,7 @@ def main(argv: list[str] | None = None) -> None:
     check_world_size(config, groups.launched_world_size())
     check_writable("checkpoint.dir", config.checkpoint.dir)
     check_writable("logging.dir", config.logging.dir)
+    export.check_export(config, config.checkpoint.dir)
     inputs = load_inputs(config)
     groups.start(**config.parallel.sizes(), seed=config.seed)
     if dry_run:
@@ -56,11 +57,14 @@ def train(config: Config, inputs: Inputs, dry_run: bool = False) -> None:
         _announce(run)
         if dry_run:
             console.say("dry run: everything is built and nothing was trained")
-        elif _finished(run):
+            return
+        export.keep_side_files(config, config.checkpoint.dir)
+        if _finished(run):
             step = run.state.step
             console.say(f"finished before, at step {step}: raise train.steps to go on")
         else:
             _loop(run)
+        export.export_policy(config, config.checkpoint.dir)
 
 
 def _finished(run: Run) -> bool:

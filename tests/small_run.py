@@ -25,7 +25,8 @@ def make_data(folder: Path) -> None:
 
 
 def arguments(data: Path, run: Path, **settings) -> list[str]:
-    """Command line of a run in `run` over the data of `make_data`; settings use __ for dots."""
+    """Command line of a run in `run` over the data of `make_data`; settings use __ for dots, None
+    leaves one at its default."""
     values = {
         "data__train": data / "train.jsonl",
         "data__eval": data / "eval.jsonl",
@@ -51,7 +52,8 @@ def arguments(data: Path, run: Path, **settings) -> list[str]:
         "evaluation__interval": 0,
         "algorithm__kl_coef": 0.05,
     } | settings
-    return [f"--{name.replace('__', '.')}={value}" for name, value in values.items()]
+    given = {name: value for name, value in values.items() if value is not None}
+    return [f"--{name.replace('__', '.')}={value}" for name, value in given.items()]
 
 
 def config_of(data: Path, run: Path, **settings):

@@ -17,15 +17,22 @@ from typing import Any
 import torch
 
 from megatron_rpp.hf import dist_checkpoint, safetensors_out
+from megatron_rpp.hf.adoption import HF_FOLDER, side_folder
 from megatron_rpp.hf.architecture import CONFIG, config_json, family_of, read_architecture, read_json
 from megatron_rpp.hf.dist_checkpoint import Checkpoint, Entry, Place, place_of
 from megatron_rpp.hf.families import EMBEDDING, OUTPUT, Row, check_tensors, rows_of
-from megatron_rpp.hf.output import appearing, check_output, copy_side_files, rank, ranks
+from megatron_rpp.hf.output import (
+    appearing,
+    appearing_for_all,
+    check_output,
+    copy_side_files,
+    rank,
+    ranks,
+)
 from megatron_rpp.hf.safetensors_in import Weights
 
 POINTER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
-HF_FOLDER = "hf"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Progress = Callable[[int], None]
 
@@ -91,7 +98,7 @@ def to_megatron(
     check_output(output, [source.directory], POINTER, overwrite)
     entries = [source.entry(row, progress) for row in source.rows[rank() :: ranks()]]
     common = {"architecture": source.settings, "iteration": 0, "checkpoint_version": 3.0}
-    with appearing(output) as partial:
+    with appearing_for_all(output) as partial:
         dist_checkpoint.write(partial / RELEASE, entries, common)
         if rank() == 0:
             copy_side_files(source.directory, partial / HF_FOLDER)
@@ -117,8 +124,7 @@ class MegatronModel:
         """
         folder = newest(Path(path))
         checkpoint = Checkpoint(folder)
-        sides = [parent / HF_FOLDER for parent in (folder, folder.parent)]
-        side = next((s for s in sides if (s / CONFIG).is_file()), None)
+        side = side_folder(folder)
         recorded = checkpoint.common().get("architecture")
         if side is not None:
             source = read_architecture(side)

@@ -45,33 +45,36 @@ def ranks() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def _barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()
-
-
 @contextlib.contextmanager
 def appearing(output: Path) -> Iterator[Path]:
     """A temporary directory next to `output` that takes its place when the block ends well.
 
-    What was at `output` is removed only then; after an error nothing has changed. Collective where
-    there is a process group: every rank writes into the one directory.
+    What was at `output` is removed only then; after an error nothing has changed.
     """
     output = output.absolute()
     partial = output.with_name(f".{output.name}.partial")
-    if rank() == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    _barrier()
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
     try:
         yield partial
-        _barrier()
-        if rank() == 0:
-            _exchange(partial, output)
+        _exchange(partial, output)
     finally:
-        if rank() == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-    _barrier()
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def appearing_for_all(output: Path) -> Iterator[Path]:
+    """The same, one directory for the ranks of the process group, if there is one. Collective."""
+    if ranks() == 1:
+        with appearing(output) as partial:
+            yield partial
+        return
+    with contextlib.ExitStack() as main:
+        partial = [main.enter_context(appearing(output)) if rank() == 0 else None]
+        dist.broadcast_object_list(partial)
+        yield partial[0]
+        dist.barrier()
+    dist.barrier()
 
 
 def _exchange(partial: Path, output: Path) -> None:
