@@ -15,8 +15,8 @@ from megatron_rpp.config import Config, ParallelConfig
 from megatron_rpp.config_model import ModelConfig, padded_vocab_size
 
 FP32, BF16 = 4, 2
-LOGITS_AT_ONCE = 3 * 2**24 * FP32
-"""Logits, probabilities and gradient of one chunk (model/logprobs.py)."""
+LOGITS_AT_ONCE = 3 * 2**26 * FP32
+"""Logits, probabilities and gradient of one chunk on a GPU (model/logprobs.py); a CPU's is smaller."""
 
 
 @dataclass(frozen=True)
