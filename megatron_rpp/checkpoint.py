@@ -4,7 +4,7 @@ is no random state to keep (seeds.py: every random number is a function of its p
 
 Which one of a directory is in force, and how one gets there unharmed: checkpoint_store.py.
 
-Left out: asynchronous saves, the rollout buffer of a step under way.
+Left out: asynchronous saves.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import queue
 import shutil
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any, Callable
 
 import torch
 import torch.distributed as dist
@@ -115,7 +116,7 @@ def _whole_state(model, optimizer, scheduler, loading: bool) -> dict:
 
 
 def _allocate_moments(optimizer) -> None:
-    """Gives Adam its state, which Megatron reads before it loads it.
+    """Gives Adam its state, which Megatron reads before it loads or saves it.
 
     Megatron's fused Adam has one from the start, torch's makes it in its first step.
     """
@@ -184,16 +185,23 @@ def write(
     optimizer,
     scheduler,
     state: RunState,
-    accuracy: float | None = None,
+    notes: dict[str, Any],
+    suffix: str = "",
+    fill: Callable[[Path], dict[str, Any]] = lambda directory: {},
 ) -> checkpoint_store.Unpublished:
     """Writes and seals a checkpoint of `state`, to be put in force by `publish`. Collective.
 
-    accuracy: held-out accuracy of these weights, where they were evaluated.
+    Args:
+        notes: JSON values for the manifest; "accuracy": held-out accuracy of these weights, where
+            they were evaluated.
+        suffix: of its name, where it is not of the end of a step.
+        fill: writes more into the directory (collective), and returns more notes.
 
     Raises SaveFailed where the file system does not take it; the one in force stays.
     """
     directory = Path(settings.dir)
-    name = f"iter_{state.step:07d}"
+    name = f"iter_{state.step:07d}{suffix}"
+    _allocate_moments(optimizer)  # there are none yet before the first update
     content = _whole_state(model, optimizer, scheduler, False)
     content |= {"run": asdict(state), "architecture": chunks(model)[0].architecture}
     temporary = None
@@ -202,8 +210,9 @@ def write(
         temporary = checkpoint_store.begin(directory, name)
         phases.enter("save: write")
         _write_here(content, temporary)
+        notes = notes | fill(temporary)
         phases.enter("save: seal")
-        sealing.seal(temporary, {"step": state.step, "accuracy": accuracy})
+        sealing.seal(temporary, {"step": state.step} | notes)
     except (OSError, RuntimeError, CheckpointException) as error:
         if temporary is not None and groups.is_main():
             shutil.rmtree(temporary, ignore_errors=True)  # it may be what fills the disk
@@ -222,7 +231,7 @@ def save(
 ) -> Path:
     """Writes a checkpoint of `state.step` and drops all but the newest `keep`; collective."""
     settings = CheckpointConfig(dir=str(directory), keep=keep)
-    return write(settings, model, optimizer, scheduler, state).publish()
+    return write(settings, model, optimizer, scheduler, state, {}).publish()
 
 
 def _write_here(content: dict, directory: Path) -> None:

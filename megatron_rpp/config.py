@@ -131,8 +131,12 @@ class TrainConfig:
     NaN or infinite."""
     stop_accuracy: float | None = None
     """Stop when the held-out accuracy reaches this share; null = never."""
+    exit_duration_minutes: float | None = None
+    """Save and end with exit code 75 at the first safe point this long after the start, for a job
+    with a time limit; null = never."""
 
     def __post_init__(self) -> None:
+        check_range("train", self, "exit_duration_minutes", at_least=0)
         counts = "steps minibatches epochs max_tokens_per_microbatch max_skipped_updates"
         check_range("train", self, counts, at_least=1)
         check_range("train", self, "stop_accuracy", above=0, at_most=1)
@@ -156,6 +160,9 @@ class CheckpointConfig:
     and name it in best_checkpointed_iteration.txt."""
     export_hf: str | None = None
     """Directory that the final policy is written to as a Hugging Face model; null = none."""
+    save_rollouts: bool = False
+    """Keep finished rollouts and their scores on disk until a checkpoint has their step behind it,
+    so that a kill does not cost the time to generate them again."""
 
     def __post_init__(self) -> None:
         check_filled("checkpoint", self, "dir")

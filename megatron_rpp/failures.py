@@ -3,7 +3,8 @@
     0   done
     1   failed: a rank raised (its traceback), or a RunFailure (its message) on every rank
     2   refused: the user's mistake, one line, before any expensive work
-    75  preempted: told to stop by a signal, and the same command goes on; see torchrun.py
+    75  preempted: told to stop (SIGTERM, SIGUSR1, train.exit_duration_minutes) and saved; the same
+        command goes on
 """
 
 from __future__ import annotations
@@ -12,4 +13,6 @@ DONE, FAILED, REFUSED, PREEMPTED = 0, 1, 2, 75
 
 
 class RunFailure(RuntimeError):
-    """Ends the run, alike on every rank, with a message that needs no traceback: exit code 1."""
+    """Ends the run, alike on every rank, with a message that needs no traceback."""
+
+    exit_code = FAILED

@@ -12,7 +12,7 @@ from typing import Callable
 
 import torch.distributed as dist
 
-from megatron_rpp.failures import FAILED, REFUSED, RunFailure
+from megatron_rpp.failures import FAILED, PREEMPTED, REFUSED, RunFailure
 
 _PACKAGE = str(Path(__file__).parent)
 
@@ -26,12 +26,12 @@ def _is_refusal(error: Exception) -> bool:
     return isinstance(error, ValueError) and origin.startswith(_PACKAGE)
 
 
-def _print_error(text: str) -> None:
+def _print_once(text: str) -> None:
     """Once per node: the ranks of a node meet the same mistake at the same time."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         nodes = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
         where = f"[{socket.gethostname()}] " if nodes > 1 else ""
-        print(f"{where}error: {text}", file=sys.stderr, flush=True)
+        print(f"{where}{text}", file=sys.stderr, flush=True)
 
 
 def _leave(code: int) -> None:
@@ -48,9 +48,13 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except Exception as error:
-        if _is_refusal(error) or isinstance(error, RunFailure):
-            _print_error(str(error))
-            _leave(REFUSED if isinstance(error, ValueError) else FAILED)
+        if isinstance(error, RunFailure):
+            word = "stopped" if error.exit_code == PREEMPTED else "error"
+            _print_once(f"{word}: {error}")
+            _leave(error.exit_code)
+        if _is_refusal(error):
+            _print_once(f"error: {error}")
+            _leave(REFUSED)
         rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
         # One write, so that the tracebacks of several ranks do not run into each other.
         print(f"rank {rank} of {world} failed:\n{traceback.format_exc()}", file=sys.stderr)

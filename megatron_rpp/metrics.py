@@ -163,17 +163,16 @@ class MetricsLog:
         self.evaluations = self.directory / "evaluations.jsonl"
         self.writer = None
 
-    def start(self, steps_done: int) -> None:
-        """Opens the files. A resumed run continues them after `steps_done`; later rows are dropped.
-
-        With no step done they start anew: the evaluation of step 0 is about to come again.
+    def start(self, steps_done: int, begun: bool) -> None:
+        """Opens the files. A run that has `begun` continues them after `steps_done`; later rows are
+        dropped. Otherwise they start anew: the evaluation of step 0 is about to come again.
         """
         if not groups.is_main():
             return
         for path in (self.rows, self.evaluations):
-            kept = [row for row in read_rows(path) if 0 < steps_done >= row["step"]]
+            kept = [row for row in read_rows(path) if begun and row["step"] <= steps_done]
             write_atomic(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
-        purged = steps_done + 1 if steps_done else 0
+        purged = steps_done + 1 if begun else 0
         self.writer = SummaryWriter(str(self.directory), purge_step=purged)
 
     def step(self, step: int, row: dict[str, float]) -> None:

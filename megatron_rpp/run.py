@@ -6,16 +6,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Callable, Iterator
 
+from megatron_rpp import phases
 from megatron_rpp.config import Config
 from megatron_rpp.console import Console
 from megatron_rpp.inputs import Inputs
-from megatron_rpp.metrics import MetricsLog, StageTimes, evaluation_row
+from megatron_rpp.metrics import MetricsLog, evaluation_row
 from megatron_rpp.model.reference import Reference
 from megatron_rpp.parallel import groups
 from megatron_rpp.policy import Policy, build_policy, build_reference
 from megatron_rpp.rollout.engine import MegatronEngine, RolloutEngine
 from megatron_rpp.run_state import RunState
 from megatron_rpp.stages.evaluation import evaluate
+from megatron_rpp.stop import Stop
+from megatron_rpp.underway import Underway
 
 
 @dataclass
@@ -30,15 +33,30 @@ class Run:
     engine: RolloutEngine
     console: Console
     log: MetricsLog
+    stop: Stop = field(default_factory=Stop)
+    """Whether the run was told to end early."""
     state: RunState = field(default_factory=RunState)
+    underway: Underway = field(default_factory=Underway)
+    """What is done of the step after `state`."""
+    saved_as: str | None = None
+    """The checkpoint of checkpoint.dir that holds `state`; None where none does."""
+
+    @property
+    def begun(self) -> bool:
+        """Whether anything of its first step is done and saved."""
+        return self.state.step > 0 or self.underway.buffer is not None
+
+    @property
+    def finished(self) -> bool:
+        train = self.config.train
+        return self.state.step >= train.steps or self.state.reached(train.stop_accuracy)
 
     @contextmanager
-    def stage(
-        self, times: StageTimes, name: str, total: int | None = None
-    ) -> Iterator[Callable[[int], None]]:
+    def stage(self, name: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
         """Times a stage of the step under way and shows a bar; yields what advances the bar."""
+        phases.enter(name)
         title = f"step {self.state.step + 1}/{self.config.train.steps} {name}"
-        with times.measure(name), self.console.stage(title, total) as progress:
+        with self.underway.times.measure(name), self.console.stage(title, total) as progress:
             yield progress
 
 
@@ -68,6 +86,7 @@ def evaluate_held_out(run: Run) -> dict[str, float]:
     Its accuracy is kept in `run.state`.
     """
     inputs, state = run.inputs, run.state
+    phases.enter("evaluation")
     with run.console.stage("evaluation"):
         result = evaluate(
             run.engine, inputs.held_out, inputs.rewards, inputs.tokenizer, inputs.greedy,

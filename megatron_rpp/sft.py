@@ -100,7 +100,7 @@ def _finetune(config: Config, inputs: Inputs, console: Console, dry_run: bool) -
     export.keep_side_files(config, settings.dir)
     run = assemble(config, inputs, console, policy, None, settings.dir)
     log, state = run.log, run.state
-    log.start(steps_done=0)
+    log.start(steps_done=0, begun=False)
     with console.stage("supervised steps", settings.steps) as progress:
         while state.step < settings.steps and not state.reached(settings.stop_accuracy):
             row = _step(config, inputs, policy, state)

@@ -6,29 +6,32 @@ Every rank runs this program. A data-parallel replica (its tensor × pipeline ×
 and keeps its own shard of the rollout buffer; normalisations and losses are reductions over the
 data-parallel group.
 
-Left out: asynchronous rollouts, replay, resume inside a step.
+A step that was interrupted goes on where it was saved: each stage is skipped that is done.
+
+Left out: asynchronous rollouts, replay.
 """
 
 from __future__ import annotations
 
 from functools import partial
 
-from megatron_rpp import checkpoint, cli, export, launching, preflight
+from megatron_rpp import cli, export, launching, preflight, saving
 from megatron_rpp import run as runs
-from megatron_rpp.checkpoint_store import Unpublished
 from megatron_rpp.config import Config, check_world_size
 from megatron_rpp.console import Console
 from megatron_rpp.inputs import Inputs, check_writable, load_inputs
 from megatron_rpp.lock import one_writer
-from megatron_rpp.metrics import StageTimes, step_metrics
+from megatron_rpp.metrics import step_metrics
 from megatron_rpp.model.build import parameter_count
 from megatron_rpp.model.flops import step_flops
 from megatron_rpp.parallel import groups
 from megatron_rpp.parallel.device import describe
 from megatron_rpp.rollout.buffer import RolloutBuffer
 from megatron_rpp.run import Run, evaluate_held_out
-from megatron_rpp.run_state import RunState, due
+from megatron_rpp.run_state import due
 from megatron_rpp.stages import advantage, kl_control, reward, rollout, scoring, update
+from megatron_rpp.stop import Stop
+from megatron_rpp.underway import Underway
 
 SHOWN = ("reward/mean", "kl/k1", "policy/entropy", "policy/clip_fraction", "policy/grad_norm",
          "response/length_mean", "throughput/tokens_per_second", "time/step")  # fmt: skip
@@ -51,15 +54,17 @@ def main(argv: list[str] | None = None) -> None:
 def train(config: Config, inputs: Inputs, dry_run: bool = False) -> None:
     """Trains to config.train.steps, or to the accuracy at which to stop. Collective."""
     console = Console(groups.is_main())
-    with one_writer([config.checkpoint.dir, config.logging.dir], console.say):
+    stop = Stop(config.train.exit_duration_minutes)
+    with one_writer([config.checkpoint.dir, config.logging.dir], console.say), stop.listening():
         run = runs.build(config, inputs, console)
-        run.state = _resume(run)
+        run.stop = stop
+        saving.resume(run)
         _announce(run)
         if dry_run:
             console.say("dry run: everything is built and nothing was trained")
             return
         export.keep_side_files(config, config.checkpoint.dir)
-        if _finished(run):
+        if run.finished:
             step = run.state.step
             console.say(f"finished before, at step {step}: raise train.steps to go on")
         else:
@@ -67,19 +72,16 @@ def train(config: Config, inputs: Inputs, dry_run: bool = False) -> None:
         export.export_policy(config, config.checkpoint.dir)
 
 
-def _finished(run: Run) -> bool:
-    target = run.config.train.stop_accuracy
-    return run.state.step >= run.config.train.steps or run.state.reached(target)
-
-
 def _loop(run: Run) -> None:
     config, console, log, state = run.config, run.console, run.log, run.state
-    log.start(state.step)
-    if state.step == 0:
+    log.start(state.step, run.begun)
+    if not run.begun:
         evaluate_held_out(run)
-    while not _finished(run):
+    while not run.finished:
+        saving.pause(run)
         row, buffer = rl_step(run)
         log.histograms(state.step + 1, buffer)
+        run.saved_as = None
         state.step += 1
         state.prompts_seen += config.rollout.prompts_per_step
         state.kl_factor = kl_control.next_factor(
@@ -87,12 +89,12 @@ def _loop(run: Run) -> None:
         )
         if state.step == config.train.steps or due(state.step, config.evaluation.interval):
             row |= evaluate_held_out(run)
-        checkpoint_of_step, row["time/checkpoint"] = _write_if_due(run, row)
+        checkpoint_of_step, row["time/checkpoint"] = saving.write_if_due(run, row)
         # The row before the checkpoint is in force: a kill between them repeats the step, row and
         # all, while the other order would lose the row.
         log.step(state.step, row)
         if checkpoint_of_step is not None:
-            checkpoint_of_step.publish()
+            saving.publish(run, checkpoint_of_step)
         console.row({"step": str(state.step)} | {t: f"{row[t]:.4g}" for t in SHOWN if t in row})
     log.close()
     if state.step:
@@ -105,65 +107,60 @@ def _loop(run: Run) -> None:
 def rl_step(run: Run) -> tuple[dict[str, float], RolloutBuffer]:
     """One step of REINFORCE++: rollout, reward, score, advantage, update. Collective.
 
-    Returns its row of metrics (the same on every rank) and this replica's shard of the rollouts.
+    Goes on where `run.underway` stands. Returns the step's row of metrics (the same on every rank)
+    and this replica's shard of the rollouts.
     """
-    config, inputs, policy, step = run.config, run.inputs, run.policy, run.state.step
-    times, temperature = StageTimes(), config.rollout.temperature
-    budget, count = config.train.max_tokens_per_microbatch, config.rollout.prompts_per_step
-    algorithm = kl_control.scaled(config.algorithm, run.state.kl_factor)
-    with run.stage(times, "rollout", runs.own_samples(config)) as progress:
-        buffer = rollout.collect(
-            run.engine, inputs.train, inputs.sampling, count, config.rollout.samples_per_prompt,
-            groups.data_rank(), groups.data_size(), config.seed, step, run.state.prompts_seen,
-            progress,
-        )  # fmt: skip
-    with run.stage(times, "reward"):
-        scores = reward.score(buffer, inputs.rewards, inputs.tokenizer)
-    with run.stage(times, "score"):
-        logprobs = partial(
-            scoring.response_logprobs, buffer=buffer, max_tokens=budget, temperature=temperature
-        )
-        buffer.old_logprobs = logprobs(policy.model)
-        if run.reference is not None:
-            with run.reference.active() as model:
-                buffer.ref_logprobs = logprobs(model)
-        stats = advantage.fill(buffer, algorithm, config.reward, groups.data_group())
-    with run.stage(times, "update"):
+    config, inputs, policy, state = run.config, run.inputs, run.policy, run.state
+    temperature, count = config.rollout.temperature, config.rollout.prompts_per_step
+    algorithm = kl_control.scaled(config.algorithm, state.kl_factor)
+    work = saving.begin_step(run)
+    if work.buffer is None:
+        with run.stage("rollout", runs.own_samples(config)) as progress:
+            work.buffer = rollout.collect(
+                run.engine, inputs.train, inputs.sampling, count, config.rollout.samples_per_prompt,
+                groups.data_rank(), groups.data_size(), config.seed, state.step,
+                state.prompts_seen, progress,
+            )  # fmt: skip
+        saving.keep(run, "rollout")
+    if work.buffer.scores is None:
+        with run.stage("reward"):
+            work.scores = reward.score(work.buffer, inputs.rewards, inputs.tokenizer)
+        saving.keep(run, "reward")
+    if work.buffer.old_logprobs is None:
+        with run.stage("score"):
+            _score(run, work.buffer)
+    stats = advantage.fill(work.buffer, algorithm, config.reward, groups.data_group())
+    with run.stage("update"):
         updated = update.run(
-            policy.model, policy.optimizer, policy.scheduler, buffer, algorithm,
-            config.train, temperature, config.rollout.samples_per_step, config.seed, run.state,
+            policy.model, policy.optimizer, policy.scheduler, work.buffer, algorithm,
+            config.train, temperature, config.rollout.samples_per_step, config.seed, state,
+            work.update, partial(saving.pause_inside_step, run),
         )  # fmt: skip
     for fault in updated.faults:
-        run.console.say(f"step {step + 1}: update skipped, {fault}")
+        run.console.say(f"step {state.step + 1}: update skipped, {fault}")
     flops = step_flops(
-        config.model, inputs.vocab_size, buffer, config.train.epochs, run.reference is not None
+        config.model, inputs.vocab_size, work.buffer, config.train.epochs,
+        run.reference is not None,
+    )  # fmt: skip
+    run.underway = Underway()
+    return (
+        step_metrics(work.buffer, algorithm, work.scores, stats, updated, work.times, flops),
+        work.buffer,
     )
-    return step_metrics(buffer, algorithm, scores, stats, updated, times, flops), buffer
 
 
-def _resume(run: Run) -> RunState:
-    """Continues from what checkpoint.dir holds, else from checkpoint.load, else at step 0."""
-    policy, settings = run.policy, run.config.checkpoint
-    path = checkpoint.newest(settings.dir, run.console.say, repair=True)
-    if path is None and settings.load is not None:
-        path = checkpoint.require(settings.load, run.console.say)
-    if path is None:
-        return RunState()
-    return checkpoint.resume(policy.model, policy.optimizer, policy.scheduler, path)
-
-
-def _write_if_due(run: Run, row: dict[str, float]) -> tuple[Unpublished | None, float]:
-    """After the last step and every checkpoint.interval steps a checkpoint, not yet in force; and
-    the seconds it took."""
-    times, policy, settings = StageTimes(), run.policy, run.config.checkpoint
-    if not _finished(run) and not due(run.state.step, settings.interval):
-        return None, 0.0
-    with times.measure("checkpoint"), run.console.stage("checkpoint"):
-        written = checkpoint.write(
-            settings, policy.model, policy.optimizer, policy.scheduler, run.state,
-            row.get("eval/accuracy"),
-        )  # fmt: skip
-    return written, times.seconds["checkpoint"]
+def _score(run: Run, buffer: RolloutBuffer) -> None:
+    """Fills `old_logprobs` and, with a reference, `ref_logprobs`."""
+    logprobs = partial(
+        scoring.response_logprobs, buffer=buffer,
+        max_tokens=run.config.train.max_tokens_per_microbatch,
+        temperature=run.config.rollout.temperature,
+    )  # fmt: skip
+    old = logprobs(run.policy.model)
+    if run.reference is not None:
+        with run.reference.active() as model:
+            buffer.ref_logprobs = logprobs(model)
+    buffer.old_logprobs = old
 
 
 def _announce(run: Run) -> None:
@@ -186,6 +183,8 @@ def _announce(run: Run) -> None:
     )
     say(f"algorithm {config.algorithm.name}; {config.algorithm.kl_summary}")
     start = f"resumed at step {run.state.step}" if run.state.step else "starts at step 0"
+    if run.underway.buffer is not None:
+        start += f" and {run.underway.update.done} mini-batches"
     say(f"{start} of {config.train.steps}, {run.state.prompts_seen} prompts seen")
 
 

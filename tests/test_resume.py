@@ -21,6 +21,7 @@ from megatron_rpp.inputs import load_inputs
 from megatron_rpp.policy import build_policy
 from megatron_rpp.run import assemble
 from megatron_rpp.run_state import RunState
+from tests import whole_runs
 from tests.distributed import run_ranks
 from tests.small_run import arguments, config_of, make_data
 from tests.whole_runs import (
@@ -90,18 +91,8 @@ def log(base: Path, run: str) -> list[dict]:
 
 
 def same_bits(base: Path, ours: str, theirs: str, first: int = 1) -> None:
-    """Rows from step `first` on but for times and memory, and the weights after step 4."""
-    measured = ("time/", "throughput/", "memory/")
-    mine, other = (
-        [
-            {tag: value for tag, value in row.items() if not tag.startswith(measured)}
-            for row in log(base, run)
-            if row["step"] >= first
-        ]
-        for run in (ours, theirs)
-    )
-    assert mine == other
-    assert compare_weights(final_weights(base, ours), final_weights(base, theirs)).size == 0
+    config = config_of(base, base / ours, **VARIED)
+    whole_runs.same_bits(base / ours, base / theirs, config, 4, first)
 
 
 def final_weights(base: Path, run: str) -> dict[str, torch.Tensor]:

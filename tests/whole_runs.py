@@ -85,6 +85,22 @@ def weights(config: Config, path: str | Path) -> dict[str, torch.Tensor]:
         return {name: value.detach().clone() for name, value in model[0].named_parameters()}
 
 
+def same_bits(ours: Path, theirs: Path, config: Config, step: int, first: int = 1) -> None:
+    """Two runs' rows from step `first` on but for times and memory, and their weights at `step`."""
+    measured = ("time/", "throughput/", "memory/")
+    mine, other = (
+        [
+            {tag: value for tag, value in row.items() if not tag.startswith(measured)}
+            for row in rows(run / "logs/metrics.jsonl")
+            if row["step"] >= first
+        ]
+        for run in (ours, theirs)
+    )
+    assert mine == other
+    found = [weights(config, run / f"checkpoints/iter_{step:07d}") for run in (ours, theirs)]
+    assert compare_weights(*found).size == 0
+
+
 class Deviation(NamedTuple):
     """The largest relative deviation, and where it is."""
 

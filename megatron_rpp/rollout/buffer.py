@@ -5,7 +5,7 @@ response tokens (log-probs, advantages, mask). Nothing is padded (packing.py cut
 micro-batches), and a replica holds its own samples only, so a rank's memory falls with the number of replicas. The
 ranks of one replica hold the same columns: pipeline stages write theirs by broadcast.
 
-Left out: rebalancing over replicas by token count, and saving to disk.
+On disk: storage.py. Left out: rebalancing over replicas by token count.
 """
 
 from __future__ import annotations

@@ -7,12 +7,13 @@ the number of ranks nor the micro-batch size can change it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Callable, NamedTuple
 
 import torch
 import torch.distributed as dist
 
+from megatron_rpp import phases
 from megatron_rpp.algorithms import aggregation_weights, kl_estimate, policy_loss, policy_stats
 from megatron_rpp.config import AlgorithmConfig, TrainConfig
 from megatron_rpp.parallel import device as devices
@@ -91,6 +92,18 @@ def _reduce(reports: list[torch.Tensor], minibatch: int) -> list[float]:
     return values
 
 
+@dataclass
+class Progress:
+    """How far an update has come, and what its mini-batches reported; JSON values."""
+
+    done: int = 0
+    """Mini-batches, over all epochs."""
+    rows: list[list[float]] = field(default_factory=list)
+    """Of `_reduce`, a row for each that was not skipped."""
+    norms: list[float] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
+
+
 def run(
     policy: torch.nn.Module,
     optimizer,
@@ -102,6 +115,8 @@ def run(
     sample_count: int,
     seed: int,
     state: RunState,
+    progress: Progress,
+    safe_point: Callable[[], None],
 ) -> UpdateStats:
     """Updates `policy` on the step's rollouts; the same on every layout of ranks.
 
@@ -109,24 +124,32 @@ def run(
         policy: its chunks, DDP-wrapped. buffer: this replica's shard, with old_logprobs, advantages
             and, where a KL loss is on, ref_logprobs. temperature: of the rollout. sample_count:
             samples of the whole step over all replicas. state: of the run; counts skipped updates.
+        progress: where to begin, and kept up to date. safe_point: called before each mini-batch,
+            when policy, optimizer and `progress` are at one point; may raise to end the update.
 
     Raises RunFailure where too many updates in a row were skipped (finite.py).
     """
     loss = _loss(policy, buffer, algorithm, temperature)
-    rows, norms, faults = [], [], []
-    for epoch in range(train.epochs):
+    for position in range(progress.done, train.epochs * train.minibatches):
+        safe_point()
+        phases.enter("update")
+        epoch, minibatch = divmod(position, train.minibatches)
         number = planning.minibatch_of(sample_count, train.minibatches, seed, state.step, epoch)
-        own = number[buffer.sample_ids]
-        for minibatch in range(train.minibatches):
-            samples = (own == minibatch).nonzero().squeeze(1).tolist()
-            batches = scoring.cut(policy, buffer, samples, train.max_tokens_per_microbatch)
-            done = optimizer_step(policy, optimizer, scheduler, batches, loss)
-            finite.count(state, done.fault, train.max_skipped_updates)
-            if done.fault is not None:
-                faults.append(f"mini-batch {minibatch} of epoch {epoch}: {done.fault}")
-                continue
-            rows.append(_reduce(done.reports, minibatch))
-            norms.append(done.grad_norm)
+        samples = (number[buffer.sample_ids] == minibatch).nonzero().squeeze(1).tolist()
+        batches = scoring.cut(policy, buffer, samples, train.max_tokens_per_microbatch)
+        done = optimizer_step(policy, optimizer, scheduler, batches, loss)
+        finite.count(state, done.fault, train.max_skipped_updates)
+        if done.fault is None:
+            progress.rows.append(_reduce(done.reports, minibatch))
+            progress.norms.append(done.grad_norm)
+        else:
+            progress.faults.append(f"mini-batch {minibatch} of epoch {epoch}: {done.fault}")
+        progress.done += 1
+    return _stats(progress, optimizer.param_groups[0]["lr"])
+
+
+def _stats(progress: Progress, learning_rate: float) -> UpdateStats:
+    rows, norms = progress.rows, progress.norms
     tokens, updates = max(1, sum(row[2] for row in rows)), max(1, len(rows))
     return UpdateStats(
         loss=sum(row[0] / row[1] for row in rows) / updates,
@@ -135,8 +158,8 @@ def run(
         entropy=sum(row[5] for row in rows) / tokens,
         ratio_max=max((row[6] for row in rows), default=0.0),
         grad_norm=sum(norms) / updates,
-        learning_rate=optimizer.param_groups[0]["lr"],
-        faults=faults,
+        learning_rate=learning_rate,
+        faults=progress.faults,
     )
 
 

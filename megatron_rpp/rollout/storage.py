@@ -1,0 +1,78 @@
+"""A step's rollouts as files: one per data-parallel replica, readable on any layout.
+
+Columns that a stage computes from others (advantages, returns, rollout_weights) are left out, as
+are the prompts, which the data set and the step tell.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from megatron_rpp.data.prompts import Prompt
+from megatron_rpp.rewards import Scores
+from megatron_rpp.rollout.buffer import RolloutBuffer
+
+PER_SAMPLE = ("prompt_lengths", "sample_ids", "group_ids", "truncated", "scores")
+PER_RESPONSE_TOKEN = ("mask", "behaviour_logprobs", "old_logprobs", "ref_logprobs")
+NOT_STORED = ("prompts", "offsets", "advantages", "returns", "rollout_weights")
+assert {field.name for field in fields(RolloutBuffer)} == {
+    "tokens", *PER_SAMPLE, *PER_RESPONSE_TOKEN, *NOT_STORED
+}  # fmt: skip
+_PART, _TOTAL, _TIMEOUTS = "reward/", "reward_total", "reward_timeouts"
+
+
+def save(buffer: RolloutBuffer, scores: Scores | None, path: Path) -> None:
+    """Writes the columns that the buffer has by now, and the scores if there are any."""
+    columns = {"tokens": buffer.tokens, "lengths": buffer.lengths}
+    for name in (*PER_SAMPLE, *PER_RESPONSE_TOKEN):
+        if getattr(buffer, name) is not None:
+            columns[name] = getattr(buffer, name)
+    if scores is not None:
+        by_name = {_PART + name: values for name, values in scores.parts.items()}
+        for name, values in ({_TOTAL: scores.total} | by_name).items():
+            columns[name] = torch.tensor(values, dtype=torch.float64)
+        # Of the whole file, so it goes with the file's first sample.
+        columns[_TIMEOUTS] = torch.zeros(len(buffer), dtype=torch.int64)
+        columns[_TIMEOUTS][:1] = scores.timeouts
+    save_file({name: column.contiguous() for name, column in columns.items()}, path)
+
+
+def _chosen(path: Path, first: int, end: int) -> dict[str, torch.Tensor]:
+    """The columns of a file, of its samples first .. end-1 of the step."""
+    with safe_open(path, framework="pt") as file:
+        columns = {name: file.get_tensor(name) for name in file.keys()}
+    inside = (columns["sample_ids"] >= first) & (columns["sample_ids"] < end)
+    response_lengths = columns["lengths"] - columns["prompt_lengths"]
+    by_kind = {
+        "tokens": inside.repeat_interleave(columns["lengths"]),
+        **dict.fromkeys(PER_RESPONSE_TOKEN, inside.repeat_interleave(response_lengths)),
+    }
+    return {name: column[by_kind.get(name, inside)] for name, column in columns.items()}
+
+
+def load(
+    paths: list[Path], samples: range, prompts: list[Prompt]
+) -> tuple[RolloutBuffer, Scores | None]:
+    """The buffer and the scores of `samples` (contiguous numbers in the step) out of the files of all replicas.
+
+    paths: in the order of their replicas. prompts: of those samples, in order.
+    """
+    found = [_chosen(path, samples.start, samples.stop) for path in paths]
+    columns = {name: torch.cat([part[name] for part in found]) for name in found[0]}
+    assert columns["sample_ids"].tolist() == list(samples), "the files do not hold these samples"
+    scores = None
+    if _TOTAL in columns:
+        parts = {
+            name.removeprefix(_PART): columns.pop(name).tolist()
+            for name in list(columns)
+            if name.startswith(_PART)
+        }
+        total, timeouts = columns.pop(_TOTAL).tolist(), columns.pop(_TIMEOUTS)
+        scores = Scores(total, parts, int(timeouts.sum()))
+    offsets = torch.nn.functional.pad(columns.pop("lengths").cumsum(0), (1, 0))
+    return RolloutBuffer(prompts=prompts, offsets=offsets, **columns), scores

@@ -1,0 +1,108 @@
+"""How a run saves, resumes, and stops where it is told to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron_rpp import checkpoint, sealing, underway
+from megatron_rpp.checkpoint_store import Unpublished
+from megatron_rpp.failures import PREEMPTED, RunFailure
+from megatron_rpp.metrics import StageTimes
+from megatron_rpp.run import Run
+from megatron_rpp.run_state import due
+from megatron_rpp.underway import Underway
+
+
+class Preempted(RunFailure):
+    """Told to stop; everything is saved, and the same command goes on."""
+
+    exit_code = PREEMPTED
+
+
+def resume(run: Run) -> None:
+    """Continues from what checkpoint.dir holds, else from checkpoint.load, else at step 0."""
+    policy, settings, say = run.policy, run.config.checkpoint, run.console.say
+    path = checkpoint.newest(settings.dir, say, repair=True)
+    if path is not None:
+        run.saved_as = path.name
+    elif settings.load is not None:
+        path = checkpoint.require(settings.load, say)
+    else:
+        return
+    run.state = checkpoint.resume(policy.model, policy.optimizer, policy.scheduler, path)
+    manifest = sealing.gathered(sealing.read_manifest(path))[0]
+    if manifest is not None and "underway" in manifest["notes"]:
+        run.underway = underway.read(
+            path, manifest["notes"]["underway"], run.config, run.inputs.train, run.state
+        )
+
+
+def begin_step(run: Run) -> Underway:
+    """The step under way: restored by `resume`, or with its kept rollouts, or new. Collective."""
+    if run.underway.buffer is None and run.config.checkpoint.save_rollouts:
+        run.underway = underway.kept(run.config, run.inputs.train, run.state)
+    return run.underway
+
+
+def keep(run: Run, stage: str) -> None:
+    """After a stage whose work is worth keeping: keeps it if asked to, and is a safe point."""
+    underway.keep(run.underway, run.config, run.state, stage)
+    pause_inside_step(run)
+
+
+def write_if_due(run: Run, row: dict[str, float]) -> tuple[Unpublished | None, float]:
+    """After the last step and every checkpoint.interval steps a checkpoint, not yet in force; and
+    the seconds it took. Collective."""
+    times = StageTimes()
+    if not run.finished and not due(run.state.step, run.config.checkpoint.interval):
+        return None, 0.0
+    with times.measure("checkpoint"), run.console.stage("checkpoint"):
+        written = _write(run, {"accuracy": row.get("eval/accuracy")})
+    return written, times.seconds["checkpoint"]
+
+
+def publish(run: Run, written: Unpublished) -> None:
+    """Puts a checkpoint in force; the rollouts kept for its steps go. Collective."""
+    run.saved_as = written.publish().name
+    underway.forget(run.config, before=run.state.step)
+
+
+def _write(run: Run, notes: dict, **inside) -> Unpublished:
+    policy = run.policy
+    return checkpoint.write(
+        run.config.checkpoint, policy.model, policy.optimizer, policy.scheduler, run.state, notes,
+        **inside,
+    )  # fmt: skip
+
+
+def pause(run: Run) -> None:
+    """A safe point between steps: where any rank was told to stop, all save and stop. Collective.
+
+    Raises Preempted.
+    """
+    reason = run.stop.requested()
+    if reason is None:
+        return
+    if run.saved_as is None and run.state.step:
+        publish(run, _write(run, {}))
+    raise Preempted(f"{reason}: saved after step {run.state.step}; the same command goes on")
+
+
+def pause_inside_step(run: Run) -> None:
+    """A safe point inside a step: the rollouts so far and the place in the update are saved too.
+
+    Raises Preempted.
+    """
+    reason = run.stop.requested()
+    if reason is None:
+        return
+    done = run.underway.update.done
+
+    def fill(directory: Path) -> dict:
+        return {"underway": underway.write(run.underway, directory)}
+
+    publish(run, _write(run, {}, suffix=f"_minibatch_{done:04d}", fill=fill))
+    raise Preempted(
+        f"{reason}: saved in step {run.state.step + 1} after {done} mini-batches; the same command "
+        f"goes on"
+    )

@@ -1,0 +1,140 @@
+"""The step under way, and its two places on the disk.
+
+    <checkpoint.dir>/iter_0000003_minibatch_0002/rollouts/   in a checkpoint that a preemption made
+                                        inside step 4: the weights as they are, and what is here
+    <checkpoint.dir>/rollouts/step_0000003_reward/           checkpoint.save_rollouts: for a kill;
+                                        the weights are those that the steps before it make again
+
+Both are sealed (sealing.py). Kept rollouts stay until a checkpoint has their step behind it. They
+serve only the run that made them: another recipe, or other prompts, and they are left out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_rpp import phases, sealing
+from megatron_rpp.config import CheckpointConfig, Config, LoggingConfig, ParallelConfig, SftConfig
+from megatron_rpp.data.files import sync_directory
+from megatron_rpp.data.prompts import PromptSet
+from megatron_rpp.metrics import StageTimes
+from megatron_rpp.parallel import groups
+from megatron_rpp.rewards import Scores
+from megatron_rpp.rollout import storage
+from megatron_rpp.rollout.buffer import RolloutBuffer
+from megatron_rpp.run_state import RunState
+from megatron_rpp.stages.rollout import shard
+from megatron_rpp.stages.update import Progress
+
+ROLLOUTS = "rollouts"
+STAGES = ("rollout", "reward")
+"""After which rollouts are kept, in this order."""
+
+
+@dataclass
+class Underway:
+    """What the stages of a step have made so far."""
+
+    buffer: RolloutBuffer | None = None
+    """None before the rollout; a column that is None is of a stage to come."""
+    scores: Scores | None = None
+    """Of this replica's samples; None before the reward."""
+    update: Progress = field(default_factory=Progress)
+    times: StageTimes = field(default_factory=StageTimes)
+
+
+def write(work: Underway, directory: Path) -> dict[str, Any]:
+    """Writes the rollouts, one file a replica, and returns the rest as JSON values. Collective."""
+    if groups.is_main():
+        (directory / ROLLOUTS).mkdir()
+    dist.barrier()
+    if groups.is_replica_leader():
+        path = directory / ROLLOUTS / f"replica_{groups.data_rank():05d}.safetensors"
+        storage.save(work.buffer, work.scores, path)
+    dist.barrier()
+    return {"update": asdict(work.update), "seconds": work.times.seconds}
+
+
+def read(
+    directory: Path, notes: dict[str, Any], config: Config, prompts: PromptSet, state: RunState
+) -> Underway:
+    """What `write` wrote, this replica's samples of it."""
+    rollout = config.rollout
+    rows = prompts.order(state.prompts_seen, rollout.prompts_per_step, config.seed)
+    own = shard(rollout.prompts_per_step, groups.data_rank(), groups.data_size())
+    each = rollout.samples_per_prompt
+    samples = range(own.start * each, own.stop * each)
+    paths = sorted((directory / ROLLOUTS).glob("*.safetensors"))
+    chosen = [prompts[rows[position]] for position in own for _ in range(each)]
+    buffer, scores = storage.load(paths, samples, chosen)
+    return Underway(buffer, scores, Progress(**notes["update"]), StageTimes(notes["seconds"]))
+
+
+def _fingerprint(config: Config, state: RunState) -> str:
+    """Of all that the rollouts of a step depend on; the layout and where files lie are not."""
+    relevant = replace(
+        config,
+        parallel=ParallelConfig(),
+        checkpoint=CheckpointConfig(),
+        logging=LoggingConfig(),
+        sft=SftConfig(),
+        train=replace(config.train, steps=1, exit_duration_minutes=None, stop_accuracy=None),
+    )
+    content = json.dumps([asdict(relevant), state.step, state.prompts_seen], sort_keys=True)
+    return hashlib.blake2b(content.encode()).hexdigest()
+
+
+def _folder(config: Config) -> Path:
+    return Path(config.checkpoint.dir) / ROLLOUTS
+
+
+def keep(work: Underway, config: Config, state: RunState, stage: str) -> None:
+    """Keeps the rollouts after `stage` where checkpoint.save_rollouts is on. Collective."""
+    if not config.checkpoint.save_rollouts:
+        return
+    phases.enter("keep rollouts")
+    final = _folder(config) / f"step_{state.step:07d}_{stage}"
+    temporary = None
+    if groups.is_main():
+        temporary = final.with_name(f".saving_{final.name}_{os.getpid()}")
+        temporary.mkdir(parents=True)
+    temporary = groups.broadcast_object(temporary)
+    notes = write(work, temporary)
+    sealing.seal(temporary, notes | {"fingerprint": _fingerprint(config, state)})
+    if groups.is_main():
+        shutil.rmtree(final, ignore_errors=True)
+        temporary.rename(final)
+        sync_directory(final.parent)
+
+
+def kept(config: Config, prompts: PromptSet, state: RunState) -> Underway:
+    """The kept rollouts of the step to come, else a step with nothing done. Collective."""
+    for stage in reversed(STAGES):
+        path = _folder(config) / f"step_{state.step:07d}_{stage}"
+        if not sealing.gathered(path.exists())[0] or sealing.damage(path) is not None:
+            continue
+        notes = sealing.gathered(sealing.read_manifest(path))[0]["notes"]
+        if notes["fingerprint"] == _fingerprint(config, state):
+            return read(path, notes, config, prompts, state)
+    return Underway()
+
+
+def forget(config: Config, before: int) -> None:
+    """Removes the kept rollouts of the steps before `before`, which a checkpoint has behind it."""
+    folder = _folder(config)
+    if not groups.is_main() or not folder.exists():
+        return
+    for path in (*folder.glob("step_*"), *folder.glob(".saving_*")):
+        number = path.name.split("step_")[1][:7]
+        if int(number) < before:
+            shutil.rmtree(path)
+    if not any(folder.iterdir()):
+        folder.rmdir()

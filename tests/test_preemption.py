@@ -1,0 +1,164 @@
+"""A run that is told to stop saves where it is, inside a step too, and goes on bit for bit.
+
+The signals are real ones, sent by the process to itself when it enters a phase; kills are SIGKILL.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Callable, Iterator
+
+import pytest
+import torch.distributed as dist
+from torch.multiprocessing import ProcessExitedException
+
+from megatron_rpp import failures, phases
+from megatron_rpp.saving import Preempted
+from tests.distributed import run_ranks
+from tests.small_run import config_of, make_data
+from tests.whole_runs import TOLERANCE, VARIED, compare_rows, compare_weights, rows
+from tests.whole_runs import same_bits, train_run, weights
+
+# Two epochs of two mini-batches a step.
+SETTINGS = {"train__steps": 2, "evaluation__interval": 1, "optimizer__eps": 1e-5}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    """The folder of the data and of run "whole", which nobody disturbed."""
+    base = tmp_path_factory.mktemp("preemption")
+    make_data(base)
+    train_run(base, base / "whole", **SETTINGS)
+    return base
+
+
+@contextmanager
+def at(phase: str, count: int, act: Callable[[], None]) -> Iterator[list[str]]:
+    """Acts when `phase` is entered for the `count`-th time; yields the phases as they come."""
+    entered: list[str] = []
+
+    def listen(name: str) -> None:
+        entered.append(name)
+        if name == phase and entered.count(phase) == count:
+            act()
+
+    phases.current.listeners.append(listen)
+    try:
+        yield entered
+    finally:
+        phases.current.listeners.remove(listen)
+
+
+def send(number: signal.Signals) -> Callable[[], None]:
+    return lambda: os.kill(os.getpid(), number)
+
+
+def names(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "checkpoints").glob("iter_*"))
+
+
+def check_equal(base: Path, run: str) -> None:
+    same_bits(base / run, base / "whole", config_of(base, base / run, **VARIED), step=2)
+    evaluated, whole = (
+        [(row["step"], row["accuracy"]) for row in rows(base / name / "logs/evaluations.jsonl")]
+        for name in (run, "whole")
+    )
+    assert evaluated == whole
+
+
+# When the signal comes: a phase, the how manyth of it; and the checkpoint that the run leaves. A
+# stage enters "update" once, and every mini-batch again.
+MOMENTS = {
+    "in the first rollout": ("rollout", 1, "iter_0000000_minibatch_0000"),
+    "in the second reward": ("reward", 2, "iter_0000001_minibatch_0000"),
+    "in the first step's update": ("update", 3, "iter_0000000_minibatch_0002"),
+    "in the second step's update": ("update", 9, "iter_0000001_minibatch_0003"),
+    "in the first step's last mini-batch": ("update", 5, "iter_0000001"),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_it_goes_on_where_it_was(base, moment):
+    phase, count, left = MOMENTS[moment]
+    number = signal.SIGUSR1 if "first" in moment else signal.SIGTERM
+    before = signal.getsignal(number)
+    with at(phase, count, send(number)), pytest.raises(Preempted, match=f"{number.name}: saved"):
+        train_run(base, base / moment, **SETTINGS)
+    assert names(base / moment) == [left]
+    assert signal.getsignal(number) == before
+    with at("never", 1, print) as entered:
+        train_run(base, base / moment, **SETTINGS)
+    if phase == "update" and "minibatch" in left:
+        done = int(left[-4:])
+        # What was done is not done again: of the first step here only the mini-batches left.
+        assert entered[: entered.index("evaluation")].count("rollout") == 0
+        assert entered[: entered.index("evaluation")].count("update") == 1 + 4 - done
+    check_equal(base, moment)
+
+
+def test_told_again_at_once(base):
+    """A requeued job may be stopped before it has done anything."""
+    with at("update", 3, send(signal.SIGTERM)), pytest.raises(Preempted):
+        train_run(base, base / "again", **SETTINGS)
+    with pytest.raises(Preempted, match="the end of train.exit_duration_minutes: saved"):
+        train_run(base, base / "again", train__exit_duration_minutes=0, **SETTINGS)
+    train_run(base, base / "again", **SETTINGS)
+    check_equal(base, "again")
+
+
+def test_its_exit_code_says_run_it_again():
+    assert Preempted("").exit_code == failures.PREEMPTED == 75
+
+
+KEPT = SETTINGS | {"checkpoint__save_rollouts": "true", "checkpoint__interval": 1}
+
+
+def until_killed(rank: int, base: Path) -> None:
+    with at("update", 7, send(signal.SIGKILL)):
+        train_run(base, base / "kept", **KEPT)
+
+
+def test_kept_rollouts_are_taken_after_a_kill(base, tmp_path):
+    """Killed in the second step's update; with another temperature they are not this run's."""
+    with pytest.raises(ProcessExitedException, match="SIGKILL"):
+        run_ranks(until_killed, 1, tmp_path, base)
+    kept = base / "kept/checkpoints/rollouts"
+    assert {path.name for path in kept.iterdir()} == {"step_0000001_reward", "step_0000001_rollout"}
+    shutil.copytree(base / "kept", base / "changed")
+    with at("never", 1, print) as entered:
+        train_run(base, base / "changed", rollout__temperature=0.9, **KEPT)
+    assert "rollout" in entered and "reward" in entered
+    with at("never", 1, print) as entered:
+        train_run(base, base / "kept", **KEPT)
+    assert "rollout" not in entered and "reward" not in entered and "update" in entered
+    assert not kept.exists()
+    check_equal(base, "kept")
+
+
+def on_two_ranks(rank: int, base: Path) -> str:
+    """Told on rank 1 alone, inside an update of two replicas; goes on as two stages."""
+    settings = SETTINGS | {"train__steps": 2}
+    act = send(signal.SIGTERM) if rank == 1 else (lambda: None)
+    with at("update", 8, act), pytest.raises(Preempted) as stopped:
+        train_run(base, base / "dp2", **settings)
+    dist.barrier()
+    left = names(base / "dp2")
+    dist.barrier()
+    train_run(base, base / "dp2", parallel__pipeline=2, **settings)
+    return f"{left} {stopped.value}"
+
+
+def test_one_rank_is_told_and_another_layout_goes_on(base, tmp_path):
+    told = run_ranks(on_two_ranks, 2, tmp_path, base)
+    assert told[0] == told[1]
+    assert "['iter_0000001_minibatch_0002'] SIGTERM: saved in step 2 after 2 mini-" in told[0]
+    own, whole = (rows(base / run / "logs/metrics.jsonl") for run in ("dp2", "whole"))
+    assert compare_rows(own, whole).size <= TOLERANCE
+    config = config_of(base, base / "dp2", **VARIED)
+    final = [weights(config, base / run / "checkpoints/iter_0000002") for run in ("dp2", "whole")]
+    deviation = compare_weights(*final)
+    assert deviation.size <= TOLERANCE, deviation
