@@ -2,9 +2,9 @@
 
     torchrun --nproc-per-node N -m megatron_rpp.train --config FILE [--section.key value ...]
 
-Every rank runs this program. A data-parallel replica (its tensor × pipeline × context ranks) samples, scores
-and keeps its own shard of the rollout buffer; normalisations and losses are reductions over the
-data-parallel group.
+Every rank runs this program. A data-parallel replica (its tensor × pipeline × context ranks)
+samples, scores and keeps its own shard of the rollout buffer; normalisations and losses are
+reductions over the data-parallel group.
 
 A step that was interrupted goes on where it was saved: each stage is skipped that is done.
 
