@@ -134,9 +134,13 @@ class TrainConfig:
     exit_duration_minutes: float | None = None
     """Save and end with exit code 75 at the first safe point this long after the start, for a job
     with a time limit; null = never."""
+    hang_timeout_minutes: float | None = 20.0
+    """End the run with exit code 70, naming the missing rank, when a rank has gone this long without
+    a sign of life (a new stage, mini-batch, part of a save or generated token); null = never."""
 
     def __post_init__(self) -> None:
         check_range("train", self, "exit_duration_minutes", at_least=0)
+        check_range("train", self, "hang_timeout_minutes", above=0)
         counts = "steps minibatches epochs max_tokens_per_microbatch max_skipped_updates"
         check_range("train", self, counts, at_least=1)
         check_range("train", self, "stop_accuracy", above=0, at_most=1)

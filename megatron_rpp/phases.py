@@ -21,6 +21,10 @@ class Phases:
     listeners: list[Callable[[str], None]] = field(default_factory=list)
     """Called with the name of every phase that is entered, in the thread that enters it."""
 
+    def beat(self) -> None:
+        """A sign of life within a long phase."""
+        self.since = time.monotonic()
+
     def enter(self, name: str) -> None:
         """A new phase begins; the same name again is a sign of life within it."""
         self.name, self.since, self.count = name, time.monotonic(), self.count + 1

@@ -13,7 +13,10 @@ Left out: asynchronous rollouts, replay.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+
+import torch.distributed as dist
 
 from megatron_rpp import cli, export, launching, preflight, saving
 from megatron_rpp import run as runs
@@ -32,6 +35,7 @@ from megatron_rpp.run_state import due
 from megatron_rpp.stages import advantage, kl_control, reward, rollout, scoring, update
 from megatron_rpp.stop import Stop
 from megatron_rpp.underway import Underway
+from megatron_rpp.watchdog import Watchdog
 
 SHOWN = ("reward/mean", "kl/k1", "policy/entropy", "policy/clip_fraction", "policy/grad_norm",
          "response/length_mean", "throughput/tokens_per_second", "time/step")  # fmt: skip
@@ -51,11 +55,24 @@ def main(argv: list[str] | None = None) -> None:
     groups.stop()
 
 
+def watching(config: Config) -> AbstractContextManager[None]:
+    """The watchdog of this rank, if there is to be one."""
+    minutes = config.train.hang_timeout_minutes
+    if minutes is None:
+        return nullcontext()
+    world = dist.get_world_size()
+    return Watchdog(config.logging.dir, dist.get_rank(), world, minutes).watching()
+
+
 def train(config: Config, inputs: Inputs, dry_run: bool = False) -> None:
     """Trains to config.train.steps, or to the accuracy at which to stop. Collective."""
     console = Console(groups.is_main())
     stop = Stop(config.train.exit_duration_minutes)
-    with one_writer([config.checkpoint.dir, config.logging.dir], console.say), stop.listening():
+    with (
+        one_writer([config.checkpoint.dir, config.logging.dir], console.say),
+        stop.listening(),
+        watching(config),
+    ):
         run = runs.build(config, inputs, console)
         run.stop = stop
         saving.resume(run)

@@ -86,7 +86,10 @@ def _fingerprint(config: Config, state: RunState) -> str:
         checkpoint=CheckpointConfig(),
         logging=LoggingConfig(),
         sft=SftConfig(),
-        train=replace(config.train, steps=1, exit_duration_minutes=None, stop_accuracy=None),
+        train=replace(
+            config.train, steps=1, stop_accuracy=None, exit_duration_minutes=None,
+            hang_timeout_minutes=None,
+        ),  # fmt: skip
     )
     content = json.dumps([asdict(relevant), state.step, state.prompts_seen], sort_keys=True)
     return hashlib.blake2b(content.encode()).hexdigest()

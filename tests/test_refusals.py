@@ -160,8 +160,13 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def run_program(world_size: int, argv: list[str]) -> list[tuple[int, str]]:
-    """(exit code, stderr) of each rank of the real program, started as torchrun starts it."""
+def run_program(
+    world_size: int, argv: list[str], ending: int | None = None
+) -> list[tuple[int, str]]:
+    """(exit code, stderr) of each rank of the real program, started as torchrun starts it.
+
+    ending: only that many ranks, the first ones, end by themselves; then the others are killed.
+    """
     shared = {
         "WORLD_SIZE": world_size,
         "LOCAL_WORLD_SIZE": world_size,
@@ -183,8 +188,9 @@ def run_program(world_size: int, argv: list[str]) -> list[tuple[int, str]]:
                     text=True,
                 )
             )
-        errors = [process.communicate(timeout=LIMIT)[1] for process in processes]
-        return [(process.returncode, text) for process, text in zip(processes, errors)]
+        first = processes[:ending]
+        errors = [process.communicate(timeout=LIMIT)[1] for process in first]
+        return [(process.returncode, text) for process, text in zip(first, errors)]
     finally:
         for process in processes:
             process.kill()

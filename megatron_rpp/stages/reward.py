@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from megatron_rpp import phases
 from megatron_rpp.data.prompts import Example, Prompt
 from megatron_rpp.data.tokenizer import Tokenizer
 from megatron_rpp.parallel import groups
@@ -27,6 +28,7 @@ def score_responses(
     scores, failure = None, None
     if groups.is_replica_leader():
         examples = [prompt.example for prompt in prompts]
+        phases.enter("a reward function")
         try:
             scores = rewards.score(
                 [example.prompt for example in examples],
@@ -36,6 +38,7 @@ def score_responses(
             )
         except RewardError as error:
             failure = str(error)
+        phases.enter("waiting for all rewards")
     scores, failure = groups.broadcast_object((scores, failure), groups.replica_group())
     for message in groups.gather_objects(failure, groups.data_group()):
         if message is not None:

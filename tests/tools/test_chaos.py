@@ -1,0 +1,19 @@
+"""Twelve kills, one in every phase of a step and of a save, end bit for bit as if there were none."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+CHAOS = Path(__file__).resolve().parents[2] / "tools/chaos.py"
+KILLS = 12
+
+
+def test_killed_runs_end_as_if_nothing_had_happened():
+    command = [sys.executable, str(CHAOS), "--kills", str(KILLS)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"{KILLS} kills, " in done.stdout and done.stdout.endswith(": bit for bit equal\n")
+    phases = done.stdout.split("kills by phase: ")[1].splitlines()[0].split(", ")
+    assert len(phases) == KILLS and all(phase.endswith(" 1") for phase in phases)

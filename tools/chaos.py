@@ -1,0 +1,235 @@
+"""Kills a small run again and again, restarts it until it is done, and compares bit for bit.
+
+    python tools/chaos.py [--kills 100] [--ranks 2] [--seed 0] [--section.key value ...]
+
+Each time the run is killed by SIGKILL, a random rank or the whole job, at a random moment of a phase
+(every phase of a step and of a save is drawn once before any is drawn again), and started anew with
+the same command. At the end final weights, Adam's moments and the metrics must equal, bit for bit,
+those of a run that was left alone. Prints a table and a verdict; the exit code is 1 where they differ.
+
+The ranks are forked from this process, which has imported the program but started nothing, so that a
+restart costs no import; they are real processes of their own otherwise, over gloo. A kill comes
+within the phase or up to DELAY seconds later. Left out: CUDA; launchers (tests of torchrun.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron_rpp import phases, train  # noqa: E402
+from tests.small_run import arguments, make_data  # noqa: E402
+
+PHASES = (
+    "rollout", "keep rollouts", "reward", "score", "update", "evaluation", "save: begin",
+    "save: write", "save: seal", "save: rename", "save: pointer", "save: remove old ones",
+)  # fmt: skip
+"""Where a run is killed. Those after "save: seal" are the main rank's alone."""
+MAIN_ONLY = PHASES[PHASES.index("save: rename") :]
+DELAY = 0.05
+STEPS = 4
+SETTINGS = {
+    "train__steps": STEPS, "checkpoint__interval": 1, "checkpoint__save_rollouts": "true",
+    "evaluation__interval": 2, "reward__functions": "[tests.whole_runs:varied]",
+    "reward__workers": 0, "model__layers": 2, "rollout__prompts_per_step": 4,
+}  # fmt: skip
+MEASURED = ("time/", "throughput/", "memory/")
+
+
+@dataclass(frozen=True)
+class Kill:
+    """SIGKILL for `victim` (None: every rank), `delay` seconds after it enters `phase` for the
+    `count`-th time since its start."""
+
+    victim: int | None
+    phase: str
+    count: int
+    delay: float
+
+
+def plan(kills: int, ranks: int, seed: int) -> list[Kill]:
+    generator = random.Random(seed)
+    chosen: list[str] = []
+    while len(chosen) < kills:
+        chosen += generator.sample(PHASES, len(PHASES))
+    result = []
+    for phase in chosen[:kills]:
+        victims = [0, None] if phase in MAIN_ONLY else [*range(ranks), None]
+        delay = generator.choice((0.0, DELAY * generator.random()))
+        result.append(Kill(generator.choice(victims), phase, 1, delay))
+    return result
+
+
+def _armed(kill: Kill, rank: int) -> None:
+    """Lets `kill` happen to this process, if it is for it (or for all: then rank 0 tells)."""
+    if kill.victim not in (rank, None) or (kill.victim is None and rank != 0):
+        return
+    target = os.getpid() if kill.victim is not None else 0
+    act = os.kill if target else (lambda _, number: os.killpg(0, number))
+    entered: Counter[str] = Counter()
+
+    def listen(name: str) -> None:
+        entered[name] += 1
+        if name == kill.phase and entered[name] == kill.count:
+            if not kill.delay:
+                act(target, signal.SIGKILL)
+            threading.Timer(kill.delay, act, (target, signal.SIGKILL)).start()
+
+    phases.current.listeners.append(listen)
+
+
+def _rank(rank: int, ranks: int, port: int, argv: list[str], kill: Kill | None, log: Path) -> None:
+    """In a forked process: one rank of the program."""
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+    }  # fmt: skip
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    if kill is not None:
+        _armed(kill, rank)
+    train.main(argv)
+
+
+def _fork(group: int, *arguments) -> int:
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        os.setpgid(0, group)
+        _rank(*arguments)
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)  # nothing of the parent is to be cleaned up
+
+
+def start(ranks: int, argv: list[str], kill: Kill | None, log: Path) -> list[int]:
+    """Runs all ranks until they have ended; their exit codes (below 0: the signal).
+
+    Like a launcher, it ends the other ranks when one has failed.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    children: list[int] = []
+    for rank in range(ranks):
+        group = children[0] if children else 0
+        child = _fork(group, rank, ranks, port, argv, kill, log)
+        try:
+            os.setpgid(child, group or child)  # here too: the child may not have come to it yet
+        except ProcessLookupError:
+            pass
+        children.append(child)
+    codes: dict[int, int] = {}
+    deadline = None
+    while len(codes) < ranks:
+        for child in children:
+            if child not in codes:
+                done, status = os.waitpid(child, os.WNOHANG)
+                if done:
+                    codes[child] = os.waitstatus_to_exitcode(status)
+        if any(codes.values()) and deadline is None:
+            deadline = time.monotonic() + 5  # its peers may notice and fail by themselves
+        if deadline is not None and time.monotonic() > deadline:
+            for child in children:
+                if child not in codes:
+                    os.kill(child, signal.SIGKILL)
+        time.sleep(0.01)
+    return [codes[child] for child in children]
+
+
+def _rows(run: Path) -> list[dict]:
+    lines = (run / "logs/metrics.jsonl").read_text().splitlines()
+    return [
+        {tag: value for tag, value in json.loads(line).items() if not tag.startswith(MEASURED)}
+        for line in lines
+    ]
+
+
+def _content(run: Path) -> dict[str, str]:
+    """Digests of what the final checkpoint holds: weights, moments, schedule, position."""
+    manifest = json.loads((run / f"checkpoints/iter_{STEPS:07d}/manifest.json").read_text())
+    # `.metadata` and the archive of common.pt may order or pad alike content differently.
+    return {
+        name: entry["blake2b"]
+        for name, entry in manifest["files"].items()
+        if name.endswith(".distcp")
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    options, settings = parser.parse_known_args()
+    folder = Path(tempfile.mkdtemp(prefix="chaos_"))
+    make_data(folder)
+
+    def argv(run: Path) -> list[str]:
+        return [*arguments(folder, run, **SETTINGS), *settings]
+
+    begun = time.monotonic()
+    whole = folder / "whole"
+    if any(start(options.ranks, argv(whole), None, folder / "whole.log")):
+        print((folder / "whole.log").read_text())
+        return 1
+    print(f"undisturbed: {time.monotonic() - begun:.1f} s; kills in {folder}")
+    kills = plan(options.kills, options.ranks, options.seed)
+    happened: Counter[str] = Counter()
+    problems: list[str] = []
+    round_number = 0
+    while kills:
+        run, log = folder / f"run{round_number}", folder / f"run{round_number}.log"
+        round_number += 1
+        done = False
+        while not done:
+            kill = kills[0] if kills else None
+            codes = start(options.ranks, argv(run), kill, log)
+            if -signal.SIGKILL in codes and kill is not None:
+                happened[kill.phase] += 1
+                kills.pop(0)
+                who = "the job" if kill.victim is None else f"rank {kill.victim}"
+                print(f"{sum(happened.values()):4d}  {who:8s}  {kill.phase}", flush=True)
+            elif any(codes):
+                problems.append(f"{log}: exit codes {codes}")
+                break
+            done = not any(codes)
+        if done and _rows(run) != _rows(whole):
+            problems.append(f"{run}: other metrics")
+        if done and _content(run) != _content(whole):
+            problems.append(f"{run}: other weights or moments")
+        if not problems:
+            shutil.rmtree(run)
+    print("\nkills by phase: " + ", ".join(f"{name} {happened[name]}" for name in PHASES))
+    for problem in problems:
+        print(f"PROBLEM {problem}")
+    seconds = time.monotonic() - begun
+    verdict = "NOT equal" if problems else "bit for bit equal"
+    print(f"{sum(happened.values())} kills, {round_number} runs, {seconds:.0f} s: {verdict}")
+    if not problems:
+        shutil.rmtree(folder)
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
