@@ -10,7 +10,8 @@ A save goes to a temporary directory, is sealed, renamed, and only then pointed 
 power cut leaves the previous checkpoint in force. Checkpoints from elsewhere (Megatron's own) have
 no manifest; of them only `.metadata`, which Megatron writes last, is asked for.
 
-Everything but `require` and `newest` of a directory that no run writes to needs the one-writer lock.
+Whatever writes here holds the directory's one-writer lock (lock.py); `newest` without repair and
+`require` need none.
 """
 
 from __future__ import annotations

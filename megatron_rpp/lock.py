@@ -1,9 +1,10 @@
-"""One writer a directory: a second run is refused while the first is alive, and not after its death.
+"""One writer a directory: a second run is refused while the first lives, and not after its death.
 
 The kernel drops the lock (flock on `<dir>/.lock`) with the process that holds it, however it ends;
 the record in the file (host, process) is for the message alone.
 
-Left out: file systems without flock (some NFS and Lustre mounts): there the run says so and goes on.
+Left out: file systems without flock (some NFS and Lustre mounts): there the run says so and goes
+on.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ def _one_writer(directory: Path, say: Callable[[str], None]) -> Iterator[None]:
         except OSError as error:
             if error.errno not in _UNSUPPORTED:
                 raise
-            say(f"{directory} has no file locks ({error.strerror}): mind that no second run uses it")
+            say(f"{directory} has no file locks ({error.strerror}): let no second run use it")
     problem = groups.broadcast_object(problem)
     if problem is not None:
         raise ValueError(f"{problem}: stop that run, or give this one another directory")

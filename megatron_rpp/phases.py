@@ -1,4 +1,4 @@
-"""What this process is doing, in a word: for the watchdog's reports and for tests that kill it there.
+"""What this process is doing, in a word: for the watchdog's reports, and tests that kill it there.
 
 A process does one thing at a time, so there is one phase for the whole process, as there is one
 logging configuration.

@@ -1,12 +1,15 @@
 """Ends a run that hangs, and says which rank is missing and where.
 
-A thread of every rank rewrites `<logging.dir>/alive/rank_00000` (its phase and a count that grows) as
-long as the process runs at all. Where the main thread has shown no sign of life for too long, in a
-collective, a reward or anywhere, the thread writes all stacks to `<logging.dir>/stacks/`, looks whose
-count has stopped growing, and ends the process with exit code HUNG; the launcher ends the others.
+A thread of every rank rewrites `<logging.dir>/alive/rank_00000` (its phase and a count that grows)
+as long as the process runs at all. Where the main thread has shown no sign of life for too long, in
+a collective, a reward or anywhere, the thread writes all stacks to `<logging.dir>/stacks/`, looks
+whose count has stopped growing, and ends the process with exit code HUNG; the launcher ends the
+others.
 
-The two signs tell a stopped or dead process (its count stands still) from one that waits or is stuck
-(it counts on, in the phase that the report names). Left out: what hangs before the run is built.
+The two signs tell a stopped or dead process (its count stands still) from one that waits or is
+stuck (it counts on, in the phase that the report names).
+
+Left out: what hangs before the run is built, and the supervised warm start.
 """
 
 from __future__ import annotations

@@ -15,10 +15,14 @@ HANGS = {
     "stopped": (
         "time.sleep(2); os.kill(os.getpid(), signal.SIGSTOP)",
         "rank 1 (process ",
-        "last seen in a reward function) is missing; in waiting for all rewards: rank 0",
+        "in a reward function) is missing; in waiting for all rewards: rank 0",
     ),
     # It runs and never returns.
-    "stuck": ("time.sleep(3600)", "in waiting for all rewards: rank 0; in a reward function: rank 1", ""),
+    "stuck": (
+        "time.sleep(3600)",
+        "in waiting for all rewards: rank 0",
+        "in a reward function: rank 1",
+    ),
 }
 
 
