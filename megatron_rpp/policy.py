@@ -23,13 +23,19 @@ class Policy:
     scheduler: object
 
 
-def build_policy(config: Config, optimizer: OptimizerConfig, vocab_size: int) -> Policy:
-    """A policy with the weights of model.init_path or model.hf_path, else random ones."""
+def build_start(config: Config, vocab_size: int) -> torch.nn.ModuleList:
+    """The model with the weights of model.init_path or model.hf_path, else random ones."""
     stage = build.build_model(config.model, config.parallel, vocab_size, config.seed)
     if config.model.init_path is not None:
         checkpoint.load_weights(stage, config.model.init_path)
     if config.model.hf_path is not None:
         load_hf(stage, config.model.hf_path)
+    return stage
+
+
+def build_policy(config: Config, optimizer: OptimizerConfig, vocab_size: int) -> Policy:
+    """The policy of step 0, with an optimizer that has done nothing."""
+    stage = build_start(config, vocab_size)
     model = build.wrap_for_training(stage, optimizer.distributed)
     return Policy(model, *build_optimizer(model, optimizer, config.model.dtype == "bf16"))
 

@@ -52,9 +52,14 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def output_paths(data: DataConfig) -> tuple[tuple[Path, Path, Path], Path]:
-    """The files (train, eval, tokenizer) to write, and the one that holds their settings."""
+def output_paths(data: DataConfig) -> tuple[tuple[Path, ...], Path]:
+    """The files (train, eval, tokenizer) to write, and the one that holds their settings.
+
+    Where data.tokenizer is a directory, that of a pretrained model, none is made.
+    """
     names = {"train": data.train, "eval": data.eval, "tokenizer": data.tokenizer}
+    if Path(data.tokenizer).is_dir() and data.tokenizer:
+        del names["tokenizer"]
     for key, value in names.items():
         if not value:
             raise ValueError(f"data.{key} is empty: set it to the file to write")
@@ -62,9 +67,9 @@ def output_paths(data: DataConfig) -> tuple[tuple[Path, Path, Path], Path]:
             raise ValueError(f"data.{key} must be one file to write, got {value}")
     settings_path = Path(data.train).parent / "task.json"
     paths = tuple(Path(value) for value in names.values())
-    if len({path.absolute() for path in (*paths, settings_path)}) != 4:
+    if len({path.absolute() for path in (*paths, settings_path)}) != len(names) + 1:
         raise ValueError(
-            f"data.train, data.eval, data.tokenizer and {settings_path} must be four different "
+            f"{', '.join(f'data.{key}' for key in names)} and {settings_path} must be different "
             f"files, got {names}"
         )
     return paths, settings_path
@@ -147,7 +152,7 @@ def flat(settings: dict[str, Any]) -> dict[str, Any]:
             for key, value in section.items()}
 
 
-def make(config: Config) -> tuple[bytes, bytes, bytes]:
+def make(config: Config) -> tuple[bytes, ...]:
     """Contents of the files (train, eval, tokenizer); says what is in them."""
     task = config.task
     with console.status(f"drawing {task.train_size} + {task.eval_size} problems of {task.name}"):
@@ -157,12 +162,11 @@ def make(config: Config) -> tuple[bytes, bytes, bytes]:
     for kind, rows in (("training", train), ("held-out", held_out)):
         different = len({row["prompt"] for row in rows})
         console.print(f"{len(rows)} {kind} prompts, {different} different")
-    with console.status("training the tokenizer"):
-        model = make_tokenizer(train + held_out, task.vocab_size)
-    train_file, eval_file = (
-        jsonl(file_row(row, config.data) for row in rows) for rows in (train, held_out)
-    )
-    return train_file, eval_file, model
+    files = [jsonl(file_row(row, config.data) for row in rows) for rows in (train, held_out)]
+    if len(output_paths(config.data)[0]) > len(files):
+        with console.status("training the tokenizer"):
+            files.append(make_tokenizer(train + held_out, task.vocab_size))
+    return tuple(files)
 
 
 def file_row(row: Row, data: DataConfig) -> Row:

@@ -166,5 +166,5 @@ def test_paths_must_be_given_and_differ(recipe, capsys):
     assert "data.eval is empty" in capsys.readouterr().err
     train = str(recipe.parent / "out" / "train.jsonl")
     assert make(recipe, "--data.eval", train) == 2
-    assert "four different files" in capsys.readouterr().err
+    assert "must be different files" in capsys.readouterr().err
     assert not (recipe.parent / "out").exists()

@@ -1,0 +1,59 @@
+"""tools/verify_conversion.py as it is run: it starts its own ranks, and fails for another model.
+
+Every family and layout against transformers is in tests/model/test_hf_weights.py.
+"""
+
+from __future__ import annotations
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from megatron_rpp.hf.convert import to_megatron
+from tests.hf.models import save
+from tools.verify_conversion import main
+
+QKV = "model.layers.1.self_attn.q_proj.weight"
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory):
+    """A Qwen3 with its own head size, in one file, and its conversion."""
+    folder = tmp_path_factory.mktemp("verify")
+    path = save(folder, "qwen3", shards="1GB")
+    to_megatron(path, folder / "megatron")
+    return path, folder / "megatron"
+
+
+def verify(hf, megatron, *options):
+    return main(["--hf-path", str(hf), "--megatron-path", str(megatron), *options])
+
+
+def test_the_same_model_on_four_ranks(converted, capfd):
+    assert verify(*converted, "--tp", "2", "--pp", "2") == 0
+    shown = capfd.readouterr().out
+    assert "greedy tokens: 64 of 64 equal" in shown and "verdict: the same model" in shown
+    assert "self_attention.linear_qkv.weight" in shown and "DIFFERENT" not in shown
+
+
+def test_permuted_queries_fail_by_name_in_bits_and_in_logits(converted, tmp_path, capfd):
+    """The two query heads of each group exchanged: the same numbers in another order."""
+    other = save(tmp_path, "qwen3", shards="1GB")
+    tensors = load_file(other / "model.safetensors")
+    heads = tensors[QKV].unflatten(0, (2, 2, -1))
+    tensors[QKV] = heads.flip(1).flatten(0, 2).contiguous()
+    save_file(tensors, other / "model.safetensors", {"format": "pt"})
+    assert verify(other, converted[1], "--dtype", "bf16") == 1
+    shown = capfd.readouterr().out
+    (line,) = [line for line in shown.splitlines() if "DIFFERENT" in line]
+    assert "decoder.layers.1.self_attention.linear_qkv.weight" in line
+    assert "tolerance 5e-02: OUTSIDE" in shown and "verdict: NOT the same model" in shown
+
+
+def test_bf16_stays_within_its_stated_tolerance(converted, capfd):
+    assert verify(*converted, "--dtype", "bf16") == 0
+    assert "tolerance 5e-02: within" in capfd.readouterr().out
+
+
+def test_a_model_of_another_shape_fails_before_anything_is_computed(converted, tmp_path, capfd):
+    assert verify(save(tmp_path, "llama2"), converted[1]) == 1
+    assert "head_dim is 8 in Hugging Face, 12 in Megatron" in capfd.readouterr().out

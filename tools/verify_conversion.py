@@ -1,0 +1,211 @@
+"""Proves that a Megatron checkpoint holds a Hugging Face model: names, bits, logits, answers.
+
+    python tools/verify_conversion.py --hf-path DIR --megatron-path DIR [--tp N] [--pp N]
+        [--dtype bf16] [--tolerance X]
+
+Names and bits: every tensor of one side has its counterpart, equal bit for bit in Megatron's form
+and back in Hugging Face's. Logits: of random tokens, computed by the checkpoint on N × N ranks that
+this program starts and by transformers; they may differ by 1e-5 (fp32) or 5e-2 (bf16) of the
+largest logit. Answers: 64 greedy tokens, the same in fp32; in bf16 they are only shown, since
+rounding decides near-ties. Prints a table and a verdict; the exit code is 0 only where all holds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.multiprocessing as mp
+from rich.console import Console
+from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs without an installation
+
+from megatron_rpp.config import ModelConfig, ParallelConfig
+from megatron_rpp.config_model import RopeScalingConfig
+from megatron_rpp.hf.convert import HfModel, MegatronModel
+
+TOLERANCES = {"fp32": 1e-5, "bf16": 5e-2}
+SEQUENCES, LENGTH, PROMPT, ANSWER = 2, 48, 16, 64
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a model makes of the same tokens."""
+
+    logits: torch.Tensor  # [b, s, v] fp32
+    answer: list[int]
+
+
+class NoEnd:
+    """The tokenizer of answers that have no end."""
+
+    eos_ids = ()
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--hf-path", required=True)
+    parser.add_argument("--megatron-path", required=True)
+    parser.add_argument("--tp", type=int, default=1, help="tensor-parallel size")
+    parser.add_argument("--pp", type=int, default=1, help="pipeline-parallel size")
+    parser.add_argument("--dtype", choices=TOLERANCES, default="fp32", help="of the arithmetic")
+    parser.add_argument("--tolerance", type=float, help="of the logits, share of the largest one")
+    options = parser.parse_args(argv)
+    # A file or a pipe is as wide as the table needs.
+    width = None if sys.stdout.isatty() else 160
+    console = Console(highlight=False, soft_wrap=True, width=width)
+    try:
+        parallel = ParallelConfig(tensor=options.tp, pipeline=options.pp)
+        source, checkpoint = HfModel(options.hf_path), MegatronModel.open(options.megatron_path)
+        if source.settings != checkpoint.settings:
+            console.print(f"the architectures differ: {difference(source, checkpoint)}")
+            return 1
+        sound = compare_weights(source, checkpoint, console)
+        ours = on_ranks(options.megatron_path, source.settings, parallel, options.dtype)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    theirs = transformers_outputs(options.hf_path, source.settings["vocab_size"], options.dtype)
+    tolerance = options.tolerance or TOLERANCES[options.dtype]
+    sound &= compare_outputs(ours, theirs, tolerance, options.dtype == "fp32", console)
+    console.print("verdict: the same model" if sound else "verdict: NOT the same model")
+    return 0 if sound else 1
+
+
+def difference(source: HfModel, checkpoint: MegatronModel) -> str:
+    """The settings in which the architectures differ, in words."""
+    theirs = checkpoint.settings
+    return ", ".join(
+        f"{name} is {value} in Hugging Face, {theirs.get(name)} in Megatron"
+        for name, value in source.settings.items()
+        if theirs.get(name) != value
+    )
+
+
+def compare_weights(source: HfModel, checkpoint: MegatronModel, console: Console) -> bool:
+    """A line per tensor; whether all are equal bit for bit, in either form."""
+    table, sound = Table("weight", "shape", "type", "largest difference", "verdict"), True
+    table.columns[0].no_wrap = True
+    for row in source.rows:
+        theirs, ours = source.read(row), checkpoint.read(row)
+        back = zip(row.hf, checkpoint.split(row), strict=True)
+        equal = theirs.dtype == ours.dtype and torch.equal(theirs, ours)
+        equal &= all(torch.equal(source.weights.read(name), part) for name, part in back)
+        difference = float((theirs.double() - ours.double()).abs().max())
+        kind = str(ours.dtype).removeprefix("torch.")
+        verdict = "equal" if equal else "DIFFERENT"
+        table.add_row(row.megatron, str(list(ours.shape)), kind, f"{difference:.3g}", verdict)
+        sound &= equal
+    console.print(table)
+    return sound
+
+
+def compare_outputs(
+    ours: Outputs, theirs: Outputs, tolerance: float, exact: bool, console: Console
+) -> bool:
+    """Logits within `tolerance` of the largest; equal answers where `exact`."""
+    largest = float(theirs.logits.abs().max())
+    share = float((ours.logits - theirs.logits).abs().max()) / largest
+    same = sum(a == b for a, b in zip(ours.answer, theirs.answer, strict=True))
+    near = share <= tolerance
+    console.print(
+        f"logits: largest difference {share:.2e} of the largest logit {largest:.3g}, tolerance "
+        f"{tolerance:.0e}: {'within' if near else 'OUTSIDE'}"
+    )
+    console.print(f"greedy tokens: {same} of {ANSWER} equal")
+    return near and (same == ANSWER or not exact)
+
+
+def sample_tokens(vocab_size: int) -> torch.Tensor:
+    """[b, s] token ids, the same for both sides."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(vocab_size, (SEQUENCES, LENGTH), generator=generator)
+
+
+def on_ranks(path: str, settings: dict, parallel: ParallelConfig, dtype: str) -> Outputs:
+    """The checkpoint's outputs, computed by tensor × pipeline processes."""
+    world = parallel.tensor * parallel.pipeline
+    with socket.socket() as free, tempfile.TemporaryDirectory() as folder:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+        free.close()
+        result = Path(folder) / "outputs.pt"
+        mp.spawn(_rank, (world, port, path, settings, parallel, dtype, result), nprocs=world)
+        logits, answer = torch.load(result, weights_only=True)
+    return Outputs(logits, answer)
+
+
+def _rank(rank, world, port, path, settings, parallel, dtype, result) -> None:
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+    place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in place.items()})
+    from megatron_rpp.parallel import groups
+
+    groups.start(**parallel.sizes(), seed=0)
+    outputs = megatron_outputs(path, settings, parallel, dtype)
+    if rank == world - 1:
+        torch.save((outputs.logits.cpu(), outputs.answer), result)
+    groups.stop()
+
+
+def model_config(settings: dict, dtype: str) -> ModelConfig:
+    """The model of an architecture, with a context that holds prompt and answer."""
+    scaling = RopeScalingConfig(**settings["rope_scaling"])
+    context = {"max_length": max(LENGTH, PROMPT + ANSWER), "dtype": dtype}
+    return ModelConfig(**(settings | context | {"rope_scaling": scaling}))
+
+
+@torch.no_grad()
+def megatron_outputs(path: str, settings: dict, parallel: ParallelConfig, dtype: str) -> Outputs:
+    """Collective; whole on the last pipeline stage, without logits on the others."""
+    from megatron_rpp import checkpoint
+    from megatron_rpp.model import build
+    from megatron_rpp.model.language_model import chunks
+    from megatron_rpp.parallel import device, groups, pipeline
+    from megatron_rpp.records import Request, Sampling
+    from megatron_rpp.rollout.engine import MegatronEngine
+
+    model = model_config(settings, dtype)
+    stage = build.build_model(model, parallel, model.vocab_size, seed=0)
+    checkpoint.load_weights(stage, path)
+    stage.requires_grad_(False).eval()
+    tokens = sample_tokens(model.vocab_size)
+    hidden = pipeline.stage_forward(stage, tokens.to(device.device()))
+    logits = torch.empty(0)
+    if groups.is_last_stage():
+        logits = chunks(stage)[-1].sampling_logits(hidden.flatten(0, 1))
+        logits = logits.unflatten(0, hidden.shape[:2]).transpose(0, 1)
+    engine = MegatronEngine(stage, NoEnd(), max_batch=1)
+    prompt = Request(tuple(tokens[0, :PROMPT].tolist()), sample_id=0)
+    sampling = Sampling(max_new_tokens=ANSWER, temperature=0.0)
+    return Outputs(logits, engine.generate([prompt], sampling, seed=0, step=0)[0].tokens)
+
+
+@torch.no_grad()
+def transformers_outputs(path: str, vocab_size: int, dtype: str) -> Outputs:
+    """The oracle: logits, and the answer token by token with its cache."""
+    from transformers import AutoModelForCausalLM
+
+    kind = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+    model = AutoModelForCausalLM.from_pretrained(
+        path, dtype=kind, attn_implementation="eager", local_files_only=True
+    ).eval()
+    tokens = sample_tokens(vocab_size)
+    logits = model(tokens, use_cache=False).logits.float()
+    answer, cache, given = [], None, tokens[:1, :PROMPT]
+    for _ in range(ANSWER):
+        result = model(given, past_key_values=cache, use_cache=True)
+        cache, given = result.past_key_values, result.logits[:, -1:].argmax(-1)
+        answer.append(int(given))
+    return Outputs(logits, answer)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
