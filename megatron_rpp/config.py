@@ -13,7 +13,6 @@ from typing import Literal
 
 from megatron_rpp.config_checks import (
     check_choices,
-    check_divides,
     check_filled,
     check_layout,
     check_range,

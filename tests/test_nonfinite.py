@@ -10,7 +10,6 @@ import math
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from megatron_rpp import run as runs
 from megatron_rpp import train

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from plot import draw, rows_of
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from megatron_rpp import cli
@@ -46,7 +47,8 @@ def answers(config: Config) -> Table:
     evaluations = rows_of(Path(config.logging.dir) / "evaluations.jsonl")
     table = Table("prompt", "label", "before", "after", title="greedy answers to held-out prompts")
     for old, new in zip(evaluations[0]["samples"], evaluations[-1]["samples"]):
-        table.add_row(old["prompt"], str(old["label"]), old["response"], new["response"])
+        cells = old["prompt"], str(old["label"]), old["response"], new["response"]
+        table.add_row(*map(escape, cells))  # a model may write what reads as markup
     return table
 
 
