@@ -118,14 +118,15 @@ def _whole_state(model, optimizer, scheduler, loading: bool) -> dict:
 def _allocate_moments(optimizer) -> None:
     """Gives Adam its state, which Megatron reads before it loads or saves it.
 
-    Megatron's fused Adam has one from the start, torch's makes it in its first step.
+    Both torch's Adam and the fused ones make it in their first step; torch's counts steps in it.
     """
     for part in optimizer.chained_optimizers:
         for group in part.optimizer.param_groups:
             for parameter in group["params"]:
                 state = part.optimizer.state[parameter]
                 if not state:
-                    state["step"] = torch.tensor(0.0)
+                    if isinstance(part.optimizer, (torch.optim.Adam, torch.optim.AdamW)):
+                        state["step"] = torch.tensor(0.0)
                     state["exp_avg"] = torch.zeros_like(parameter)
                     state["exp_avg_sq"] = torch.zeros_like(parameter)
 
@@ -141,6 +142,9 @@ def _load_optimizer(optimizer, content: dict) -> None:
     settings = ("max_lr", "min_lr", "betas", "eps")
     own = [{name: group[name] for name in settings} for group in part.optimizer.param_groups]
     moments = content.pop("param_state", None)
+    # Megatron 0.19 finds a group by its learning rates, which this run may have changed.
+    for group in content.get("optimizer", content)["param_groups"]:
+        group.update({name: own[0][name] for name in ("max_lr", "min_lr") if name in group})
     part.load_state_dict(content)
     states = list(part.optimizer.state.values())
     steps = [state.pop("step", None) for state in states]

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 # exp(20) = 5e8: far beyond any clip range, and its product with an advantage is finite. Past it
@@ -28,6 +29,11 @@ def check_mask(mask: Tensor, *tensors: Tensor) -> None:
 def select(values: Tensor, mask: Tensor) -> Tensor:
     """``values`` where ``mask`` is True, exactly 0 elsewhere, whatever was there (NaN, inf)."""
     return torch.where(mask, values, 0.0)
+
+
+def on_wire(values: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """``values`` where the collectives of ``group`` take them: NCCL's on this rank's GPU."""
+    return values.cuda() if dist.get_backend(group) == "nccl" else values.cpu()
 
 
 def at_least_fp32(values: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ Left out: optimizer states, objects (`_extra_state`), formats other than `torch_
 
 from __future__ import annotations
 
+import io
 import json
 import pickle
 import re
@@ -42,6 +43,7 @@ from megatron_rpp.hf.families import EMBEDDING, OUTPUT
 
 _STACKED = "decoder.layers."
 _MODEL_PREFIXES = ("embedding.", "decoder.", "output_layer.")
+_COMMON_OBJECT = "common_state/shard_0_1"
 _FORMAT = {
     "sharded_backend": "torch_dist",
     "sharded_backend_version": 1,
@@ -157,9 +159,20 @@ class Checkpoint:
         }
 
     def common(self) -> dict[str, Any]:
-        """What is stored beside the tensors, {} where it holds code of another program."""
+        """What is stored beside the tensors, {} where it holds code of another program.
+
+        A file of its own, or, from Megatron 0.19 on, an object among the shards.
+        """
         try:
-            return torch.load(self.directory / "common.pt", weights_only=True)
+            if (self.directory / "common.pt").exists():
+                return torch.load(self.directory / "common.pt", weights_only=True)
+            target = {_COMMON_OBJECT: io.BytesIO()}
+            dcp.load(target, storage_reader=dcp.FileSystemReader(self.directory), no_dist=True)
+            content = target[_COMMON_OBJECT]
+            if isinstance(content, io.BytesIO):
+                content.seek(0)
+                content = torch.load(content, weights_only=True)
+            return content[0]
         except pickle.UnpicklingError:
             return {}
 

@@ -106,7 +106,8 @@ class CoreAttention(MegatronModule):
         self.decode_mask: torch.Tensor | None = None  # [b, 1, 1, t] bool, True = attend
         # In a list, so that its empty "extra state" stays out of checkpoints, which load without it.
         self.fused: list[torch.nn.Module] = []
-        if devices.has_transformer_engine():
+        # Its kernels for packed rows take 16-bit types alone.
+        if devices.has_transformer_engine() and config.params_dtype != torch.float32:
             self.fused.append(
                 _transformer_engine()(
                     config=config,
@@ -144,6 +145,9 @@ class CoreAttention(MegatronModule):
 
     def _attend(self, query, key, value, visible=None):
         """[b, heads, s, d] each; causal, or what `visible` [b, 1, s, s'] allows."""
+        if visible is not None:  # no kernel that keeps scores in blocks takes a mask and groups
+            repeats = query.shape[1] // key.shape[1]
+            key, value = (x.repeat_interleave(repeats, 1) for x in (key, value))
         return F.scaled_dot_product_attention(
             query,
             key,

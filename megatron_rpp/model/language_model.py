@@ -16,7 +16,7 @@ import contextlib
 
 import torch
 
-from megatron_rpp.parallel import device as _device  # noqa: F401  (before megatron)
+from megatron_rpp.parallel import device as devices
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.tensor_parallel.mappings import all_gather_last_dim_from_tensor_parallel_region
@@ -96,7 +96,7 @@ class LanguageModel(GPTModel):
 
         One row per sequence, so gathering it costs less than sorting in shards would.
         """
-        shard = (hidden @ self.output_weight.t()).float()
+        shard = devices.matmul_fp32(hidden, self.output_weight.t())
         whole = all_gather_last_dim_from_tensor_parallel_region(shard, group=self.pg_collection.tp)
         return whole[:, : self.true_vocab_size]
 

@@ -39,7 +39,7 @@ def _chunks(rows: int, columns: int) -> list[slice]:
 
 def _logits(hidden, weight, words: int, temperature: float) -> torch.Tensor:
     """fp32 [n, words]: the padding rows of the vocabulary are left out, they have no log-prob."""
-    return (hidden @ weight[:words].t()).float().div_(temperature)
+    return devices.matmul_fp32(hidden, weight[:words].t()).div_(temperature)
 
 
 def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
@@ -47,7 +47,7 @@ def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -
     if left.dtype == total.dtype:
         torch.addmm(total, left, right, out=total)
     else:
-        total += (left @ right).float()
+        total += devices.matmul_fp32(left, right)
 
 
 class _VocabParallelLogProbs(torch.autograd.Function):

@@ -105,9 +105,22 @@ def free_memory() -> int:
     return torch.cuda.mem_get_info()[0]
 
 
+def matmul_fp32(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """left · right, [n, h] · [h, m], summed and kept in fp32 also where the factors are bf16."""
+    if left.dtype == torch.float32:
+        return left @ right
+    if ON_CPU:
+        return left.float() @ right.float()
+    return torch.mm(left, right, out_dtype=torch.float32)
+
+
 def has_transformer_engine() -> bool:
     """Whether Megatron's fused modules can be used."""
-    return not ON_CPU and importlib.util.find_spec("transformer_engine") is not None
+    if ON_CPU:
+        return False
+    from megatron.core.extensions.transformer_engine import HAVE_TE  # as Megatron sees it
+
+    return HAVE_TE
 
 
 def has_apex() -> bool:
