@@ -43,6 +43,6 @@ def export_policy(config: Config, checkpoints: str) -> None:
 
     Collective; does nothing where no export is asked for.
     """
-    if config.checkpoint.export_hf is not None and groups.is_main():
-        to_hf(checkpoints, config.checkpoint.export_hf, overwrite=True)
-    dist.barrier()
+    target = config.checkpoint.export_hf
+    if target is not None:
+        groups.on_main(lambda: to_hf(checkpoints, target, overwrite=True))

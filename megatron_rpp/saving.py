@@ -67,6 +67,12 @@ def publish(run: Run, written: Unpublished) -> None:
     underway.forget(run.config, before=run.state.step)
 
 
+def ensure(run: Run) -> None:
+    """The run as it is, between steps, is in checkpoint.dir. Collective."""
+    if run.saved_as is None:
+        publish(run, _write(run, {}))
+
+
 def _write(run: Run, notes: dict, **inside) -> Unpublished:
     policy = run.policy
     return checkpoint.write(
@@ -80,11 +86,13 @@ def pause(run: Run) -> None:
 
     Raises Preempted.
     """
+    if run.saved_as is None and run.underway.buffer is not None:
+        return pause_inside_step(run)  # resumed from inside a step of another directory
     reason = run.stop.requested()
     if reason is None:
         return
-    if run.saved_as is None and run.state.step:
-        publish(run, _write(run, {}))
+    if run.state.step:
+        ensure(run)
     raise Preempted(f"{reason}: saved after step {run.state.step}; the same command goes on")
 
 

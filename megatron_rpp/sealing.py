@@ -66,8 +66,8 @@ def seal(directory: str | Path, notes: dict[str, Any] | None = None) -> None:
         write_atomic(directory / MANIFEST, json.dumps(content, indent=1).encode())
 
 
-def _own_damage(directory: Path, files: dict[str, dict]) -> str | None:
-    for name in _own_share(sorted(files)):
+def _first_damage(directory: Path, files: dict[str, dict], names: list[str]) -> str | None:
+    for name in names:
         try:
             size = (directory / name).stat().st_size
             if size != files[name]["size"]:
@@ -90,11 +90,21 @@ def read_manifest(directory: str | Path) -> dict[str, Any] | None:
         return None
 
 
+def own_damage(directory: str | Path) -> str | None:
+    """As `damage`, found by this process alone, of all files."""
+    manifest = read_manifest(directory)
+    if manifest is None:
+        return f"{MANIFEST} is missing or unreadable"
+    files = manifest["files"]
+    return _first_damage(Path(directory), files, sorted(files))
+
+
 def damage(directory: str | Path) -> str | None:
     """What is wrong with a sealed directory, the same on every rank; None: nothing. Collective."""
     directory = Path(directory)
     manifest = gathered(read_manifest(directory))[0]
     if manifest is None:
         return f"{MANIFEST} is missing or unreadable"
-    found = gathered(_own_damage(directory, manifest["files"]))
+    files = manifest["files"]
+    found = gathered(_first_damage(directory, files, _own_share(sorted(files))))
     return next((text for text in found if text is not None), None)

@@ -96,6 +96,8 @@ def _finetune(config: Config, inputs: Inputs, console: Console, dry_run: bool) -
     console.say(describe())
     if dry_run or finished is not None:
         console.say("dry run: nothing was trained" if dry_run else f"finished before: {finished}")
+        if not dry_run:
+            export.export_policy(config, settings.dir)
         return
     export.keep_side_files(config, settings.dir)
     run = assemble(config, inputs, console, policy, None, settings.dir)

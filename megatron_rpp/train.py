@@ -86,7 +86,9 @@ def train(config: Config, inputs: Inputs, dry_run: bool = False) -> None:
             console.say(f"finished before, at step {step}: raise train.steps to go on")
         else:
             _loop(run)
-        export.export_policy(config, config.checkpoint.dir)
+        if config.checkpoint.export_hf is not None:
+            saving.ensure(run)
+            export.export_policy(config, config.checkpoint.dir)
 
 
 def _loop(run: Run) -> None:

@@ -108,6 +108,7 @@ def keep(work: Underway, config: Config, state: RunState, stage: str) -> None:
     temporary = None
     if groups.is_main():
         temporary = final.with_name(f".saving_{final.name}_{os.getpid()}")
+        shutil.rmtree(temporary, ignore_errors=True)  # of a killed run that had the same number
         temporary.mkdir(parents=True)
     temporary = groups.broadcast_object(temporary)
     notes = write(work, temporary)

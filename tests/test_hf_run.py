@@ -64,6 +64,13 @@ def test_a_run_starts_from_and_ends_in_hugging_face(base, tmp_path):
     assert torch.equal(model.model.norm.weight, final["model.norm.weight"])
 
 
+def test_a_run_that_has_nothing_left_to_do_still_ends_in_hugging_face(base):
+    """It starts from the last checkpoint of another directory, and its own holds none yet."""
+    hf_run(base, "nothing left", checkpoint__load=base / "alone/checkpoints")
+    again = exported(base / "nothing left/hf")
+    assert compare_weights(again, exported(base / "alone/hf")).size == 0
+
+
 def test_other_layouts_end_with_the_same_policy(base):
     run_ranks(on_two_ranks, 2, base, base, timeout=240)
     alone = rows(base / "alone/logs/metrics.jsonl")

@@ -18,8 +18,17 @@ from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs without an installation
 
+from megatron_rpp import sealing
 from megatron_rpp.hf import convert
 from tools.progress import counting
+
+
+def _check_whole(checkpoint: Path) -> None:
+    """Raises ValueError where a sealed checkpoint is not what it was when it was written."""
+    if sealing.read_manifest(checkpoint) is not None:
+        problem = sealing.own_damage(checkpoint)
+        if problem is not None:
+            raise ValueError(f"checkpoint {checkpoint} is damaged ({problem}): choose another")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -31,7 +40,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--overwrite", action="store_true", help="replace an existing model")
     options = parser.parse_args(argv)
     try:
-        rows = len(convert.MegatronModel.open(options.megatron_path).rows)
+        model = convert.MegatronModel.open(options.megatron_path)
+        rows = len(model.rows)
+        _check_whole(model.checkpoint.directory)
         with counting("tensors", rows) as progress:
             convert.to_hf(
                 options.megatron_path, options.hf_path, options.dtype, options.max_shard_size,

@@ -10,8 +10,9 @@ Left out: expert parallelism.
 from __future__ import annotations
 
 import os
+from concurrent.futures import ThreadPoolExecutor, wait
 from datetime import timedelta
-from typing import Any
+from typing import Any, Callable
 
 import torch
 import torch.distributed as dist
@@ -19,7 +20,11 @@ import torch.distributed as dist
 from megatron_rpp.parallel import device as devices
 from megatron.core import parallel_state, tensor_parallel
 
+from megatron_rpp import phases
+from megatron_rpp.failures import RunFailure
+
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+WAIT_SECONDS = 2.0
 
 
 def launched_world_size() -> int:
@@ -175,6 +180,28 @@ def gather_objects(value: Any, group: dist.ProcessGroup) -> list[Any]:
     gathered: list[Any] = [None] * group.size()
     dist.all_gather_object(gathered, value, group=group)
     return gathered
+
+
+def on_main(task: Callable[[], None]) -> None:
+    """Runs `task` on the main rank while the others wait, however long it takes. Collective.
+
+    A barrier would end the run after COLLECTIVE_TIMEOUT; here all ranks meet every few seconds.
+
+    Raises RunFailure, on every rank, with what the task raised.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        work = pool.submit(task) if is_main() else None
+        while True:
+            phases.enter("waiting for the main rank's task")
+            done, problem = False, None
+            if work is not None and wait([work], timeout=WAIT_SECONDS).done:
+                error = work.exception()
+                done, problem = True, error and f"{type(error).__name__}: {error}"
+            done, problem = broadcast_object((done, problem))
+            if problem:
+                raise RunFailure(problem)
+            if done:
+                return
 
 
 def reduce_sums(values: list[float], group: dist.ProcessGroup, op=dist.ReduceOp.SUM) -> list[float]:

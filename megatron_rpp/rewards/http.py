@@ -63,10 +63,10 @@ class HttpReward:
 
     def __post_init__(self) -> None:
         parts = urlsplit(self.url)
-        if parts.username is not None or parts.password is not None or not parts.hostname:
+        if parts.username or parts.password or parts.query or not parts.hostname:
             raise ValueError(
                 f"the URL of the reward model at {parts.hostname} must be http://host/... without "
-                "user and password, which logs would show: set token_variable in its "
+                "user and password or a query, which logs would show: set token_variable in its "
                 "reward.options to the environment variable that holds a token"
             )
         if self.shape not in _SHAPES:
@@ -74,8 +74,12 @@ class HttpReward:
             raise ValueError(f"reward.options: shape must be one of {shapes}, got {self.shape!r}")
         for name in ("batch", "concurrency", "timeout", "retries"):
             value, least = getattr(self, name), 0 if name == "retries" else 1
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or value < least:
-                raise ValueError(f"reward.options: {name} must be at least {least}, got {value!r}")
+            kind = (int, float) if name == "timeout" else int
+            if isinstance(value, bool) or not isinstance(value, kind) or value < least:
+                whole = "" if name == "timeout" else "a whole number of "
+                raise ValueError(
+                    f"reward.options: {name} must be {whole}at least {least}, got {value!r}"
+                )
         if self.token_variable is not None and self.token_variable not in os.environ:
             raise ValueError(
                 f"reward.options: the environment variable {self.token_variable!r} of "

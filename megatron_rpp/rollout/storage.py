@@ -10,7 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from megatron_rpp.data.prompts import Prompt
@@ -39,7 +39,10 @@ def save(buffer: RolloutBuffer, scores: Scores | None, path: Path) -> None:
         # Of the whole file, so it goes with the file's first sample.
         columns[_TIMEOUTS] = torch.zeros(len(buffer), dtype=torch.int64)
         columns[_TIMEOUTS][:1] = scores.timeouts
-    save_file({name: column.contiguous() for name, column in columns.items()}, path)
+    try:
+        save_file({name: column.contiguous() for name, column in columns.items()}, path)
+    except SafetensorError as error:  # such as a full disk
+        raise OSError(f"{path}: {error}") from error
 
 
 def _chosen(path: Path, first: int, end: int) -> dict[str, torch.Tensor]:
@@ -58,7 +61,7 @@ def _chosen(path: Path, first: int, end: int) -> dict[str, torch.Tensor]:
 def load(
     paths: list[Path], samples: range, prompts: list[Prompt]
 ) -> tuple[RolloutBuffer, Scores | None]:
-    """The buffer and the scores of `samples` (contiguous numbers in the step) out of the files of all replicas.
+    """The buffer and the scores of `samples` (contiguous numbers in the step) out of all replicas'.
 
     paths: in the order of their replicas. prompts: of those samples, in order.
     """

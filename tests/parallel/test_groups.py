@@ -8,11 +8,14 @@ processes serves the whole module.
 from __future__ import annotations
 
 import os
+import time
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_rpp.failures import RunFailure
 from megatron_rpp.parallel import groups
 from tests.distributed import run_ranks
 
@@ -59,6 +62,16 @@ def observe(rank):
     }
 
 
+def fail_on_main():
+    done = []
+    groups.WAIT_SECONDS = 0.1
+    groups.on_main(lambda: (time.sleep(0.35), done.append(dist.get_rank())))
+    try:
+        groups.on_main(lambda: Path("/nowhere").read_text())
+    except RunFailure as error:
+        return done, str(error)
+
+
 def every_layout(rank):
     os.environ["LOCAL_WORLD_SIZE"] = "4"
     seen = {}
@@ -67,7 +80,7 @@ def every_layout(rank):
         seen[name] = observe(rank)
         seen[name]["threads"] = torch.get_num_threads()
         groups.split_again()
-    return seen
+    return seen | {"on main": fail_on_main()}
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +129,11 @@ def test_context_parallel_ranks_share_a_replica(ranks):
     assert members(ranks, layout, "replica") == [[0, 1, 2, 3]] * 4
     assert members(ranks, layout, "model") == [[0, 2], [1, 3], [0, 2], [1, 3]]
     assert members(ranks, layout, "token") == [[0, 1], [0, 1], [2, 3], [2, 3]]
+
+
+def test_what_the_main_rank_does_alone_is_done_once_and_fails_on_all(ranks):
+    message = "FileNotFoundError: [Errno 2] No such file or directory: '/nowhere'"
+    assert [rank["on main"] for rank in ranks] == [([0], message)] + [([], message)] * 3
 
 
 def test_one_kind_of_parallelism(ranks):

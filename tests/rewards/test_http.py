@@ -149,9 +149,11 @@ def test_the_token_comes_from_the_environment_and_is_never_shown(server, monkeyp
     "url, options, problem",
     [
         ("http://me:s3cret@host/score", {}, "reward model at host must be .*without user and"),
+        ("http://host/score?key=s3cret", {}, "or a query, which logs would show"),
         ("http:///score", {}, "must be http"),
+        ("http://host/score", {"batch": 2.5}, "batch must be a whole number of at least 1, got 2.5"),
         ("http://host/score", {"shape": "verl"}, r"shape must be one of \['openrlhf', 'slime'\]"),
-        ("http://host/score", {"retries": -1}, "retries must be at least 0, got -1"),
+        ("http://host/score", {"retries": -1}, "retries must be a whole number of at least 0, got -1"),
         ("http://host/score", {"timeout": "1"}, "timeout must be at least 1, got '1'"),
         ("http://host/score", {"token_variable": "NO_SUCH"}, "'NO_SUCH' of token_variable is not"),
         ("http://host/score", {"token": "s3cret"}, "must be among"),
