@@ -11,6 +11,8 @@ import pytest
 
 from megatron_rpp.rewards import RewardError, RewardSet
 
+MARK = 10_000 + os.getpid()
+"""Seconds to sleep, by which this run's processes are known among all of the machine."""
 SCORER = """
 import os, signal, subprocess, sys, time
 print("a scorer may print")
@@ -28,7 +30,7 @@ def f(prompts, responses, labels, metadata):
     if text == "segfault":
         os.kill(os.getpid(), signal.SIGSEGV)
     if text == "child":
-        subprocess.run([sys.executable, "-c", "import time; time.sleep(601)"])
+        subprocess.run([sys.executable, "-c", "import time; time.sleep(MARK)"])
     if text.startswith("raise"):
         raise KeyError(text)
     if text == "nan":
@@ -40,14 +42,14 @@ def f(prompts, responses, labels, metadata):
 @pytest.fixture(scope="module")
 def name(tmp_path_factory):
     path = tmp_path_factory.mktemp("scorer") / "scorer.py"
-    path.write_text(SCORER)
+    path.write_text(SCORER.replace("MARK", str(MARK)))
     return f"{path}:f"
 
 
 @pytest.fixture(scope="module")
 def rewards(name):
-    """Two workers, 0.7 seconds a sample, score -9 for those that take longer."""
-    return RewardSet([name, "exact_match"], workers=2, timeout=0.7, timeout_score=-9.0)
+    """Two workers, 2 seconds a sample, score -9 for those that take longer."""
+    return RewardSet([name, "exact_match"], workers=2, timeout=2.0, timeout_score=-9.0)
 
 
 def score(rewards: RewardSet, responses: list[str]):
@@ -94,7 +96,7 @@ def test_scores_come_back_in_order(rewards, name):
 def test_a_large_batch_of_a_cheap_scorer_is_quick(rewards):
     start = time.perf_counter()
     score(rewards, ["1"] * 512)
-    assert time.perf_counter() - start < 1.0
+    assert time.perf_counter() - start < 5.0  # not a process a sample
 
 
 @pytest.mark.parametrize("bad", ["sleep", "spin", "exit", "segfault", "child"])
@@ -103,7 +105,7 @@ def test_a_sample_that_hangs_or_crashes_is_lost_alone(rewards, name, bad):
     assert scores.parts[name] == [13.5, -9.0, 14.5, 15.5]
     assert scores.total == scores.parts[name] and scores.timeouts == 1
     assert score(rewards, ["1"]).timeouts == 0
-    assert not running("time.sleep(601)"), "a child of the killed scorer goes on"
+    assert not running(f"time.sleep({MARK})"), "a child of the killed scorer goes on"
 
 
 def test_an_exception_stops_with_its_own_sample(rewards, name):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_rpp.data.prompts import Example, Prompt
+from megatron_rpp.data.prompts import Example, Prompt, PromptSet
 from megatron_rpp.records import Generation, Sampling
 from megatron_rpp.stages.rollout import collect, shard
 
@@ -36,7 +36,7 @@ def collect_shard(rank, size, ragged):
     told = []
     sampling = Sampling(max_new_tokens=8)
     buffer = collect(
-        Echo(ragged), PROMPTS, sampling, PER_STEP, SAMPLES, rank, size, 1, 2, 32, told.append
+        Echo(ragged), PromptSet([PROMPTS]), sampling, PER_STEP, SAMPLES, rank, size, 1, 2, 32, told.append
     )
     assert told == [PER_STEP * SAMPLES // size]
     for name in RESPONSE_COLUMNS:
