@@ -85,6 +85,7 @@ def step(tmp_path_factory):
             updates[kind] = update.run(
                 run.policy.model, run.policy.optimizer, run.policy.scheduler, buffer,
                 settings.algorithm, settings.train, TEMPERATURE, len(buffer), 0, run.state,
+                update.Progress(), lambda: None,
             )  # fmt: skip
     return updates, buffer, logits, targets
 
