@@ -12,7 +12,7 @@ if [[ ${#missing[@]} -eq 0 ]]; then
 elif [[ $EUID -ne 0 ]] || ! command -v apt-get >/dev/null; then
   echo "SLURM for the tests: no ${missing[*]}, and installing them needs root and apt-get;" \
     "the tests on it are skipped"
-elif ! { apt-get update && apt-get install --yes --no-install-recommends "${missing[@]}"; } \
+elif ! { export DEBIAN_FRONTEND=noninteractive; apt-get update && apt-get install --yes --no-install-recommends "${missing[@]}"; } \
   >/dev/null 2>&1; then
   echo "SLURM for the tests: apt-get could not install ${missing[*]}; the tests on it are skipped"
 else
