@@ -8,7 +8,8 @@ SIGTERM by killing the ranks 30 seconds later. This one
 - exits with the ranks' code, on every node with the same one (see `exit_code`);
 - passes SIGTERM and SIGUSR1 on to the ranks and goes on watching them: they save and exit with 75,
   and whoever sent the signal decides how long that may take;
-- under ``--max-restarts`` starts crashed ranks again, but none that refused or were preempted;
+- under ``--max-restarts`` starts crashed ranks again, with a store of their own, but none that
+  refused or were preempted;
 - stops the ranks of this node when those of another have failed for good.
 
 Left out: ``--run-path``; elastic worlds (``--nnodes 1:4``) are torch's matter, untested here.
@@ -89,6 +90,10 @@ class Agent(LocalElasticAgent):
     def _rendezvous(self, worker_group) -> None:
         if self._asked:
             raise SystemExit(PREEMPTED)
+        # torch would give ranks that it starts again the store of those before, where they read
+        # the dead ones' addresses.
+        worker_group.spec.rdzv_handler._bootstrap_store_info = None
+        worker_group.spec.rdzv_handler._shared_tcp_store_server = None
         self._in_rendezvous = True
         try:
             super()._rendezvous(worker_group)

@@ -18,10 +18,11 @@ from typing import Callable
 import pytest
 
 from megatron_rpp.torchrun import exit_code
+from tests.distributed import run_ranks
 from tests.launch.namespaces import two_namespaces
-from tests.small_run import arguments, make_data
+from tests.small_run import arguments, config_of, make_data
 from tests.test_refusals import free_port
-from tests.whole_runs import VARIED, compare_rows, rows, train_run
+from tests.whole_runs import VARIED, same_bits, train_run
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 240.0
@@ -179,37 +180,72 @@ def test_a_failure_is_known_on_both_nodes(launchers, tmp_path):
     assert launchers.codes() == [9, 9]
 
 
+# Checkpoints after every step, so that a killed run goes on in its second.
+SETTINGS = VARIED | {"parallel__tensor": 2, "checkpoint__interval": 1}
+
+
+def train_here(rank: int, base: Path) -> None:
+    train_run(base, base / "here", **SETTINGS)
+
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
-    """The folder of the data and of run "one": two steps on one rank."""
+    """The folder of the data and of run "here": two tensor-parallel ranks without a launcher."""
     base = tmp_path_factory.mktemp("nodes")
     make_data(base)
-    train_run(base, base / "one")
+    run_ranks(train_here, 2, base, base)
     return base
 
 
-def same_as_one_rank(base: Path, run: Path) -> None:
-    ours, theirs = (rows(folder / "logs/metrics.jsonl") for folder in (run, base / "one"))
-    assert compare_rows(ours, theirs).size <= 1e-4
+def check_same(base: Path, run: str) -> None:
+    same_bits(base / run, base / "here", config_of(base, base / run, **VARIED), step=2)
 
 
-def test_two_launchers_train(launchers, base):
-    """launch/torchrun.sh on two nodes that are both this machine: tensor-parallel between them."""
-    command = ("bash", "launch/torchrun.sh", *two_nodes(free_port()), "--local-addr", "127.0.0.1")
-    settings = arguments(base, base / "two", parallel__tensor=2, **VARIED)
+# A user's file: rank 1 is killed, once, in the second step's second mini-batch (a step enters
+# "update" five times: the stage and its four mini-batches).
+KILLER = """
+import os, signal
+from pathlib import Path
+from megatron_rpp import phases
+from tests.whole_runs import varied
+
+mark, seen = Path(__file__).with_name("killed"), []
+
+def listen(phase):
+    seen.extend([phase] if phase == "update" else [])
+    if len(seen) == 8 and os.environ["RANK"] == "1" and not mark.exists():
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+phases.current.listeners.append(listen)
+"""
+
+
+def test_two_launchers_train_and_start_a_killed_rank_again(launchers, base, capfd):
+    """launch/torchrun.sh on two nodes that are both this machine: tensor-parallel between them.
+
+    A rank dies inside a step; all are started again, resume, and end as if nothing had happened.
+    """
+    (base / "killer.py").write_text(KILLER)
+    options = (*two_nodes(free_port()), "--local-addr", "127.0.0.1", "--max-restarts", "1")
+    reward = {"reward__functions": f"[{base}/killer.py:varied]"}
+    settings = arguments(base, base / "two", **(SETTINGS | reward))
     for core in (0, 1):
-        launchers.node(core, *command, "train", *settings)
+        launchers.node(core, "bash", "launch/torchrun.sh", *options, "train", *settings)
     assert launchers.codes() == [0, 0]
-    same_as_one_rank(base, base / "two")
+    output, errors = capfd.readouterr()
+    assert "launcher: rank 1 failed, killed by SIGKILL" in errors
+    assert "starts at step 0 of 2" in output and "resumed at step 1 of 2" in output
+    check_same(base, "two")
 
 
 def test_two_namespaces_train(launchers, base):
     """Two nodes with network stacks, addresses and a link of their own."""
-    settings = arguments(base, base / "apart", parallel__tensor=2, **VARIED)
+    settings = arguments(base, base / "apart", **SETTINGS)
     with two_namespaces() as nodes:
         for core, node in enumerate(nodes):
             options = (*two_nodes(29500, nodes[0].address), "--local-addr", node.address)
             command = (*node.prefix, "bash", "launch/torchrun.sh", *options, "train", *settings)
             launchers.node(core, *command, GLOO_SOCKET_IFNAME=node.interface)
         assert launchers.codes() == [0, 0]
-    same_as_one_rank(base, base / "apart")
+    check_same(base, "apart")
