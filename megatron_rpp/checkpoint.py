@@ -33,19 +33,15 @@ from megatron_rpp import checkpoint_store, phases, sealing
 from megatron_rpp.checkpoint_store import POINTER, newest, require
 from megatron_rpp.config import CheckpointConfig
 from megatron_rpp.config_model import NOT_COMPARED
-from megatron_rpp.failures import RunFailure
+from megatron_rpp.failures import SaveFailed
 from megatron_rpp.model.language_model import chunks
 from megatron_rpp.parallel import groups
 from megatron_rpp.run_state import RunState
 
-__all__ = ["POINTER", "load_weights", "newest", "require", "resume", "save", "write"]
+__all__ = ["POINTER", "SaveFailed", "load_weights", "newest", "require", "resume", "save", "write"]
 
 # Adam's state in the model's own shapes, so that it loads on any other layout too.
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
-
-
-class SaveFailed(RunFailure):
-    """A checkpoint could not be written; those there before are as they were."""
 
 
 def _model_state(model: torch.nn.Module) -> dict:
@@ -250,10 +246,13 @@ def _write_here(content: dict, directory: Path) -> None:
 
 
 def _reason(error: BaseException) -> str:
-    """One line: what the file system said, by rank where ranks differ."""
+    """One line: what the file system said, by rank where ranks differ.
+
+    Collective where Megatron made the ranks fail together: only its coordinator knows why.
+    """
     if isinstance(error, CheckpointException):
         found = [f"rank {rank}: {failure[0]}" for rank, failure in error.failures.items()]
-        return "; ".join(found) or "another rank failed"
+        return sealing.gathered("; ".join(found))[0] or "another rank failed"
     return str(error).splitlines()[0]
 
 

@@ -16,17 +16,14 @@ Whatever writes here holds the directory's one-writer lock (lock.py); `newest` w
 
 from __future__ import annotations
 
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
 
-import torch.distributed as dist
-
 from megatron_rpp import phases, sealing
-from megatron_rpp.data.files import sync_directory, write_atomic
-from megatron_rpp.parallel import groups
+from megatron_rpp.data.files import sync_directory, this_process, write_atomic
+from megatron_rpp.failures import SaveFailed
 
 POINTER, BEST = "latest_checkpointed_iteration.txt", "best_checkpointed_iteration.txt"
 
@@ -148,15 +145,20 @@ def _remove(path: Path) -> None:
 
 
 def begin(directory: Path, name: str) -> Path:
-    """A temporary directory for the checkpoint `name`. Collective."""
-    temporary = None
-    if groups.is_main():
+    """A temporary directory for the checkpoint `name`. Collective.
+
+    Raises OSError, on every rank.
+    """
+
+    def make() -> Path:
         directory.mkdir(parents=True, exist_ok=True)
         clear(directory)
         # By process: a helper of a killed run may still write to its own.
-        temporary = directory / f".saving_{name}_{os.getpid()}"
+        temporary = directory / f".saving_{name}_{this_process()}"
         temporary.mkdir()
-    return groups.broadcast_object(temporary)
+        return temporary
+
+    return sealing.on_main_rank(make)
 
 
 @dataclass(frozen=True)
@@ -171,19 +173,29 @@ class Unpublished:
     """The one of the best evaluation stays too."""
 
     def publish(self) -> Path:
-        """Puts it in force and removes old ones. Collective."""
-        if groups.is_main():
-            phases.enter("save: rename")
-            if self.final.exists():
-                _remove(self.final)
-            self.temporary.rename(self.final)
-            sync_directory(self.final.parent)
-            phases.enter("save: pointer")
-            _point(self.final.parent / POINTER, self.final.name)
-            phases.enter("save: remove old ones")
-            self._prune()
-        dist.barrier()
+        """Puts it in force and removes old ones. Collective.
+
+        Raises SaveFailed, on every rank.
+        """
+        try:
+            sealing.on_main_rank(self._put_in_force)
+        except OSError as error:
+            raise SaveFailed(
+                f"the checkpoint {self.final} is written and could not be put in force: {error}. "
+                f"The one in force is as it was: make room (or repair the file system) and run again"
+            ) from error
         return self.final
+
+    def _put_in_force(self) -> None:
+        phases.enter("save: rename")
+        if self.final.exists():
+            _remove(self.final)
+        self.temporary.rename(self.final)
+        sync_directory(self.final.parent)
+        phases.enter("save: pointer")
+        _point(self.final.parent / POINTER, self.final.name)
+        phases.enter("save: remove old ones")
+        self._prune()
 
     def _prune(self) -> None:
         directory = self.final.parent

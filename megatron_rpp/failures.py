@@ -17,3 +17,7 @@ class RunFailure(RuntimeError):
     """Ends the run, alike on every rank, with a message that needs no traceback."""
 
     exit_code = FAILED
+
+
+class SaveFailed(RunFailure):
+    """What the run would have saved could not be written; what was there before is as it was."""

@@ -104,13 +104,14 @@ def pause_inside_step(run: Run) -> None:
     reason = run.stop.requested()
     if reason is None:
         return
-    done = run.underway.update.done
+    name = f"iter_{run.state.step:07d}_{run.underway.place}"
 
     def fill(directory: Path) -> dict:
         return {"underway": underway.write(run.underway, directory)}
 
-    publish(run, _write(run, {}, suffix=f"_minibatch_{done:04d}", fill=fill))
+    if run.saved_as != name:  # else it was stopped where it had just resumed
+        publish(run, _write(run, {}, suffix=f"_{run.underway.place}", fill=fill))
     raise Preempted(
-        f"{reason}: saved in step {run.state.step + 1} after {done} mini-batches; the same command "
-        f"goes on"
+        f"{reason}: saved in step {run.state.step + 1} after {run.underway.update.done} "
+        f"mini-batches; the same command goes on"
     )

@@ -12,8 +12,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Callable, TypeVar
 
 import torch.distributed as dist
 
@@ -22,11 +23,38 @@ from megatron_rpp.parallel import groups
 
 MANIFEST = "manifest.json"
 _ALGORITHM = "blake2b"
+T = TypeVar("T")
 
 
 def gathered(value: Any) -> list[Any]:
     """Every rank's `value`, in rank order."""
     return groups.gather_objects(value, dist.group.WORLD) if dist.is_initialized() else [value]
+
+
+def on_every_rank(task: Callable[[], T]) -> list[T]:
+    """What `task` returned on every rank, in rank order. Collective; the task itself must not be.
+
+    Raises OSError, on every rank, where the task raised one on any: nobody waits for a rank whose
+    disk is full.
+    """
+    result, problem = None, None
+    try:
+        result = task()
+    except OSError as error:
+        problem = str(error)
+    outcomes = gathered((result, problem))
+    problems = [f"rank {rank}: {text}" for rank, (_, text) in enumerate(outcomes) if text]
+    if problems:
+        raise OSError("; ".join(problems[:3]))
+    return [value for value, _ in outcomes]
+
+
+def on_main_rank(task: Callable[[], T]) -> T:
+    """What `task` returned on the main rank, which alone runs it. Collective; the task must not be.
+
+    Raises OSError, on every rank, where the task raised one.
+    """
+    return on_every_rank(lambda: task() if is_main() else None)[0]
 
 
 def _own_share(names: list[str]) -> list[str]:
@@ -50,20 +78,28 @@ def seal(directory: str | Path, notes: dict[str, Any] | None = None) -> None:
     """Writes the manifest of `directory`, when its files and theirs below are complete. Collective.
 
     notes: JSON values to keep in the manifest.
+
+    Raises OSError, on every rank, where the disk of any does not take it.
     """
     directory = Path(directory)
-    found = sorted(
-        str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()
+    names = on_main_rank(partial(_files, directory))
+    shares = on_every_rank(
+        lambda: {name: _describe(directory / name, to_disk=True) for name in _own_share(names)}
     )
-    names = gathered([name for name in found if name != MANIFEST])[0]
-    own = {name: _describe(directory / name, to_disk=True) for name in _own_share(names)}
-    shares = gathered(own)
-    if is_main():
-        files = {name: entry for share in shares for name, entry in share.items()}
-        content = {"notes": notes or {}, "files": dict(sorted(files.items()))}
-        for folder in {(directory / name).parent for name in names} | {directory}:
-            sync_directory(folder)
-        write_atomic(directory / MANIFEST, json.dumps(content, indent=1).encode())
+    files = {name: entry for share in shares for name, entry in share.items()}
+    on_main_rank(partial(_write_manifest, directory, notes or {}, files))
+
+
+def _files(directory: Path) -> list[str]:
+    found = [path.relative_to(directory) for path in directory.rglob("*") if path.is_file()]
+    return sorted(str(name) for name in found if str(name) != MANIFEST)
+
+
+def _write_manifest(directory: Path, notes: dict[str, Any], files: dict[str, dict]) -> None:
+    for folder in {(directory / name).parent for name in files} | {directory}:
+        sync_directory(folder)
+    content = {"notes": notes, "files": dict(sorted(files.items()))}
+    write_atomic(directory / MANIFEST, json.dumps(content, indent=1).encode())
 
 
 def _first_damage(directory: Path, files: dict[str, dict], names: list[str]) -> str | None:

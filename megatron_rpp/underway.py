@@ -2,6 +2,7 @@
 
     <checkpoint.dir>/iter_0000003_minibatch_0002/rollouts/   in a checkpoint that a preemption made
                                         inside step 4: the weights as they are, and what is here
+                                        (or iter_..._done_1_rollout, iter_..._done_2_reward)
     <checkpoint.dir>/rollouts/step_0000003_reward/           checkpoint.save_rollouts: for a kill;
                                         the weights are those that the steps before it make again
 
@@ -13,18 +14,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from megatron_rpp import phases, sealing
 from megatron_rpp.config import CheckpointConfig, Config, LoggingConfig, ParallelConfig, SftConfig
-from megatron_rpp.data.files import sync_directory
+from megatron_rpp.data.files import sync_directory, this_process
 from megatron_rpp.data.prompts import PromptSet
+from megatron_rpp.failures import SaveFailed
 from megatron_rpp.metrics import StageTimes
 from megatron_rpp.parallel import groups
 from megatron_rpp.rewards import Scores
@@ -50,16 +50,33 @@ class Underway:
     update: Progress = field(default_factory=Progress)
     times: StageTimes = field(default_factory=StageTimes)
 
+    @property
+    def place(self) -> str:
+        """How far the step has come at a safe point, for a checkpoint's name; sorts by progress.
+
+        No two places share a name, so a save never replaces the checkpoint in force.
+        """
+        if self.scores is None:
+            return "done_1_rollout"
+        if self.buffer.old_logprobs is None:
+            return "done_2_reward"
+        return f"minibatch_{self.update.done:04d}"
+
 
 def write(work: Underway, directory: Path) -> dict[str, Any]:
-    """Writes the rollouts, one file a replica, and returns the rest as JSON values. Collective."""
-    if groups.is_main():
-        (directory / ROLLOUTS).mkdir()
-    dist.barrier()
-    if groups.is_replica_leader():
-        path = directory / ROLLOUTS / f"replica_{groups.data_rank():05d}.safetensors"
-        storage.save(work.buffer, work.scores, path)
-    dist.barrier()
+    """Writes the rollouts, one file a replica, and returns the rest as JSON values. Collective.
+
+    Raises OSError, on every rank, where the disk of any does not take them.
+    """
+    folder = directory / ROLLOUTS
+
+    def save() -> None:
+        if groups.is_replica_leader():
+            path = folder / f"replica_{groups.data_rank():05d}.safetensors"
+            storage.save(work.buffer, work.scores, path)
+
+    sealing.on_main_rank(folder.mkdir)
+    sealing.on_every_rank(save)
     return {"update": asdict(work.update), "seconds": work.times.seconds}
 
 
@@ -100,23 +117,40 @@ def _folder(config: Config) -> Path:
 
 
 def keep(work: Underway, config: Config, state: RunState, stage: str) -> None:
-    """Keeps the rollouts after `stage` where checkpoint.save_rollouts is on. Collective."""
+    """Keeps the rollouts after `stage` where checkpoint.save_rollouts is on. Collective.
+
+    Raises SaveFailed, on every rank: who asked for them to be kept would not want to learn after a
+    kill that they were not.
+    """
     if not config.checkpoint.save_rollouts:
         return
     phases.enter("keep rollouts")
     final = _folder(config) / f"step_{state.step:07d}_{stage}"
-    temporary = None
-    if groups.is_main():
-        temporary = final.with_name(f".saving_{final.name}_{os.getpid()}")
-        shutil.rmtree(temporary, ignore_errors=True)  # of a killed run that had the same number
-        temporary.mkdir(parents=True)
-    temporary = groups.broadcast_object(temporary)
-    notes = write(work, temporary)
-    sealing.seal(temporary, notes | {"fingerprint": _fingerprint(config, state)})
-    if groups.is_main():
-        shutil.rmtree(final, ignore_errors=True)
-        temporary.rename(final)
-        sync_directory(final.parent)
+    temporary = final.with_name(f".saving_{final.name}_{groups.broadcast_object(this_process())}")
+    try:
+        sealing.on_main_rank(partial(_make_anew, temporary))
+        notes = write(work, temporary)
+        sealing.seal(temporary, notes | {"fingerprint": _fingerprint(config, state)})
+        sealing.on_main_rank(partial(_replace, temporary, final))
+    except OSError as error:
+        if groups.is_main():
+            shutil.rmtree(temporary, ignore_errors=True)  # it may be what fills the disk
+        raise SaveFailed(
+            f"the rollouts of step {state.step + 1} could not be kept in {_folder(config)}: "
+            f"{error}. The checkpoints are as they were: make room (or repair the file system, or "
+            f"switch checkpoint.save_rollouts off) and run again"
+        ) from error
+
+
+def _make_anew(directory: Path) -> None:
+    shutil.rmtree(directory, ignore_errors=True)  # of a killed run that had the same name
+    directory.mkdir(parents=True)
+
+
+def _replace(temporary: Path, final: Path) -> None:
+    shutil.rmtree(final, ignore_errors=True)
+    temporary.rename(final)
+    sync_directory(final.parent)
 
 
 def kept(config: Config, prompts: PromptSet, state: RunState) -> Underway:

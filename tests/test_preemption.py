@@ -16,7 +16,7 @@ import pytest
 import torch.distributed as dist
 from torch.multiprocessing import ProcessExitedException
 
-from megatron_rpp import failures, phases
+from megatron_rpp import checkpoint, failures, phases
 from megatron_rpp.saving import Preempted
 from tests.distributed import run_ranks
 from tests.small_run import config_of, make_data
@@ -73,8 +73,8 @@ def check_equal(base: Path, run: str) -> None:
 # When the signal comes: a phase, the how manyth of it; and the checkpoint that the run leaves. A
 # stage enters "update" once, and every mini-batch again.
 MOMENTS = {
-    "in the first rollout": ("rollout", 1, "iter_0000000_minibatch_0000"),
-    "in the second reward": ("reward", 2, "iter_0000001_minibatch_0000"),
+    "in the first rollout": ("rollout", 1, "iter_0000000_done_1_rollout"),
+    "in the second reward": ("reward", 2, "iter_0000001_done_2_reward"),
     "in the first step's update": ("update", 3, "iter_0000000_minibatch_0002"),
     "in the second step's update": ("update", 9, "iter_0000001_minibatch_0003"),
     "in the first step's last mini-batch": ("update", 5, "iter_0000001"),
@@ -110,6 +110,28 @@ def test_told_again_at_once(base):
     check_equal(base, "again")
 
 
+def test_two_stops_in_one_step_leave_no_moment_without_the_last_save(base):
+    """After the rollout, then after the reward: whenever a kill came, the newer would be in force
+    or the older."""
+    run, first, second = base / "twice", "iter_0000000_done_1_rollout", "iter_0000000_done_2_reward"
+    with at("rollout", 1, send(signal.SIGTERM)), pytest.raises(Preempted):
+        train_run(base, run, **SETTINGS)
+    in_force = []
+
+    def look(phase: str) -> None:
+        if phase.startswith("save: "):
+            in_force.append(checkpoint.newest(run / "checkpoints").name)
+
+    phases.current.listeners.append(look)
+    with at("reward", 1, send(signal.SIGTERM)), pytest.raises(Preempted):
+        train_run(base, run, **SETTINGS)
+    phases.current.listeners.remove(look)
+    # begin, write, seal, rename, pointer | remove old ones
+    assert in_force == [first] * 5 + [second] and names(run) == [first, second]
+    train_run(base, run, **SETTINGS)
+    check_equal(base, "twice")
+
+
 def test_its_exit_code_says_run_it_again():
     assert Preempted("").exit_code == failures.PREEMPTED == 75
 
@@ -137,6 +159,30 @@ def test_kept_rollouts_are_taken_after_a_kill(base, tmp_path):
     assert "rollout" not in entered and "reward" not in entered and "update" in entered
     assert not kept.exists()
     check_equal(base, "kept")
+
+
+# What a kill in the very first save leaves, and where the run starts again.
+FIRST_SAVE = {"save: write": ("no checkpoint", 0), "save: pointer": ("iter_0000001", 1)}
+
+
+def killed_in_the_first_save(rank: int, base: Path, moment: str) -> None:
+    with at(moment, 1, send(signal.SIGKILL)):
+        train_run(base, base / moment, checkpoint__interval=1, **SETTINGS)
+
+
+@pytest.mark.parametrize("moment", FIRST_SAVE)
+def test_a_kill_in_the_very_first_save(base, tmp_path, moment):
+    left, step = FIRST_SAVE[moment]
+    with pytest.raises(ProcessExitedException, match="SIGKILL"):
+        run_ranks(killed_in_the_first_save, 1, tmp_path, base, moment)
+    directory = base / moment / "checkpoints"
+    assert (names(base / moment) or ["no checkpoint"]) == [left]
+    assert not (directory / checkpoint.POINTER).exists()
+    with at("never", 1, print) as entered:
+        train_run(base, base / moment, checkpoint__interval=1, **SETTINGS)
+    assert entered.count("rollout") == 2 - step
+    assert not list(directory.glob(".saving_*"))
+    check_equal(base, moment)
 
 
 def on_two_ranks(rank: int, base: Path) -> str:

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import os
+import socket
 from pathlib import Path
+
+
+def this_process() -> str:
+    """A name that no other process has that is alive, on any node of a shared file system."""
+    return f"{socket.gethostname()}_{os.getpid()}"
 
 
 def sync_directory(directory: str | Path) -> None:
@@ -22,7 +28,7 @@ def write_atomic(path: str | Path, content: bytes) -> None:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{this_process()}.tmp")
     try:
         with open(temporary, "wb") as file:
             file.write(content)
