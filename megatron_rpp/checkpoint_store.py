@@ -182,7 +182,7 @@ class Unpublished:
         except OSError as error:
             raise SaveFailed(
                 f"the checkpoint {self.final} is written and could not be put in force: {error}. "
-                f"The one in force is as it was: make room (or repair the file system) and run again"
+                f"The one in force is as it was: make room (or mend the file system) and run again"
             ) from error
         return self.final
 

@@ -23,11 +23,12 @@ import os
 import signal
 import socket
 import sys
+import threading
 from contextlib import suppress
 from datetime import timedelta
 
 import torch.distributed.launcher.api as launcher
-from torch.distributed import DistError
+from torch.distributed import DistError, TCPStore
 from torch.distributed.elastic.agent.server.api import DEFAULT_ROLE, RunResult, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import SignalException
@@ -42,6 +43,9 @@ FINAL = (REFUSED, PREEMPTED)
 """Codes after which another start would do the same, or is for the scheduler to make."""
 PEER_SECONDS = 60.0
 """How long a failed node waits for the codes of the others: they have 30 seconds to stop ranks."""
+
+PROBE_SECONDS = 5.0
+"""How long what listens at the rendezvous' port may take to show that it is one."""
 
 
 def exit_code(codes: list[int]) -> int:
@@ -187,6 +191,45 @@ def _is_this_machine(host: str) -> bool:
     return False
 
 
+def _answers_as_a_store(host: str, port: int) -> bool:
+    """Whether a rendezvous is there already, such as another node's on this machine."""
+
+    def ask() -> None:
+        with suppress(DistError):
+            TCPStore(host, port, is_master=False, timeout=timedelta(seconds=PROBE_SECONDS))
+            answered.set()
+
+    answered = threading.Event()
+    # In a thread of its own: torch waits for ever for a program that accepts and says nothing.
+    threading.Thread(target=ask, daemon=True).start()
+    return answered.wait(PROBE_SECONDS)
+
+
+def _check_port(endpoint: str) -> None:
+    """Exits with REFUSED where the rendezvous is to be here, on a port that another program has.
+
+    torch would take that program for the rendezvous, and wait.
+    """
+    host, _, port = endpoint.rpartition(":")
+    if not port.isdigit() or port == "0" or not _is_this_machine(host):
+        return
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", int(port)))
+            return
+        except OSError as error:
+            reason = error.strerror
+    if _answers_as_a_store(host, int(port)):
+        return
+    print(
+        f"launcher: port {port} of {host} cannot be used for the rendezvous ({reason}): choose "
+        f"another one, --rdzv-endpoint {host}:PORT, the same on every node",
+        file=sys.stderr,
+    )
+    raise SystemExit(REFUSED)
+
+
 def _leave_early(signum: int, frame) -> None:
     raise SystemExit(PREEMPTED)  # no rank runs yet
 
@@ -195,6 +238,8 @@ def main(argv: list[str] | None = None) -> None:
     for signum in FORWARDED:
         signal.signal(signum, _leave_early)
     args = parse_args(argv)
+    if args.rdzv_backend == "c10d" and not args.standalone:
+        _check_port(args.rdzv_endpoint)
     args.signals_to_handle = "SIGINT,SIGHUP,SIGQUIT"  # by torch; the rest is the Agent's
     # What it says of failed ranks, `_report` says in a line.
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)

@@ -18,6 +18,7 @@ import pytest
 import torch.distributed as dist
 
 from megatron_rpp import failures, launching, train
+from megatron_rpp.parallel import groups
 from tests.small_run import arguments, make_data
 from tests.whole_runs import VARIED, rows, train_run
 
@@ -204,6 +205,21 @@ def only_error(results: list[tuple[int, str]], code: int) -> str:
     assert "Traceback" not in everything, everything
     assert sum(line.startswith("error: ") for line in everything.splitlines()) == 1, everything
     return everything[everything.index("error: ") :]
+
+
+def test_a_port_in_use_is_named(monkeypatch):
+    """Without torchrun: rank 0 is to open the port of the environment, which is taken."""
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        where = {"RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        for name, value in where.items():
+            monkeypatch.setenv(name, str(value))
+        message = f"cannot meet at 127.0.0.1:{port} .*EADDRINUSE.* choose another MASTER_PORT"
+        with pytest.raises(failures.RunFailure, match=message):
+            groups.start(tensor=1, pipeline=1, seed=1)
+    assert not dist.is_initialized()
 
 
 def test_two_ranks_refuse_a_malformed_row(data, tmp_path):

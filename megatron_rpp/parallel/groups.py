@@ -75,13 +75,20 @@ def _start_replica_group(context: int) -> None:
 def _join_world() -> None:
     # A world of one needs no rendezvous; under torchrun the address is in the environment.
     store = None if "RANK" in os.environ else dist.HashStore()
-    dist.init_process_group(
-        devices.backend(),
-        store=store,
-        rank=int(os.environ.get("RANK", "0")),
-        world_size=launched_world_size(),
-        timeout=COLLECTIVE_TIMEOUT,
-    )
+    try:
+        dist.init_process_group(
+            devices.backend(),
+            store=store,
+            rank=int(os.environ.get("RANK", "0")),
+            world_size=launched_world_size(),
+            timeout=COLLECTIVE_TIMEOUT,
+        )
+    except dist.DistNetworkError as error:
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise RunFailure(
+            f"the ranks cannot meet at {address} ({str(error).splitlines()[0]}): where another "
+            f"program has that port, choose another MASTER_PORT"
+        ) from error
 
 
 def split_again() -> None:

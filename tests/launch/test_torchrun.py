@@ -17,6 +17,7 @@ from typing import Callable
 
 import pytest
 
+from megatron_rpp.failures import REFUSED
 from megatron_rpp.torchrun import exit_code
 from tests.distributed import run_ranks
 from tests.launch.namespaces import two_namespaces
@@ -152,6 +153,20 @@ def test_ranks_have_time_to_save(name, launchers, tmp_path):
     assert launchers.codes() == [75, 75]
     assert name in {path.read_text() for path in tmp_path.glob("saved.*")}
     assert len(starts(tmp_path)) == 2
+
+
+def test_a_port_that_another_program_has_is_refused(tmp_path):
+    """One that accepts and says nothing, for which torch's own store would wait without end."""
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        command = ["bash", "launch/torchrun.sh", *two_nodes(port), "train"]
+        refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=LIMIT)
+    assert refused.returncode == REFUSED == 2
+    message = f"launcher: port {port} of 127.0.0.1 cannot be used for the rendezvous (Address"
+    assert message in refused.stderr and "--rdzv-endpoint 127.0.0.1:PORT" in refused.stderr
+    assert "Traceback" not in refused.stderr
 
 
 def answers(port: int) -> bool:
