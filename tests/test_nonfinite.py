@@ -1,7 +1,8 @@
-"""A NaN on one rank makes all ranks skip that update alike, and too many in a row end the run.
+"""A NaN on one rank makes all ranks skip that update alike, and too many in a row end the run; in
+log-probs it ends the run at once.
 
-Two real ranks, as two replicas and as the two tensor-parallel halves of one. On one of them a loss
-or a gradient is spoiled, by hooks on the real computation.
+Two real ranks, as two replicas and as the two tensor-parallel halves of one. On one of them a loss,
+a gradient or log-probs are spoiled, by hooks on the real computation.
 """
 
 from __future__ import annotations
@@ -14,12 +15,14 @@ import torch
 from megatron_rpp import run as runs
 from megatron_rpp import train
 from megatron_rpp.console import Console
-from megatron_rpp.failures import RunFailure
+from megatron_rpp.failures import FAILED, RunFailure
 from megatron_rpp.inputs import load_inputs
-from megatron_rpp.stages import update
+from megatron_rpp.parallel import pipeline
+from megatron_rpp.parallel.pipeline import finalize_model_grads
+from megatron_rpp.stages import scoring, update
 from tests.distributed import run_ranks
 from tests.small_run import config_of, make_data
-from tests.whole_runs import VARIED, layout
+from tests.whole_runs import VARIED, layout, train_run
 
 LAYOUTS = {"DP2": {}, "TP2": {"parallel__tensor": 2}}
 SPOILED = 1  # the rank
@@ -31,13 +34,18 @@ SETTINGS = VARIED | {
 
 
 class Spoiler:
-    """Spoils the loss, or the gradient of one parameter, of one rank in its next `left` updates."""
+    """Spoils the loss, or the gradient of one parameter, of one rank in its next `left` updates.
+
+    "sum": the gradient is spoiled after all ranks' were added up, as a fault on the way would.
+    """
 
     def __init__(self, run, kind: str, value: float, rank: int):
         self.value, self.left = value, 0
         self.mine = rank == SPOILED
         if kind == "gradient":
             next(run.policy.model.parameters()).register_hook(self.spoil)
+        elif kind == "sum":
+            pipeline.finalize_model_grads = self.finalize
         else:
             original = update.policy_loss
             update.policy_loss = lambda *args: self.spoil(original(*args))
@@ -47,6 +55,11 @@ class Spoiler:
             return tensor
         self.left -= 1
         return tensor * self.value
+
+    def finalize(self, wrapped, *args, **kwargs) -> None:
+        finalize_model_grads(wrapped, *args, **kwargs)
+        buffer = wrapped[0].buffers[0].grad_data
+        buffer.copy_(self.spoil(buffer))
 
 
 def weights(run) -> torch.Tensor:
@@ -76,7 +89,7 @@ def spoiled_steps(rank: int, data, kind: str, value: str, settings: dict) -> dic
                 train.rl_step(run)
         found["failure"] = str(failure.value)
         found["weights"].append(weights(run))
-    update.policy_loss = original
+    update.policy_loss, pipeline.finalize_model_grads = original, finalize_model_grads
     return found
 
 
@@ -84,11 +97,43 @@ CASES = [
     ("DP2", "loss", "nan"),
     ("DP2", "gradient", "inf"),
     ("TP2", "gradient", "nan"),
+    ("DP2", "sum", "inf"),
 ]
 
 
+def spoiled_logprobs(rank: int, data, value: float, call: int) -> tuple[str, int]:
+    """Message and exit code of a run whose second replica's third sample has log-prob `value`.
+
+    call: 1 = under the policy, 2 = under the reference.
+    """
+    original, calls = scoring.response_logprobs, []
+
+    def spoil(model, buffer, **settings):
+        column = original(model, buffer=buffer, **settings)
+        calls.append(1)
+        if rank == SPOILED and len(calls) == call:
+            column[buffer.response_offsets[2]] = value
+        return column
+
+    scoring.response_logprobs = spoil
+    with pytest.raises(RunFailure) as failure:
+        train_run(data, data / f"{value} {call}", algorithm__kl_estimator="k3", **SETTINGS)
+    scoring.response_logprobs = original
+    return str(failure.value), failure.value.exit_code
+
+
+# Each value, the call that gives it, and what the message says is not finite. Sample 2 of the
+# second replica's four is number 6 of the step. exp(200) is infinite in fp32.
+LOGPROBS = {
+    ("nan", 1): "the policy's log-probs on rank 1 have 1 value(s)",
+    ("-inf", 2): "the reference's log-probs on rank 1 have 1 value(s)",
+    ("200", 2): "the KL estimates (k3) on rank 1 have 1 value(s)",
+}
+
+
 def on_two_ranks(rank: int, data) -> dict:
-    return {case: spoiled_steps(rank, data, *case[1:], LAYOUTS[case[0]]) for case in CASES}
+    found = {case: spoiled_logprobs(rank, data, float(case[0]), case[1]) for case in LOGPROBS}
+    return found | {case: spoiled_steps(rank, data, *case[1:], LAYOUTS[case[0]]) for case in CASES}
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +141,15 @@ def ranks(tmp_path_factory) -> list[dict]:
     data = tmp_path_factory.mktemp("data")
     make_data(data)
     return run_ranks(on_two_ranks, 2, data, data)
+
+
+@pytest.mark.parametrize("case", LOGPROBS, ids=str)
+def test_logprobs_that_are_not_finite_end_the_run(ranks, case):
+    (message, code), other = (result[case] for result in ranks)
+    assert (message, code) == other and code == FAILED == 1
+    assert message.startswith(LOGPROBS[case]), message
+    assert "the first in sample 6 of the step, with the prompt 'State" in message
+    assert "lower learning rate" in message
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -121,10 +175,16 @@ def test_a_skipped_update_changes_nothing(ranks, case):
         assert found["updates"] == [1, 1, 3]  # of the schedule
 
 
+def cause_of(kind: str) -> str:
+    one = f"the {kind} on rank {SPOILED}"
+    return ("the norm of all ranks' gradients together" if kind == "sum" else one) + (
+        " is NaN or infinite"
+    )
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_log_names_the_cause_and_the_rank(ranks, case):
-    _, kind, _ = case
-    cause = f"the {kind} on rank {SPOILED} is NaN or infinite"
+    cause = cause_of(case[1])
     for result in ranks:
         first, second, third = result[case]["said"]
         assert first == f"step 1: update skipped, mini-batch 0 of epoch 0: {cause}"
@@ -137,4 +197,4 @@ def test_the_run_ends_alike_on_all_ranks(ranks, case):
     assert len(messages) == 1
     (message,) = messages
     assert message.startswith("3 updates in a row were skipped (train.max_skipped_updates)")
-    assert f"the {case[1]} on rank {SPOILED}" in message
+    assert cause_of(case[1]) in message

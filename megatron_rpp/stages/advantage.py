@@ -17,6 +17,7 @@ from megatron_rpp.algorithms import (
 from megatron_rpp.algorithms.advantages import advantages
 from megatron_rpp.config import AlgorithmConfig, RewardConfig
 from megatron_rpp.rollout.buffer import RolloutBuffer
+from megatron_rpp.stages import finite
 
 
 @dataclass(frozen=True)
@@ -34,13 +35,24 @@ def fill(
     group: dist.ProcessGroup,
 ) -> AdvantageStats:
     """Writes `advantages`, `returns` and, where the algorithm corrects for the rollout engine,
-    `rollout_weights` [R] into the buffer; collective over `group` (DP × CP)."""
+    `rollout_weights` [R] into the buffer; collective over `group` (DP × CP) and over the world.
+
+    Raises RunFailure, on every rank, where log-probs or KL are not finite (finite.py).
+    """
     scores, score_stats = shape_scores(
         buffer.scores, reward.normalize, reward.scale, reward.clip, group
     )
     kl = None
     if buffer.ref_logprobs is not None:
         kl = kl_estimate(buffer.old_logprobs, buffer.ref_logprobs, algorithm.kl_estimator)
+    finite.check_columns(
+        buffer,
+        {
+            "the policy's log-probs": buffer.old_logprobs,
+            "the reference's log-probs": buffer.ref_logprobs,
+            f"the KL estimates ({algorithm.kl_estimator})": kl,
+        },
+    )
     values, returns, moments = advantages(
         algorithm.name,
         scores,

@@ -1,7 +1,9 @@
-"""Loss and gradients that are not finite: found on one rank, known to all, never trained on.
+"""What is not finite: found on one rank, known to all, never trained on.
 
 A NaN of one rank is in every rank's gradient as soon as they are summed. So each rank looks at its
-own loss and at its own gradients before that, all learn who found what, and all skip the update.
+own loss and at its own gradients before that, all learn who found what, and all skip the update. A
+step's log-probs are in every mini-batch of it and, by the normalisation, in every sample: a NaN
+there ends the run.
 """
 
 from __future__ import annotations
@@ -11,7 +13,10 @@ import torch.distributed as dist
 
 from megatron_rpp.failures import RunFailure
 from megatron_rpp.parallel import device as devices
+from megatron_rpp.parallel import groups
 from megatron_rpp.parallel.pipeline import Backward
+from megatron_rpp.rewards.checks import short
+from megatron_rpp.rollout.buffer import RolloutBuffer
 from megatron_rpp.run_state import RunState
 
 _LOSS, _GRADIENT = 1, 2
@@ -39,6 +44,29 @@ def _own_fault(backward: Backward) -> int:
     if not all(bool(norm.isfinite()) for norm in backward.own_norms):
         return _GRADIENT
     return 0
+
+
+def check_columns(buffer: RolloutBuffer, columns: dict[str, torch.Tensor | None]) -> None:
+    """Raises RunFailure, the same on every rank, where one of `columns` [R] of any rank has a NaN or
+    infinity at a token that the policy wrote. Collective over the world.
+
+    columns: by what the message calls them; None: there is none.
+    """
+    problem = None
+    for name, column in columns.items():
+        wrong = [] if column is None else (buffer.mask & ~column.isfinite()).nonzero().squeeze(1)
+        if len(wrong) and problem is None:
+            index = int(torch.searchsorted(buffer.response_offsets, wrong[0], right=True)) - 1
+            problem = (
+                f"{name} on rank {dist.get_rank()} have {len(wrong)} value(s) that are NaN "
+                f"or infinite, the first in sample {int(buffer.sample_ids[index])} of the step, with "
+                f"the prompt {short(buffer.prompts[index].example.prompt)}: look at the weights, "
+                f"and resume from a checkpoint before, with a lower learning rate"
+            )
+    found = float(problem is not None)
+    if groups.reduce_sums([found], dist.group.WORLD, dist.ReduceOp.MAX)[0]:
+        problems = groups.gather_objects(problem, dist.group.WORLD)
+        raise RunFailure(next(text for text in problems if text is not None))
 
 
 def count(state: RunState, fault: str | None, limit: int) -> None:

@@ -7,6 +7,7 @@ the number of ranks nor the micro-batch size can change it.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Callable, NamedTuple
 
@@ -185,6 +186,11 @@ def optimizer_step(policy, optimizer, scheduler, batches, loss) -> Done:
     backward = pipeline.train(policy, batches, loss)
     fault = finite.fault(backward)
     if fault is not None:
+        return Done(backward.reports, 0.0, fault)
+    # Every rank's gradient is finite; their sum may not be, and clipping would make it 0 or NaN.
+    optimizer.prepare_grads()
+    if not math.isfinite(optimizer.get_grad_norm()):
+        fault = "the norm of all ranks' gradients together is NaN or infinite"
         return Done(backward.reports, 0.0, fault)
     _, grad_norm, _ = optimizer.step()
     scheduler.step(increment=1)
