@@ -60,7 +60,7 @@ def _take(path: Path) -> int:
 def one_writer(directories: Iterable[str], say: Callable[[str], None]) -> Iterator[None]:
     """Holds the locks of `directories` in its context. Collective.
 
-    Raises ValueError, on every rank, where another run holds one of them.
+    Raises ValueError, on every rank, where another run holds one of them, or no lock can be taken.
     """
     with ExitStack() as stack:
         for directory in sorted({Path(directory).resolve() for directory in directories}):
@@ -76,13 +76,18 @@ def _one_writer(directory: Path, say: Callable[[str], None]) -> Iterator[None]:
             descriptor = _take(path)
         except BlockingIOError:
             problem = f"{directory} is in use by {path.read_text().strip() or 'another run'}"
+            problem += ": stop that run, or give this one another directory"
         except OSError as error:
-            if error.errno not in _UNSUPPORTED:
-                raise
-            say(f"{directory} has no file locks ({error.strerror}): let no second run use it")
+            if error.errno in _UNSUPPORTED:
+                say(f"{directory} has no file locks ({error.strerror}): let no second run use it")
+            else:
+                problem = (
+                    f"{path} cannot be locked ({error.strerror}): change its permissions, or give "
+                    f"this run another directory"
+                )
     problem = groups.broadcast_object(problem)
     if problem is not None:
-        raise ValueError(f"{problem}: stop that run, or give this one another directory")
+        raise ValueError(problem)
     try:
         yield
     finally:

@@ -133,12 +133,13 @@ def _memory(config: Config, vocab_size: int) -> Check:
 
 
 def _disk(config: Config, vocab_size: int) -> Check:
-    """Room for the checkpoints that are kept, and the one being written."""
+    """Room for the checkpoints that are kept, the best one among them, and the one being written."""
     size = checkpoint_bytes(config, vocab_size)
-    need = size * (config.checkpoint.keep + 1)
+    staying = config.checkpoint.keep + config.checkpoint.keep_best
+    need = size * (staying + 1)
     free = groups.broadcast_object(shutil.disk_usage(config.checkpoint.dir).free)
     text = (
-        f"{config.checkpoint.keep} + 1 checkpoints of {_size(size)} in "
+        f"{staying} + 1 checkpoints of {_size(size)} in "
         f"{_size(free)} free at {config.checkpoint.dir}"
     )
     if need > free:

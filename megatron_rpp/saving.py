@@ -19,10 +19,13 @@ class Preempted(RunFailure):
     exit_code = PREEMPTED
 
 
-def resume(run: Run) -> None:
-    """Continues from what checkpoint.dir holds, else from checkpoint.load, else at step 0."""
+def resume(run: Run, repair: bool) -> None:
+    """Continues from what checkpoint.dir holds, else from checkpoint.load, else at step 0.
+
+    repair: set damaged checkpoints of checkpoint.dir aside.
+    """
     policy, settings, say = run.policy, run.config.checkpoint, run.console.say
-    path = checkpoint.newest(settings.dir, say, repair=True)
+    path = checkpoint.newest(settings.dir, say, repair)
     if path is not None:
         run.saved_as = path.name
     elif settings.load is not None:
@@ -32,9 +35,13 @@ def resume(run: Run) -> None:
     run.state = checkpoint.resume(policy.model, policy.optimizer, policy.scheduler, path)
     manifest = sealing.gathered(sealing.read_manifest(path))[0]
     if manifest is not None and "underway" in manifest["notes"]:
-        run.underway = underway.read(
+        begun = underway.read(
             path, manifest["notes"]["underway"], run.config, run.inputs.train, run.state
         )
+        if begun is None:
+            say(f"the data has other prompts than {path}: step {run.state.step + 1} is begun anew")
+        else:
+            run.underway = begun
 
 
 def begin_step(run: Run) -> Underway:
@@ -46,7 +53,7 @@ def begin_step(run: Run) -> Underway:
 
 def keep(run: Run, stage: str) -> None:
     """After a stage whose work is worth keeping: keeps it if asked to, and is a safe point."""
-    underway.keep(run.underway, run.config, run.state, stage)
+    underway.keep(run.underway, run.config, run.inputs.train, run.state, stage)
     pause_inside_step(run)
 
 
@@ -107,7 +114,8 @@ def pause_inside_step(run: Run) -> None:
     name = f"iter_{run.state.step:07d}_{run.underway.place}"
 
     def fill(directory: Path) -> dict:
-        return {"underway": underway.write(run.underway, directory)}
+        prompts = run.inputs.train
+        return {"underway": underway.write(run.underway, directory, run.config, prompts, run.state)}
 
     if run.saved_as != name:  # else it was stopped where it had just resumed
         publish(run, _write(run, {}, suffix=f"_{run.underway.place}", fill=fill))

@@ -75,7 +75,7 @@ def train(config: Config, inputs: Inputs, dry_run: bool = False) -> None:
     ):
         run = runs.build(config, inputs, console)
         run.stop = stop
-        saving.resume(run)
+        saving.resume(run, repair=not dry_run)
         _announce(run)
         if dry_run:
             console.say("dry run: everything is built and nothing was trained")

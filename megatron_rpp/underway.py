@@ -63,7 +63,9 @@ class Underway:
         return f"minibatch_{self.update.done:04d}"
 
 
-def write(work: Underway, directory: Path) -> dict[str, Any]:
+def write(
+    work: Underway, directory: Path, config: Config, prompts: PromptSet, state: RunState
+) -> dict[str, Any]:
     """Writes the rollouts, one file a replica, and returns the rest as JSON values. Collective.
 
     Raises OSError, on every rank, where the disk of any does not take them.
@@ -77,13 +79,19 @@ def write(work: Underway, directory: Path) -> dict[str, Any]:
 
     sealing.on_main_rank(folder.mkdir)
     sealing.on_every_rank(save)
-    return {"update": asdict(work.update), "seconds": work.times.seconds}
+    digest = sealing.on_main_rank(partial(_prompts_digest, config, prompts, state))
+    return {"update": asdict(work.update), "seconds": work.times.seconds, "prompts": digest}
 
 
 def read(
     directory: Path, notes: dict[str, Any], config: Config, prompts: PromptSet, state: RunState
-) -> Underway:
-    """What `write` wrote, this replica's samples of it."""
+) -> Underway | None:
+    """What `write` wrote, this replica's samples of it. Collective.
+
+    None where the data no longer holds the prompts of these rollouts.
+    """
+    if notes["prompts"] != sealing.on_main_rank(partial(_prompts_digest, config, prompts, state)):
+        return None
     rollout = config.rollout
     rows = prompts.order(state.prompts_seen, rollout.prompts_per_step, config.seed)
     own = shard(rollout.prompts_per_step, groups.data_rank(), groups.data_size())
@@ -95,8 +103,18 @@ def read(
     return Underway(buffer, scores, Progress(**notes["update"]), StageTimes(notes["seconds"]))
 
 
+def _digest(content: Any) -> str:
+    return hashlib.blake2b(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _prompts_digest(config: Config, prompts: PromptSet, state: RunState) -> str:
+    """Of the step's prompts as the model and the rewards see them, not of where they lie."""
+    rows = prompts.order(state.prompts_seen, config.rollout.prompts_per_step, config.seed)
+    return _digest([asdict(prompts[row]) for row in rows])
+
+
 def _fingerprint(config: Config, state: RunState) -> str:
-    """Of all that the rollouts of a step depend on; the layout and where files lie are not."""
+    """Of all settings that the rollouts of a step depend on; the layout is not among them."""
     relevant = replace(
         config,
         parallel=ParallelConfig(),
@@ -108,15 +126,16 @@ def _fingerprint(config: Config, state: RunState) -> str:
             hang_timeout_minutes=None,
         ),  # fmt: skip
     )
-    content = json.dumps([asdict(relevant), state.step, state.prompts_seen], sort_keys=True)
-    return hashlib.blake2b(content.encode()).hexdigest()
+    return _digest([asdict(relevant), state.step, state.prompts_seen])
 
 
 def _folder(config: Config) -> Path:
     return Path(config.checkpoint.dir) / ROLLOUTS
 
 
-def keep(work: Underway, config: Config, state: RunState, stage: str) -> None:
+def keep(
+    work: Underway, config: Config, prompts: PromptSet, state: RunState, stage: str
+) -> None:
     """Keeps the rollouts after `stage` where checkpoint.save_rollouts is on. Collective.
 
     Raises SaveFailed, on every rank: who asked for them to be kept would not want to learn after a
@@ -129,7 +148,7 @@ def keep(work: Underway, config: Config, state: RunState, stage: str) -> None:
     temporary = final.with_name(f".saving_{final.name}_{groups.broadcast_object(this_process())}")
     try:
         sealing.on_main_rank(partial(_make_anew, temporary))
-        notes = write(work, temporary)
+        notes = write(work, temporary, config, prompts, state)
         sealing.seal(temporary, notes | {"fingerprint": _fingerprint(config, state)})
         sealing.on_main_rank(partial(_replace, temporary, final))
     except OSError as error:
@@ -161,7 +180,7 @@ def kept(config: Config, prompts: PromptSet, state: RunState) -> Underway:
             continue
         notes = sealing.gathered(sealing.read_manifest(path))[0]["notes"]
         if notes["fingerprint"] == _fingerprint(config, state):
-            return read(path, notes, config, prompts, state)
+            return read(path, notes, config, prompts, state) or Underway()
     return Underway()
 
 

@@ -15,11 +15,11 @@ from typing import Iterator
 
 import pytest
 
-from megatron_rpp import checkpoint, sealing
+from megatron_rpp import checkpoint, sealing, train
 from megatron_rpp.checkpoint import SaveFailed
 from megatron_rpp.checkpoint_store import POINTER
-from tests.small_run import make_data
-from tests.whole_runs import rows, train_run
+from tests.small_run import arguments, make_data
+from tests.whole_runs import VARIED, rows, run_program, train_run
 
 SETTINGS = {"train__steps": 3, "checkpoint__interval": 1, "checkpoint__keep": 3}
 NAMES = ["iter_0000001", "iter_0000002", "iter_0000003"]
@@ -98,6 +98,16 @@ def test_the_run_goes_on_from_the_previous_one(base, run, capsys):
     assert [row["step"] for row in redone] == [1, 2, 3]
     assert redone[2]["policy/loss"] == whole[2]["policy/loss"]
     assert checkpoint.newest(run / "checkpoints").name == NAMES[2]
+
+
+def test_a_dry_run_says_what_is_damaged_and_changes_nothing(base, run, capsys):
+    truncate(shard(run / "checkpoints" / NAMES[2]))
+    before = sorted(run.rglob("*"))
+    argv = arguments(base, run, **(VARIED | SETTINGS))
+    run_program(train.main, [*argv, "--dry-run"])
+    shown = capsys.readouterr().out
+    assert "iter_0000003 is damaged" in shown and "resumed at step 2 of 3" in shown
+    assert sorted(run.rglob("*")) == before
 
 
 def test_nothing_intact_is_refused_every_time(base, run):

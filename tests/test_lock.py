@@ -49,6 +49,14 @@ def test_a_second_run_is_refused_and_the_next_one_is_not(tmp_path, monkeypatch, 
     assert not (directory / ".lock").exists()
 
 
+def test_a_lock_that_cannot_be_taken_is_refused(tmp_path):
+    make_data(tmp_path)
+    (tmp_path / "run/logs/.lock").mkdir(parents=True)
+    message = "logs/.lock cannot be locked .Is a directory.: change its permissions, or give this"
+    with pytest.raises(ValueError, match=message):
+        train_run(tmp_path, tmp_path / "run", train__steps=1)
+
+
 def test_one_directory_for_both_is_locked_once(tmp_path):
     make_data(tmp_path)
     with layout(config_of(tmp_path, tmp_path)):

@@ -136,6 +136,28 @@ def test_its_exit_code_says_run_it_again():
     assert Preempted("").exit_code == failures.PREEMPTED == 75
 
 
+@contextmanager
+def other_data(base: Path) -> Iterator[None]:
+    """The rows of the training file in reverse order, while the context is open."""
+    path = base / "train.jsonl"
+    before = path.read_text()
+    path.write_text("".join(reversed(before.splitlines(keepends=True))))
+    try:
+        yield
+    finally:
+        path.write_text(before)
+
+
+def test_a_step_of_other_prompts_is_begun_anew(base, capsys):
+    with at("update", 3, send(signal.SIGTERM)), pytest.raises(Preempted):
+        train_run(base, base / "replaced", **SETTINGS)
+    with other_data(base), at("never", 1, print) as entered:
+        train_run(base, base / "replaced", **SETTINGS)
+    assert "the data has other prompts than" in capsys.readouterr().out
+    assert entered.count("rollout") == 2
+    assert [row["step"] for row in rows(base / "replaced/logs/metrics.jsonl")] == [1, 2]
+
+
 KEPT = SETTINGS | {"checkpoint__save_rollouts": "true", "checkpoint__interval": 1}
 
 
@@ -145,14 +167,19 @@ def until_killed(rank: int, base: Path) -> None:
 
 
 def test_kept_rollouts_are_taken_after_a_kill(base, tmp_path):
-    """Killed in the second step's update; with another temperature they are not this run's."""
+    """Killed in the second step's update; with another temperature, or other rows in the file of
+    the same name, they are not this run's."""
     with pytest.raises(ProcessExitedException, match="SIGKILL"):
         run_ranks(until_killed, 1, tmp_path, base)
     kept = base / "kept/checkpoints/rollouts"
     assert {path.name for path in kept.iterdir()} == {"step_0000001_reward", "step_0000001_rollout"}
-    shutil.copytree(base / "kept", base / "changed")
+    for name in ("changed", "other data"):
+        shutil.copytree(base / "kept", base / name)
     with at("never", 1, print) as entered:
         train_run(base, base / "changed", rollout__temperature=0.9, **KEPT)
+    assert "rollout" in entered and "reward" in entered
+    with other_data(base), at("never", 1, print) as entered:
+        train_run(base, base / "other data", **KEPT)
     assert "rollout" in entered and "reward" in entered
     with at("never", 1, print) as entered:
         train_run(base, base / "kept", **KEPT)

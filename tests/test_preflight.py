@@ -43,7 +43,8 @@ def outcomes(rank, folder):
         check_writable("checkpoint.dir", config.checkpoint.dir)
         check_writable("logging.dir", config.logging.dir)
     dist.barrier()
-    return [outcome(good), outcome(replace(good, model=huge(folder))), outcome(apart)]
+    too_large = replace(good, model=huge(folder), checkpoint=replace(good.checkpoint, keep_best=True))
+    return [outcome(good), outcome(too_large), outcome(apart)]
 
 
 def huge(folder):
@@ -57,7 +58,7 @@ def test_two_ranks(tmp_path):
     assert "tensor 2 × pipeline 1 × context 1 × data 1" in table and "2 rank(s) on 1 host" in table
     assert "over 2 ranks: " in table and "B/s" in table and "FAILED" not in table
     assert "2 of 8 checks failed: memory: " in too_large
-    assert "disk: 2 + 1 checkpoints of" in too_large
+    assert "disk: 3 + 1 checkpoints of" in too_large
     assert "lower train.max_tokens_per_microbatch" in too_large
     assert "2 of 8 checks failed: shared directory: " in unshared
     assert "is not one directory on all nodes" in unshared
