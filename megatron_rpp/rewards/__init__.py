@@ -10,7 +10,7 @@ scale and clip of the total (algorithms/).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, NoReturn
@@ -90,8 +90,11 @@ class RewardSet:
         responses: list[str],
         labels: list[str | None],
         metadata: list[dict[str, Any]],
+        alive: Callable[[], None] = lambda: None,
     ) -> Scores:
         """Scores B responses. An empty batch is not shown to the functions.
+
+        alive: called after each function and, of those in workers, after each sample.
 
         Raises:
             RewardError: a function raised, gave another number of scores than B, or a score that
@@ -101,8 +104,9 @@ class RewardSet:
         parts, timeouts = {}, 0
         for name, function in self._functions.items():
             pool = self._pool if name in self._outside else None
-            parts[name], lost = batch.score(name, function, pool)
+            parts[name], lost = batch.score(name, function, pool, alive)
             timeouts += lost
+            alive()
         total = [
             math.fsum(weight * score for weight, score in zip(self._weights, scores))
             for scores in zip(*parts.values())
@@ -122,7 +126,11 @@ class _Batch:
         assert len({len(column) for column in columns}) == 1, "columns of different lengths"
 
     def score(
-        self, name: str, function: RewardFunction, pool: WorkerPool | None
+        self,
+        name: str,
+        function: RewardFunction,
+        pool: WorkerPool | None,
+        alive: Callable[[], None],
     ) -> tuple[list[float], int]:
         """The scores of one function, and how many of them are the default."""
         if not self.responses:
@@ -130,7 +138,7 @@ class _Batch:
         columns = (self.prompts, self.responses, self.labels, self.metadata)
         try:
             if pool is not None:
-                return pool.score(name, list(zip(*columns)))
+                return pool.score(name, list(zip(*columns)), alive)
             return numbers(function(*columns), len(self.responses)), 0
         except SampleError as error:
             self._fail(name, str(error), error.index, error)

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
@@ -86,8 +86,12 @@ class WorkerPool:
         self._workers: list[_Worker] = []
         weakref.finalize(self, _kill, self._workers)
 
-    def score(self, name: str, samples: Sequence[Sample]) -> tuple[list[float], int]:
+    def score(
+        self, name: str, samples: Sequence[Sample], alive: Callable[[], None] = lambda: None
+    ) -> tuple[list[float], int]:
         """The scores of the function ``name``, and how many of them are the default.
+
+        alive: called after every answer, also one that is late.
 
         Raises:
             SampleError: the function raised or returned no finite number; of several such samples
@@ -99,6 +103,7 @@ class WorkerPool:
             while self._assign(work):
                 for worker in self._finished():
                     self._take(worker, work)
+                    alive()
         except BaseException:
             _kill(self._workers)
             raise

@@ -4,7 +4,10 @@
 
 Over the connection: first the functions to load come in and None (ready) or a problem goes out;
 then, for each sample, its score or the problem with it. It knows neither torch nor Megatron, unless
-the user's function does, and ends with its parent.
+the user's function does.
+
+However its parent ends, it ends too, with all that a scorer has started: the process that pool.py
+starts only guards, and a child of it scores; both and what they start are one process group.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import os
 import signal
 import sys
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, NoReturn
 
 from megatron_rpp.rewards.checks import SampleError, numbers
 from megatron_rpp.rewards.loading import RewardFunction, load_reward
@@ -25,9 +28,14 @@ _PR_SET_PDEATHSIG = 1
 def main() -> None:
     descriptor, parent = map(int, sys.argv[1:])
     os.set_inheritable(descriptor, False)
+    guard = os.getpid()
+    child = os.fork()
+    if child:
+        os.close(descriptor)
+        _guard(child, parent)
+    _end_with(guard, signal.SIGKILL)
     connection = Connection(descriptor)
-    _end_with(parent)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    _leave_signals_to_the_parent()
     os.dup2(2, 1)  # what a scorer prints is no output of the program
     try:
         functions = {name: load_reward(name, options) for name, options in connection.recv()}
@@ -43,11 +51,34 @@ def main() -> None:
         connection.send(_score(functions[name], sample))
 
 
-def _end_with(parent: int) -> None:
-    """Ends this process when its parent ends, also while a scorer hangs (Linux)."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+def _guard(child: int, parent: int) -> NoReturn:
+    """Waits for `child` and ends as it did; kills the whole process group when `parent` ends."""
+    signal.signal(signal.SIGUSR2, lambda *_: os.killpg(0, signal.SIGKILL))
+    _leave_signals_to_the_parent()
+    _end_with(parent, signal.SIGUSR2)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    os._exit(code if code >= 0 else 128 - code)
+
+
+def _leave_signals_to_the_parent() -> None:
+    """A job that is told to stop still scores its samples on the way to a safe point."""
+    own = os.getpid()
+
+    def pass_by(number: int, frame: object) -> None:
+        if os.getpid() != own:  # forked by a scorer, which may want to end it so
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, pass_by)
+
+
+def _end_with(parent: int, number: signal.Signals) -> None:
+    """Has the kernel send this process a signal when its parent ends (Linux)."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
     if os.getppid() != parent:  # it ended before the line above
-        sys.exit()
+        os.kill(os.getpid(), number)
 
 
 def _score(function: RewardFunction, sample: tuple) -> tuple[float | None, str | None]:

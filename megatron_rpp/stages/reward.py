@@ -12,7 +12,7 @@ import torch
 from megatron_rpp import phases
 from megatron_rpp.data.prompts import Example, Prompt
 from megatron_rpp.data.tokenizer import Tokenizer
-from megatron_rpp.parallel import groups
+from megatron_rpp.parallel import groups, waiting
 from megatron_rpp.rewards import RewardError, RewardSet, Scores
 from megatron_rpp.rollout.buffer import RolloutBuffer
 
@@ -26,19 +26,20 @@ def score_responses(
         RewardError: on every rank of the run, where a reward function failed on any.
     """
     scores, failure = None, None
-    if groups.is_replica_leader():
-        examples = [prompt.example for prompt in prompts]
-        phases.enter("a reward function")
-        try:
-            scores = rewards.score(
-                [example.prompt for example in examples],
-                [tokenizer.decode(response) for response in responses],
-                [example.label for example in examples],
-                [_metadata(*pair) for pair in zip(examples, responses)],
-            )
-        except RewardError as error:
-            failure = str(error)
-        phases.enter("waiting for all rewards")
+    with waiting.until_all_leaders_are_done() as alive:
+        if groups.is_replica_leader():
+            examples = [prompt.example for prompt in prompts]
+            phases.enter("a reward function")
+            try:
+                scores = rewards.score(
+                    [example.prompt for example in examples],
+                    [tokenizer.decode(response) for response in responses],
+                    [example.label for example in examples],
+                    [_metadata(*pair) for pair in zip(examples, responses)],
+                    alive,
+                )
+            except RewardError as error:
+                failure = str(error)
     scores, failure = groups.broadcast_object((scores, failure), groups.replica_group())
     for message in groups.gather_objects(failure, groups.data_group()):
         if message is not None:

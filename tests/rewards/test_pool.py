@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -142,22 +143,57 @@ def test_workers_end_with_the_rewards_and_know_neither_torch_nor_megatron(tmp_pa
     assert gone(pid)
 
 
+def test_a_signal_to_the_whole_job_costs_no_sample(rewards, name):
+    """SLURM sends SIGTERM to every process; the run saves, and needs its scorers until then."""
+    score(rewards, ["1", "2"])
+    for pid in (before := workers_of(rewards)):
+        os.killpg(pid, signal.SIGTERM)
+        os.killpg(pid, signal.SIGUSR1)
+    scores = score(rewards, ["1", "2"])
+    assert scores.parts[name] == [13.5, 14.5] and scores.timeouts == 0
+    assert workers_of(rewards) == before
+
+
 PARENT = """
-import sys, threading
+import os, sys, threading
 from megatron_rpp.rewards import RewardSet
 rewards = RewardSet([sys.argv[1]], workers=1, timeout=600.0)
 columns = (["p"], ["l"], [{"x": 0.0}])
 rewards.score(columns[0], ["1"], *columns[1:])
 print(rewards._pool._workers[0].process.pid, flush=True)
-rewards.score(columns[0], ["spin"], *columns[1:])
+ending = sys.argv[3]
+if ending == "exit":
+    threading.Timer(1.0, os._exit, (70,)).start()
+rewards.score(columns[0], [sys.argv[2]], *columns[1:])
 """
 
 
-def test_a_worker_ends_when_its_parent_is_killed_while_a_scorer_spins(name):
-    parent = subprocess.Popen([sys.executable, "-c", PARENT, name], stdout=subprocess.PIPE)
-    pid = int([parent.stdout.readline() for _ in range(2)][1])  # the scorer prints first
-    time.sleep(0.2)
-    parent.kill()
-    parent.wait()
+@pytest.mark.parametrize("ending", ["kill", "exit"])
+@pytest.mark.parametrize("act", ["spin", "child"])
+def test_nothing_is_left_of_a_parent_that_ends_at_once(name, act, ending):
+    """By SIGKILL, or as the watchdog ends it; while a scorer spins, or waits for what it started."""
+    words = [sys.executable, "-c", PARENT, name, act, ending]
+    parent = subprocess.Popen(words, stdout=subprocess.PIPE)
+    group = int([parent.stdout.readline() for _ in range(2)][1])  # the scorer prints first
+    if ending == "kill":
+        time.sleep(0.5)
+        parent.kill()
+    assert parent.wait() == {"kill": -signal.SIGKILL, "exit": 70}[ending]
     parent.stdout.close()
-    assert gone(pid)
+    deadline = time.monotonic() + 5
+    while alive := members(group):
+        assert time.monotonic() < deadline, alive
+        time.sleep(0.05)
+
+
+def members(group: int) -> list[int]:
+    """The living processes of a process group."""
+    found = []
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{pid}/stat") as file:
+                state, _, owner = file.read().rpartition(")")[2].split()[:3]
+        except OSError:
+            continue
+        found += [int(pid)] if int(owner) == group and state != "Z" else []
+    return found
