@@ -156,10 +156,10 @@ def test_random_state_is_the_hosts():
 
 def test_a_second_install_changes_nothing():
     names = dict(vars(torch.cuda))
-    depth = len(torch.overrides._get_current_function_mode_stack())
+    made = torch.zeros
     assert cuda_on_cpu.install() is True
     assert dict(vars(torch.cuda)) == names
-    assert len(torch.overrides._get_current_function_mode_stack()) == depth
+    assert torch.zeros is made
 
 
 INERT = """
