@@ -2,22 +2,18 @@
 writes, readable by any other TP × PP × DP. Policy, optimizer, schedule, step, data position; there
 is no random state to keep (seeds.py: every random number is a function of its place).
 
-Which one of a directory is in force, and how one gets there unharmed: checkpoint_store.py.
-
-Left out: asynchronous saves.
+How one is written: checkpoint_writing.py. Which one of a directory is in force, and how one gets
+there unharmed: checkpoint_store.py.
 """
 
 from __future__ import annotations
 
-import queue
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Callable
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_rpp.parallel import device as _device  # noqa: F401  (before megatron)
 from megatron.core import dist_checkpointing
@@ -27,10 +23,9 @@ from megatron.core.dist_checkpointing.mapping import (
     ShardedTensor,
     apply_factories,
 )
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-from megatron_rpp import checkpoint_store, phases, sealing
 from megatron_rpp.checkpoint_store import POINTER, newest, require
+from megatron_rpp.checkpoint_writing import Writing
 from megatron_rpp.config import CheckpointConfig
 from megatron_rpp.config_model import NOT_COMPARED
 from megatron_rpp.failures import SaveFailed
@@ -188,42 +183,24 @@ def write(
     notes: dict[str, Any],
     suffix: str = "",
     fill: Callable[[Path], dict[str, Any]] = lambda directory: {},
-) -> checkpoint_store.Unpublished:
-    """Writes and seals a checkpoint of `state`, to be put in force by `publish`. Collective.
+    in_background: bool = False,
+) -> Writing:
+    """Writes a checkpoint of `state`, to be put in force by `publish`. Collective.
 
     Args:
         notes: JSON values for the manifest; "accuracy": held-out accuracy of these weights, where
             they were evaluated.
         suffix: of its name, where it is not of the end of a step.
         fill: writes more into the directory (collective), and returns more notes.
+        in_background: return when a process of each rank has begun to write the state as it is now.
 
     Raises SaveFailed where the file system does not take it; the one in force stays.
     """
-    directory = Path(settings.dir)
     name = f"iter_{state.step:07d}{suffix}"
     _allocate_moments(optimizer)  # there are none yet before the first update
     content = _whole_state(model, optimizer, scheduler, False)
     content |= {"run": asdict(state), "architecture": chunks(model)[0].architecture}
-    temporary = None
-    try:
-        phases.enter("save: begin")
-        temporary = checkpoint_store.begin(directory, name)
-        phases.enter("save: write")
-        _write_here(content, temporary)
-        notes = notes | fill(temporary)
-        phases.enter("save: seal")
-        sealing.seal(temporary, {"step": state.step} | notes)
-    except (OSError, RuntimeError, CheckpointException) as error:
-        if temporary is not None and groups.is_main():
-            shutil.rmtree(temporary, ignore_errors=True)  # it may be what fills the disk
-        raise SaveFailed(
-            f"the checkpoint of step {state.step} could not be written to {directory}: "
-            f"{_reason(error)}; {_free_space(directory)}. The checkpoints there are as they were: "
-            f"make room (or repair the file system) and run again"
-        ) from error
-    return checkpoint_store.Unpublished(
-        temporary, directory / name, settings.keep, settings.keep_best
-    )
+    return Writing(settings, name, state.step, content, notes, fill, in_background)
 
 
 def save(
@@ -232,29 +209,3 @@ def save(
     """Writes a checkpoint of `state.step` and drops all but the newest `keep`; collective."""
     settings = CheckpointConfig(dir=str(directory), keep=keep)
     return write(settings, model, optimizer, scheduler, state, {}).publish()
-
-
-def _write_here(content: dict, directory: Path) -> None:
-    """Megatron's save, its results handed over in this process.
-
-    For saves that another process finishes Megatron makes a queue in a process of its own, which
-    imports the whole program again (seconds, in every rank's first save) and which a signal to the
-    job would kill. This save waits, so a plain queue does.
-    """
-    filesystem_async._results_queue = queue.Queue()
-    dist_checkpointing.save(content, str(directory))
-
-
-def _reason(error: BaseException) -> str:
-    """One line: what the file system said, by rank where ranks differ.
-
-    Collective where Megatron made the ranks fail together: only its coordinator knows why.
-    """
-    if isinstance(error, CheckpointException):
-        found = [f"rank {rank}: {failure[0]}" for rank, failure in error.failures.items()]
-        return sealing.gathered("; ".join(found))[0] or "another rank failed"
-    return str(error).splitlines()[0]
-
-
-def _free_space(directory: Path) -> str:
-    return f"{shutil.disk_usage(directory).free / 1e9:.3f} GB are free"

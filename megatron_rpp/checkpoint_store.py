@@ -17,7 +17,7 @@ Whatever writes here holds the directory's one-writer lock (lock.py); `newest` w
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Callable
 
@@ -133,7 +133,8 @@ def clear(directory: Path) -> None:
     """Removes what kills have left."""
     for pattern in (".saving_*", ".removing_*"):
         for stale in directory.glob(pattern):
-            shutil.rmtree(stale)
+            # What a killed run's writer adds meanwhile goes at the next save.
+            shutil.rmtree(stale, ignore_errors=True)
 
 
 def _remove(path: Path) -> None:
@@ -161,53 +162,47 @@ def begin(directory: Path, name: str) -> Path:
     return sealing.on_main_rank(make)
 
 
-@dataclass(frozen=True)
-class Unpublished:
-    """A whole, sealed checkpoint that is not in force yet."""
+def publish(temporary: Path, final: Path, keep: int, keep_best: bool) -> Path:
+    """Puts a whole, sealed checkpoint in force and removes old ones. Collective.
 
-    temporary: Path
-    final: Path
-    keep: int
-    """Newest checkpoints that stay."""
-    keep_best: bool
-    """The one of the best evaluation stays too."""
+    keep: newest checkpoints that stay; keep_best: the one of the best evaluation stays too.
 
-    def publish(self) -> Path:
-        """Puts it in force and removes old ones. Collective.
+    Raises SaveFailed, on every rank.
+    """
+    try:
+        sealing.on_main_rank(partial(_put_in_force, temporary, final, keep, keep_best))
+    except OSError as error:
+        raise SaveFailed(
+            f"the checkpoint {final} is written and could not be put in force: {error}. "
+            f"The one in force is as it was: make room (or mend the file system) and run again"
+        ) from error
+    return final
 
-        Raises SaveFailed, on every rank.
-        """
-        try:
-            sealing.on_main_rank(self._put_in_force)
-        except OSError as error:
-            raise SaveFailed(
-                f"the checkpoint {self.final} is written and could not be put in force: {error}. "
-                f"The one in force is as it was: make room (or mend the file system) and run again"
-            ) from error
-        return self.final
 
-    def _put_in_force(self) -> None:
-        phases.enter("save: rename")
-        if self.final.exists():
-            _remove(self.final)
-        self.temporary.rename(self.final)
-        sync_directory(self.final.parent)
-        phases.enter("save: pointer")
-        _point(self.final.parent / POINTER, self.final.name)
-        phases.enter("save: remove old ones")
-        self._prune()
 
-    def _prune(self) -> None:
-        directory = self.final.parent
-        names = sorted(path.name for path in directory.glob("iter_*"))
-        staying = {*names[-self.keep :], self.final.name}
-        best = _best(directory, names) if self.keep_best else None
-        if best is not None:
-            _point(directory / BEST, best)
-            staying.add(best)
-        for name in names:
-            if name not in staying:
-                _remove(directory / name)
+def _put_in_force(temporary: Path, final: Path, keep: int, keep_best: bool) -> None:
+    phases.enter("save: rename")
+    if final.exists():
+        _remove(final)
+    temporary.rename(final)
+    sync_directory(final.parent)
+    phases.enter("save: pointer")
+    _point(final.parent / POINTER, final.name)
+    phases.enter("save: remove old ones")
+    _prune(final, keep, keep_best)
+
+
+def _prune(newest: Path, keep: int, keep_best: bool) -> None:
+    directory = newest.parent
+    names = sorted(path.name for path in directory.glob("iter_*"))
+    staying = {*names[-keep:], newest.name}
+    best = _best(directory, names) if keep_best else None
+    if best is not None:
+        _point(directory / BEST, best)
+        staying.add(best)
+    for name in names:
+        if name not in staying:
+            _remove(directory / name)
 
 
 def _best(directory: Path, names: list[str]) -> str | None:

@@ -45,6 +45,7 @@ _ALIASES = {
     "save": "checkpoint.dir",
     "load": "checkpoint.load",
     "save-interval": "checkpoint.interval",
+    "async-save": "checkpoint.async_save=true",
     "tensorboard-dir": "logging.dir",
 }
 # The warm start has settings of its own: there the same flag must not fall on one it never reads.
@@ -53,7 +54,7 @@ _SFT_SETTINGS = {
     "evaluation.interval": "sft.eval_interval",
     "checkpoint.dir": "sft.dir",
 }
-_NOT_IN_SFT = ("load", "save-interval", "tensorboard-dir")
+_NOT_IN_SFT = ("load", "save-interval", "async-save", "tensorboard-dir")
 
 
 def aliases_of(program: str) -> dict[str, str]:

@@ -157,6 +157,8 @@ class CheckpointConfig:
     submitted again with the same command goes on from its own newest one. null = start anew."""
     interval: int = 0
     """Steps between checkpoints; 0 = only at the end."""
+    async_save: bool = False
+    """Write checkpoints in a process of their own while the run goes on; the last one waits."""
     keep: int = 2
     """Newest checkpoints kept; older ones are deleted."""
     keep_best: bool = False

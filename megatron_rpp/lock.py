@@ -1,7 +1,8 @@
 """One writer a directory: a second run is refused while the first lives, and not after its death.
 
 The kernel drops the lock (flock on `<dir>/.lock`) with the process that holds it, however it ends;
-the record in the file (host, process) is for the message alone.
+a process forked from it, such as a checkpoint's writer, does not hold it. The record in the file
+(host, process) is for the message alone.
 
 Left out: file systems without flock (some NFS and Lustre mounts): there the run says so and goes
 on.
@@ -23,6 +24,16 @@ from megatron_rpp.parallel import groups
 # A killed rank's helper process shares its lock for the moments that it outlives it.
 PATIENCE_SECONDS = 5.0
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+_held: set[int] = set()  # descriptors of this process
+
+
+def _leave_to_the_parent() -> None:
+    for descriptor in _held:
+        os.close(descriptor)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_leave_to_the_parent)
 
 
 def _open_locked(path: Path) -> int:
@@ -51,6 +62,7 @@ def _take(path: Path) -> int:
             if time.monotonic() > deadline:
                 raise
             time.sleep(0.1)
+    _held.add(descriptor)
     os.ftruncate(descriptor, 0)
     os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
     return descriptor
@@ -93,4 +105,5 @@ def _one_writer(directory: Path, say: Callable[[str], None]) -> Iterator[None]:
     finally:
         if descriptor is not None:
             path.unlink(missing_ok=True)
+            _held.discard(descriptor)
             os.close(descriptor)

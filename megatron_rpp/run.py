@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from typing import Callable, Iterator
 
 from megatron_rpp import phases
+from megatron_rpp.checkpoint_writing import Writing
 from megatron_rpp.config import Config
 from megatron_rpp.console import Console
 from megatron_rpp.inputs import Inputs
-from megatron_rpp.metrics import MetricsLog, evaluation_row
+from megatron_rpp.metrics import MetricsLog, StageTimes, evaluation_row
 from megatron_rpp.model.reference import Reference
 from megatron_rpp.parallel import groups
 from megatron_rpp.policy import Policy, build_policy, build_reference
@@ -38,6 +39,10 @@ class Run:
     state: RunState = field(default_factory=RunState)
     underway: Underway = field(default_factory=Underway)
     """What is done of the step after `state`."""
+    writing: Writing | None = None
+    """A checkpoint that is not in force yet."""
+    saves: StageTimes = field(default_factory=StageTimes)
+    """How long saves have held the run up since its last row of metrics."""
     saved_as: str | None = None
     """The checkpoint of checkpoint.dir that holds `state`; None where none does."""
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_rpp import checkpoint, sealing, underway
-from megatron_rpp.checkpoint_store import Unpublished
 from megatron_rpp.failures import PREEMPTED, RunFailure
-from megatron_rpp.metrics import StageTimes
 from megatron_rpp.run import Run
 from megatron_rpp.run_state import due
 from megatron_rpp.underway import Underway
@@ -57,34 +55,49 @@ def keep(run: Run, stage: str) -> None:
     pause_inside_step(run)
 
 
-def write_if_due(run: Run, row: dict[str, float]) -> tuple[Unpublished | None, float]:
+def write_if_due(run: Run, row: dict[str, float]) -> float:
     """After the last step and every checkpoint.interval steps a checkpoint, not yet in force; and
-    the seconds it took. Collective."""
-    times = StageTimes()
-    if not run.finished and not due(run.state.step, run.config.checkpoint.interval):
-        return None, 0.0
-    with times.measure("checkpoint"), run.console.stage("checkpoint"):
-        written = _write(run, {"accuracy": row.get("eval/accuracy")})
-    return written, times.seconds["checkpoint"]
+    the seconds that saves have held the run up since the last step. Collective."""
+    if run.finished or due(run.state.step, run.config.checkpoint.interval):
+        with run.saves.measure("checkpoint"), run.console.stage("checkpoint"):
+            finish(run)
+            background = run.config.checkpoint.async_save and not run.finished
+            _write(run, {"accuracy": row.get("eval/accuracy")}, in_background=background)
+    return run.saves.seconds.pop("checkpoint", 0.0)
 
 
-def publish(run: Run, written: Unpublished) -> None:
-    """Puts a checkpoint in force; the rollouts kept for its steps go. Collective."""
-    run.saved_as = written.publish().name
-    underway.forget(run.config, before=run.state.step)
+def publish_if_written(run: Run) -> None:
+    """Puts a checkpoint in force whose writing is over. Collective."""
+    with run.saves.measure("checkpoint"):
+        if run.writing is not None and run.writing.written(wait=False):
+            finish(run)
+
+
+def finish(run: Run) -> None:
+    """Waits for the checkpoint that is being written, if any, and puts it in force; the rollouts
+    kept for its steps go. Collective."""
+    if run.writing is None:
+        return
+    writing, run.writing = run.writing, None
+    path = writing.publish()
+    if writing.step == run.state.step:
+        run.saved_as = path.name
+    underway.forget(run.config, before=writing.step)
 
 
 def ensure(run: Run) -> None:
     """The run as it is, between steps, is in checkpoint.dir. Collective."""
+    finish(run)
     if run.saved_as is None:
-        publish(run, _write(run, {}))
+        _write(run, {})
+        finish(run)
 
 
-def _write(run: Run, notes: dict, **inside) -> Unpublished:
+def _write(run: Run, notes: dict, **how) -> None:
     policy = run.policy
-    return checkpoint.write(
+    run.writing = checkpoint.write(
         run.config.checkpoint, policy.model, policy.optimizer, policy.scheduler, run.state, notes,
-        **inside,
+        **how,
     )  # fmt: skip
 
 
@@ -118,7 +131,9 @@ def pause_inside_step(run: Run) -> None:
         return {"underway": underway.write(run.underway, directory, run.config, prompts, run.state)}
 
     if run.saved_as != name:  # else it was stopped where it had just resumed
-        publish(run, _write(run, {}, suffix=f"_{run.underway.place}", fill=fill))
+        finish(run)
+        _write(run, {}, suffix=f"_{run.underway.place}", fill=fill)
+        finish(run)
     raise Preempted(
         f"{reason}: saved in step {run.state.step + 1} after {run.underway.update.done} "
         f"mini-batches; the same command goes on"

@@ -66,7 +66,8 @@ def is_main() -> bool:
     return not dist.is_initialized() or groups.is_main()
 
 
-def _describe(path: Path, to_disk: bool = False) -> dict[str, Any]:
+def describe(path: Path, to_disk: bool = False) -> dict[str, Any]:
+    """A file's entry in the manifest: size in bytes, digest. to_disk: and it is on the disk then."""
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, _ALGORITHM).hexdigest()
         if to_disk:
@@ -74,19 +75,25 @@ def _describe(path: Path, to_disk: bool = False) -> dict[str, Any]:
         return {"size": os.fstat(file.fileno()).st_size, _ALGORITHM: digest}
 
 
-def seal(directory: str | Path, notes: dict[str, Any] | None = None) -> None:
+def seal(
+    directory: str | Path,
+    notes: dict[str, Any] | None = None,
+    described: dict[str, dict[str, Any]] | None = None,
+) -> None:
     """Writes the manifest of `directory`, when its files and theirs below are complete. Collective.
 
-    notes: JSON values to keep in the manifest.
+    notes: JSON values to keep in the manifest. described: entries by name, the same on every rank,
+    of files that are on the disk already; they are not read again.
 
     Raises OSError, on every rank, where the disk of any does not take it.
     """
     directory = Path(directory)
-    names = on_main_rank(partial(_files, directory))
+    known = described or {}
+    names = [name for name in on_main_rank(partial(_files, directory)) if name not in known]
     shares = on_every_rank(
-        lambda: {name: _describe(directory / name, to_disk=True) for name in _own_share(names)}
+        lambda: {name: describe(directory / name, to_disk=True) for name in _own_share(names)}
     )
-    files = {name: entry for share in shares for name, entry in share.items()}
+    files = known | {name: entry for share in shares for name, entry in share.items()}
     on_main_rank(partial(_write_manifest, directory, notes or {}, files))
 
 
@@ -108,7 +115,7 @@ def _first_damage(directory: Path, files: dict[str, dict], names: list[str]) -> 
             size = (directory / name).stat().st_size
             if size != files[name]["size"]:
                 return f"{name} has {size} bytes, not {files[name]['size']}"
-            if _describe(directory / name) != files[name]:
+            if describe(directory / name) != files[name]:
                 return f"{name} has another digest than when it was written"
         except FileNotFoundError:
             return f"{name} is missing"

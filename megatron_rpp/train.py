@@ -108,12 +108,11 @@ def _loop(run: Run) -> None:
         )
         if state.step == config.train.steps or due(state.step, config.evaluation.interval):
             row |= evaluate_held_out(run)
-        checkpoint_of_step, row["time/checkpoint"] = saving.write_if_due(run, row)
+        row["time/checkpoint"] = saving.write_if_due(run, row)
         # The row before the checkpoint is in force: a kill between them repeats the step, row and
         # all, while the other order would lose the row.
         log.step(state.step, row)
-        if checkpoint_of_step is not None:
-            saving.publish(run, checkpoint_of_step)
+        saving.publish_if_written(run)
         console.row({"step": str(state.step)} | {t: f"{row[t]:.4g}" for t in SHOWN if t in row})
     log.close()
     if state.step:

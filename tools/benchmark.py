@@ -2,6 +2,7 @@
 
     python tools/benchmark.py rl-step [--nproc 2] [--steps 5] [--versus trl] [--section.key value]
     python tools/benchmark.py logprobs [--nproc 2] [--vocabularies V ...] [--rows N ...]
+    python tools/benchmark.py checkpoint [--nproc 2] [--steps 5] [--section.key value]
 
 rl-step: whole REINFORCE++ steps on the reference work. A random Llama-shaped fp32 model (hidden
 128, 4 layers, 4 heads, ffn 344, vocabulary 512, untied), 64 prompts × 4 samples, 16 prompt tokens,
@@ -15,6 +16,9 @@ ratio theirs / ours of whole steps and of each phase (above 1: ours is faster).
 logprobs [--nproc 2] [--vocabularies 8192 32768] [--rows 1024 2048 4096]: peak memory and time of
 token log-probs over --nproc tensor-parallel ranks against unfused and gathered logits
 (tools/benchmark_logprobs.py).
+
+checkpoint: how long a save holds a run up, waiting for it against writing it in the background
+(tools/benchmark_checkpoint.py).
 
 Left out: attention and memory of whole steps.
 """
@@ -65,8 +69,8 @@ def even_share(prompts, responses, labels, metadata) -> list[float]:
     ]
 
 
-def rl_step_worker(steps: int, settings: list[str]) -> None:
-    """One rank: WARMUP + `steps` steps; the main rank prints the result."""
+def reference_run(settings: list[str]):
+    """One rank's run of the reference work, changed by `settings`; starts the process groups."""
     import torch
 
     from megatron_rpp import cli
@@ -76,10 +80,8 @@ def rl_step_worker(steps: int, settings: list[str]) -> None:
     from megatron_rpp.data.prompts import Example, Prompt, PromptSet
     from megatron_rpp.inputs import Inputs, samplings
     from megatron_rpp.parallel import groups
-    from megatron_rpp.parallel.device import describe
     from megatron_rpp.rewards import RewardSet
     from megatron_rpp.run import build
-    from megatron_rpp.train import rl_step
 
     work = [f"--{name}={value}" for name, value in REFERENCE_WORK.items()]
     config = cli.parse([*work, *settings]).config
@@ -93,7 +95,16 @@ def rl_step_worker(steps: int, settings: list[str]) -> None:
         RewardSet(config.reward.functions), VOCABULARY, *samplings(config.rollout),
     )  # fmt: skip
     groups.start(**config.parallel.sizes(), seed=config.seed)
-    run, measured = build(config, inputs, Console(main=False)), []
+    return build(config, inputs, Console(main=False))
+
+
+def rl_step_worker(steps: int, settings: list[str]) -> None:
+    """One rank: WARMUP + `steps` steps; the main rank prints the result."""
+    from megatron_rpp.parallel import groups
+    from megatron_rpp.parallel.device import describe
+    from megatron_rpp.train import rl_step
+
+    run, measured = reference_run(settings), []
     for _ in range(WARMUP + steps):
         row, buffer = rl_step(run)
         assert bool((buffer.response_lengths == NEW_TOKENS).all())
@@ -102,7 +113,7 @@ def rl_step_worker(steps: int, settings: list[str]) -> None:
         measured.append(row)
     whitening = whitening_seconds(buffer, groups)
     if groups.is_main():
-        result = summary(measured[WARMUP:], groups, config.parallel, describe())
+        result = summary(measured[WARMUP:], groups, run.config.parallel, describe())
         result["whitening_share"] = whitening / result["step_seconds"]["median"]
         print(json.dumps(result))
     groups.stop()
@@ -150,9 +161,9 @@ def last_json(command: list[str], environment: dict[str, str] | None = None) -> 
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def run_ours(nproc: int, steps: int, settings: list[str]) -> dict:
+def run_ours(benchmark: str, nproc: int, steps: int, settings: list[str]) -> dict:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(nproc), __file__, "rl-step", "--worker"]
+    command += ["--nproc-per-node", str(nproc), __file__, benchmark, "--worker"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return last_json([*command, "--steps", str(steps), *settings], environment)
 
@@ -175,7 +186,7 @@ def versus_trl(nproc: int, steps: int, rounds: int, settings: list[str]) -> dict
     ours, theirs = [], []
     for _ in range(rounds):
         theirs.append(last_json([*theirs_command, "--steps", str(steps)]))
-        ours.append(run_ours(nproc, steps, settings))
+        ours.append(run_ours("rl-step", nproc, steps, settings))
 
     def middle(runs: list[dict], pick) -> float:
         return statistics.median(pick(run) for run in runs)
@@ -193,7 +204,7 @@ def versus_trl(nproc: int, steps: int, rounds: int, settings: list[str]) -> dict
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("benchmark", choices=["rl-step", "logprobs"])
+    parser.add_argument("benchmark", choices=["rl-step", "logprobs", "checkpoint"])
     parser.add_argument("--nproc", type=int, default=2, help="processes (ranks)")
     parser.add_argument("--steps", type=int, default=5, help=f"timed steps, after {WARMUP} others")
     parser.add_argument("--versus", choices=["trl"], help="compare with this trainer, interleaved")
@@ -206,12 +217,16 @@ def main() -> None:
         import benchmark_logprobs
 
         print(json.dumps(benchmark_logprobs.run(options.nproc, options.vocabularies, options.rows)))
+    elif options.worker and options.benchmark == "checkpoint":
+        import benchmark_checkpoint
+
+        benchmark_checkpoint.worker(options.steps, settings)
     elif options.worker:
         rl_step_worker(options.steps, settings)
     elif options.versus:
         print(json.dumps(versus_trl(options.nproc, options.steps, options.rounds, settings)))
     else:
-        print(json.dumps(run_ours(options.nproc, options.steps, settings)))
+        print(json.dumps(run_ours(options.benchmark, options.nproc, options.steps, settings)))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,78 @@
+"""How long a save holds a run up: waiting for it against writing it in the background.
+
+Whole REINFORCE++ steps of the benchmark's reference work on a wider model (85 million parameters, a
+checkpoint of 1 GB) and fewer samples, a save after every step, first waiting and then in the
+background. Called by tools/benchmark.py; one JSON line:
+
+  waiting, background   stall_seconds: median over saves of what the run stood still for one, until it
+                        was in force; step_seconds: median of whole steps without that, in which a
+                        background save takes its share of the machine
+  stall_ratio           background / waiting
+
+Left out: remote file systems; the disk here may be a cache in memory.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from benchmark import reference_run
+
+WIDE = {
+    "model.layers": 12, "model.hidden": 768, "model.heads": 12, "model.ffn_hidden": 2048,
+    "rollout.prompts_per_step": 4, "rollout.samples_per_prompt": 2, "rollout.max_new_tokens": 16,
+    "rollout.min_new_tokens": 16, "checkpoint.interval": 1, "checkpoint.keep": 1,
+    "train.steps": 1000,
+}  # fmt: skip
+
+
+def measure(run, saves: int) -> dict:
+    """`saves` steps, each followed by a save."""
+    from megatron_rpp import saving
+    from megatron_rpp.train import rl_step
+
+    stalls, steps = [], []
+    for _ in range(saves):
+        begun = time.perf_counter()
+        rl_step(run)
+        steps.append(time.perf_counter() - begun)
+        run.state.step += 1
+        run.state.prompts_seen += run.config.rollout.prompts_per_step
+        run.saved_as = None
+        stall = saving.write_if_due(run, {})
+        saving.publish_if_written(run)
+        while run.writing is not None:  # what a run would do meanwhile
+            begun = time.perf_counter()
+            rl_step(run)
+            steps.append(time.perf_counter() - begun)
+            saving.publish_if_written(run)
+        stalls.append(stall + run.saves.seconds.pop("checkpoint", 0.0))
+    return {"stall_seconds": statistics.median(stalls), "step_seconds": statistics.median(steps)}
+
+
+def worker(saves: int, settings: list[str]) -> None:
+    """One rank; the main rank prints the result."""
+    from megatron_rpp.parallel import groups
+    from megatron_rpp.parallel.device import describe
+
+    folder = tempfile.TemporaryDirectory(prefix="checkpoints_")
+    wide = [f"--{name}={value}" for name, value in WIDE.items()]
+    run = reference_run([*wide, *settings])
+    directory = groups.broadcast_object(folder.name)
+    result, waits = {"device": describe()}, replace(run.config.checkpoint, dir=directory)
+    for name, background in (("waiting", False), ("background", True)):
+        settings_now = replace(waits, async_save=background)
+        run.config = replace(run.config, checkpoint=settings_now)
+        measure(run, 1)  # the first of a kind is not counted
+        result[name] = measure(run, saves)
+    if groups.is_main():
+        size = sum(f.stat().st_size for f in Path(directory).rglob("*") if f.is_file())
+        stalls = [result[name]["stall_seconds"] for name in ("background", "waiting")]
+        print(json.dumps(result | {"bytes": size, "stall_ratio": stalls[0] / stalls[1]}))
+    groups.stop()
+    folder.cleanup()
