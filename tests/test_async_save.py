@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import time
@@ -110,28 +111,34 @@ def test_a_full_disk(base, tmp_path):
         assert len(list((disk / "checkpoints").iterdir())) == 2
 
 
-def test_the_writer_dies_with_its_run_and_holds_no_lock(base, tmp_path):
-    """A kill in the middle of the writing: the next run need not wait for the process left over."""
-    told = tmp_path / "writer"
+def train_with_a_slow_writer(base: Path, folder: Path) -> None:
+    """In a process of its own; the writer tells its number in the file folder/writer."""
+    part = folder / "writer.part"
 
     def act() -> None:
-        told.with_suffix(".part").write_text(str(os.getpid()))
-        told.with_suffix(".part").rename(told)
+        part.write_text(str(os.getpid()))
+        part.rename(folder / "writer")
         time.sleep(60)
 
-    child = os.fork()
-    if not child:
-        in_the_writer(pytest.MonkeyPatch(), act)
-        train_run(base, tmp_path / "run", **ASYNC)
-        os._exit(0)
-    while not told.exists():
+    in_the_writer(pytest.MonkeyPatch(), act)
+    train_run(base, folder / "run", **ASYNC)
+
+
+def test_the_writer_dies_with_its_run_and_holds_no_lock(base, tmp_path):
+    """A kill in the middle of the writing: the next run need not wait for the process left over."""
+    multiprocessing.set_forkserver_preload(["megatron_rpp.train"])
+    forkserver = multiprocessing.get_context("forkserver")
+    run = forkserver.Process(target=train_with_a_slow_writer, args=(base, tmp_path))
+    run.start()
+    while not (tmp_path / "writer").exists():
+        assert run.is_alive()
         time.sleep(0.01)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
+    run.kill()
+    run.join()
     begun = time.monotonic()
-    with layout(config_of(base, tmp_path / "run")), one_writer([str(tmp_path / "run/checkpoints")], print):
+    with layout(config_of(base, tmp_path / "run")), one_writer([tmp_path / "run/checkpoints"], print):
         assert time.monotonic() - begun < 2
-    writer = int(told.read_text())
+    writer = int((tmp_path / "writer").read_text())
     while not ended(writer):
         assert time.monotonic() - begun < 10, f"process {writer} outlives its run"
         time.sleep(0.01)
