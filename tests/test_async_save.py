@@ -44,10 +44,13 @@ def in_the_writer(monkeypatch, act) -> None:
     """Lets every process that writes in the background do `act` before it begins to write."""
     trainer, real = os.getpid(), checkpoint_writing._write_own
 
-    def write_own(*arguments):
-        if os.getpid() != trainer:
-            act()
-        real(*arguments)
+    def write_own(write, *arguments):
+        def after_act(*inner):
+            if os.getpid() != trainer:
+                act()
+            write(*inner)
+
+        real(after_act, *arguments)
 
     monkeypatch.setattr(checkpoint_writing, "_write_own", write_own)
 
