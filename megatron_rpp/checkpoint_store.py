@@ -179,7 +179,6 @@ def publish(temporary: Path, final: Path, keep: int, keep_best: bool) -> Path:
     return final
 
 
-
 def _put_in_force(temporary: Path, final: Path, keep: int, keep_best: bool) -> None:
     phases.enter("save: rename")
     if final.exists():

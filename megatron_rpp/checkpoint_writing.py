@@ -149,7 +149,7 @@ class Writing:
             raise SaveFailed(
                 f"the checkpoint of step {self.step} could not be written to {self.directory}: "
                 f"{_reason(error)}; {free:.3f} GB are free. The checkpoints there are as they were: "
-                f"make room (or repair the file system) and run again"
+                f"make room (or mend the file system) and run again"
             ) from error
 
     def written(self, wait: bool) -> bool:

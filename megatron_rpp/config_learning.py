@@ -225,6 +225,10 @@ class AlgorithmConfig:
     """KL that the adaptive controller leads to, in nats a token as the log's kl/* are."""
     kl_horizon: int = 10000
     """Responses over which the adaptive controller answers an error; at least those of a step."""
+    old_logprobs: Literal["recompute", "rollout"] = "recompute"
+    """Log-probs of the policy before its update: recompute = by a pass over the finished samples;
+    rollout = those that the rollout engine returned, which saves that pass and takes the engine's
+    rounding for the policy's."""
     rollout_correction: Literal["none", "cap", "mask"] = "none"
     """Importance weights of tokens that the rollout engine saw with another probability: cap =
     min(w, C); mask = w within [1/C, C], else 0; C = rollout_correction_max."""
@@ -243,6 +247,11 @@ class AlgorithmConfig:
         check_range("algorithm", self, "dual_clip", above=1)
         check_range("algorithm", self, "kl_target", above=0)
         check_range("algorithm", self, "kl_horizon rollout_correction_max", at_least=1)
+        if self.rollout_correction != "none" and self.old_logprobs == "rollout":
+            raise ValueError(
+                f"algorithm.rollout_correction {self.rollout_correction} compares the rollout's "
+                f"log-probs with the policy's own: set algorithm.old_logprobs to recompute"
+            )
         if self.kl_controller == "adaptive" and not self.kl_in_reward and not self.kl_loss_coef:
             raise ValueError(
                 "algorithm.kl_controller adaptive needs a KL to control, got none: set "

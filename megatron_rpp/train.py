@@ -156,10 +156,10 @@ def rl_step(run: Run) -> tuple[dict[str, float], RolloutBuffer]:
         )  # fmt: skip
     for fault in updated.faults:
         run.console.say(f"step {state.step + 1}: update skipped, {fault}")
+    scored = (algorithm.old_logprobs == "recompute") + (run.reference is not None)
     flops = step_flops(
-        config.model, inputs.vocab_size, work.buffer, config.train.epochs,
-        run.reference is not None,
-    )  # fmt: skip
+        config.model, inputs.vocab_size, work.buffer, config.train.epochs, scored
+    )
     run.underway = Underway()
     return (
         step_metrics(work.buffer, algorithm, work.scores, stats, updated, work.times, flops),
@@ -174,7 +174,8 @@ def _score(run: Run, buffer: RolloutBuffer) -> None:
         max_tokens=run.config.train.max_tokens_per_microbatch,
         temperature=run.config.rollout.temperature,
     )  # fmt: skip
-    old = logprobs(run.policy.model)
+    recompute = run.config.algorithm.old_logprobs == "recompute"
+    old = logprobs(run.policy.model) if recompute else buffer.behaviour_logprobs
     if run.reference is not None:
         with run.reference.active() as model:
             buffer.ref_logprobs = logprobs(model)

@@ -89,6 +89,11 @@ def test_every_field_has_a_docstring():
         (CheckpointConfig, {"keep": 0}, "checkpoint.keep must be at least 1, got 0"),
         (AlgorithmConfig, {"kl_target": 0.0}, "algorithm.kl_target must be above 0, got 0.0"),
         (AlgorithmConfig, {"rollout_correction_max": 0.5}, "rollout_correction_max must be at"),
+        (
+            AlgorithmConfig,
+            {"rollout_correction": "cap", "old_logprobs": "rollout"},
+            "set algorithm.old_logprobs to recompute",
+        ),
         (LoggingConfig, {"dir": ""}, "logging.dir must not be empty, got ''"),
         (SftConfig, {"batch_size": 0}, "sft.batch_size must be at least 1, got 0"),
         (TaskConfig, {"train_seed": 2}, "task.eval_seed must differ from task.train_seed, got 2"),

@@ -64,8 +64,9 @@ CASES = {
     "plain": {},
     "grpo": {"algorithm__name": "grpo", "algorithm__kl_coef": 0},
     "rloo": {"algorithm__name": "rloo", "algorithm__kl_loss_coef": 0.1},
+    "taken": {"algorithm__old_logprobs": "rollout"},
 }
-SHIFTED = {"none": {}} | {
+SHIFTED = {"none": {}, "taken": CASES["taken"]} | {
     kind: {"algorithm__rollout_correction": kind, "algorithm__rollout_correction_max": 2.0}
     for kind in ("cap", "mask")
 }
@@ -100,6 +101,20 @@ def test_estimators_for_comparison(steps, name):
     assert step["advantage/var"] == pytest.approx(np.var(on_tokens), rel=1e-5)
     # The KL is a loss term, with its own coefficient, or there is no reference at all.
     assert ("kl/k2" in step) == (name == "rloo") and step.get("kl/coef", 0.1) == 0.1
+
+
+def test_log_probs_of_the_rollout_save_a_pass_and_change_nothing(steps):
+    """Up to the rounding of the two ways to compute them, of fp32 sums in another order."""
+    taken, plain = steps["taken"], steps["plain"]
+    assert torch.equal(taken.buffer.old_logprobs, taken.buffer.behaviour_logprobs)
+    measured = ("time/", "throughput/", "memory/", "rollout/logprob_abs_diff")
+    for tag in (tag for tag in plain if not tag.startswith(measured)):
+        assert taken[tag] == pytest.approx(plain[tag], rel=1e-4, abs=1e-6), tag
+    for ours, theirs in zip(taken.weights, plain.weights):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-3)  # one step of Adam is 1e-3
+    assert taken["rollout/logprob_abs_diff_max"] == 0 < plain["rollout/logprob_abs_diff_max"]
+    assert plain["policy/ratio_max"] == pytest.approx(1, abs=1e-6)
+    assert steps["shifted taken"]["policy/ratio_max"] == pytest.approx(3, rel=1e-4)
 
 
 def weights_of(kind: str, buffer: RolloutBuffer) -> np.ndarray:

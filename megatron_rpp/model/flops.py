@@ -31,18 +31,18 @@ def head_flops(model: ModelConfig, vocab_size: int, rows: int) -> float:
 
 
 def step_flops(
-    model: ModelConfig, vocab_size: int, buffer: RolloutBuffer, epochs: int, reference: bool
+    model: ModelConfig, vocab_size: int, buffer: RolloutBuffer, epochs: int, scored: int
 ) -> float:
     """Rollout, scoring and update of the samples in `buffer`.
 
     A prompt that is sampled several times is read once; backward counts twice the forward.
 
     Args:
-        epochs: passes of the update. reference: whether it was scored, too.
+        epochs: passes of the update. scored: models that scored the samples before it.
     """
     forward = body_flops(model, buffer.lengths)
     forward += head_flops(model, vocab_size, int(buffer.response_lengths.sum()))
     prompts = dict(zip(buffer.group_ids.tolist(), buffer.prompt_lengths.tolist()))
     once = body_flops(model, torch.tensor(list(prompts.values())))
     rollout = forward - body_flops(model, buffer.prompt_lengths) + once
-    return rollout + forward * (1 + reference + 3 * epochs)
+    return rollout + forward * (scored + 3 * epochs)
