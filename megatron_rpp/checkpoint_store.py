@@ -105,13 +105,34 @@ def _set_aside(directory: Path, kept: str, damaged: list[str]) -> None:
     sealing.gathered(None)  # nobody reads on before the names are changed
 
 
+def _is_checkpoint(path: Path) -> bool:
+    return (path / ".metadata").exists() or (path / sealing.MANIFEST).exists()
+
+
+def current(directory: str | Path) -> Path:
+    """The checkpoint in force in `directory`, which may also be a checkpoint itself; not checked.
+
+    Raises ValueError where there is none.
+    """
+    path = Path(directory)
+    if _is_checkpoint(path):
+        return path
+    names = _candidates(path)
+    if not names:
+        raise ValueError(
+            f"no checkpoint at {path}: it holds neither .metadata nor a {POINTER} that names one; "
+            f"give the directory of a run or of a converted model"
+        )
+    return path / names[0]
+
+
 def require(directory: str | Path, say: Callable[[str], None] = print) -> Path:
     """The newest checkpoint of `directory`, which may also be a checkpoint itself. Collective.
 
     Raises ValueError where there is none, or it is damaged. Changes nothing.
     """
     path = Path(directory)
-    if (path / ".metadata").exists() or (path / sealing.MANIFEST).exists():
+    if _is_checkpoint(path):
         found = _damage(path)
         if found is not None:
             raise ValueError(f"checkpoint {path} is damaged ({found}): choose another")

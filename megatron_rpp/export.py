@@ -12,7 +12,7 @@ import torch.distributed as dist
 from megatron_rpp.config import Config
 from megatron_rpp.hf.adoption import HF_FOLDER, hf_source
 from megatron_rpp.hf.architecture import CONFIG, family_of
-from megatron_rpp.hf.convert import to_hf
+from megatron_rpp.hf.convert import to_hf_alone
 from megatron_rpp.hf.output import check_output, copy_side_files
 from megatron_rpp.parallel import groups
 
@@ -45,4 +45,4 @@ def export_policy(config: Config, checkpoints: str) -> None:
     """
     target = config.checkpoint.export_hf
     if target is not None:
-        groups.on_main(lambda: to_hf(checkpoints, target, overwrite=True))
+        groups.on_main(lambda: to_hf_alone(checkpoints, target))

@@ -133,15 +133,6 @@ def read_manifest(directory: str | Path) -> dict[str, Any] | None:
         return None
 
 
-def own_damage(directory: str | Path) -> str | None:
-    """As `damage`, found by this process alone, of all files."""
-    manifest = read_manifest(directory)
-    if manifest is None:
-        return f"{MANIFEST} is missing or unreadable"
-    files = manifest["files"]
-    return _first_damage(Path(directory), files, sorted(files))
-
-
 def damage(directory: str | Path) -> str | None:
     """What is wrong with a sealed directory, the same on every rank; None: nothing. Collective."""
     directory = Path(directory)

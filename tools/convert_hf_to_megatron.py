@@ -3,24 +3,21 @@
     python tools/convert_hf_to_megatron.py --hf-path DIR --megatron-path DIR [--overwrite]
     torchrun --nproc-per-node N tools/convert_hf_to_megatron.py ...        # shares the work
 
-Weights keep the type they are stored in. The output appears whole or not at all; memory holds one
-tensor and the mapped file it is read from.
+Weights keep the type they are stored in. The output appears whole or not at all, sealed by digests
+like a trained checkpoint; memory holds one tensor and the mapped file it is read from.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
-
-import torch.distributed as dist
-from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs without an installation
 
 from megatron_rpp.hf import convert
-from tools.progress import counting
+from megatron_rpp.hf.ranks import joined
+from tools.progress import counting_tensors, say, say_error
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -29,21 +26,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--megatron-path", required=True, help="directory to write")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing checkpoint")
     options = parser.parse_args(argv)
-    if "WORLD_SIZE" in os.environ:
-        dist.init_process_group("gloo")
-    try:
-        rows = len(convert.HfModel(options.hf_path).rows[convert.rank() :: convert.ranks()])
-        with counting("tensors", rows, convert.rank() == 0) as progress:
+    with joined():
+        try:
             written = convert.to_megatron(
-                options.hf_path, options.megatron_path, options.overwrite, progress
+                options.hf_path, options.megatron_path, options.overwrite, counting_tensors
             )
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    Console(highlight=False).print(f"wrote {written}", soft_wrap=True)
+        except ValueError as error:
+            say_error(error)
+            return 2
+        say(f"wrote {written}")
     return 0
 
 

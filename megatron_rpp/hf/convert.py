@@ -1,7 +1,9 @@
 """Whole models from Hugging Face to Megatron and back, a tensor at a time, on CPUs alone.
 
 A Megatron directory made here keeps what the weights do not say in its folder `hf`: config.json,
-tokenizer, chat template, generation settings. It loads on any tensor × pipeline layout.
+tokenizer, chat template, generation settings. It loads on any tensor × pipeline layout, and is
+sealed like a trained one. Ranks of a process group share the tensors, or the files, between them;
+a refusal is the same on every one of them.
 
 Left out: optimizer states; casting on the way in (a weight keeps the type it is stored in).
 """
@@ -10,35 +12,35 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from megatron_rpp import checkpoint_store, sealing
+from megatron_rpp.checkpoint_store import POINTER
 from megatron_rpp.hf import dist_checkpoint, safetensors_out
 from megatron_rpp.hf.adoption import HF_FOLDER, side_folder
 from megatron_rpp.hf.architecture import CONFIG, config_json, family_of, read_architecture, read_json
 from megatron_rpp.hf.dist_checkpoint import Checkpoint, Entry, Place, place_of
 from megatron_rpp.hf.families import EMBEDDING, OUTPUT, Row, check_tensors, rows_of
-from megatron_rpp.hf.output import (
-    appearing,
-    appearing_for_all,
-    check_output,
-    copy_side_files,
-    rank,
-    ranks,
-)
+from megatron_rpp.hf.output import appearing, appearing_for_all, check_output, copy_side_files
+from megatron_rpp.hf.ranks import agreed, rank, ranks
 from megatron_rpp.hf.safetensors_in import Weights
 
-POINTER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Progress = Callable[[int], None]
+"""Is told how many more tensors are done."""
+Counting = Callable[[int], AbstractContextManager[Progress]]
+"""Gives the progress of a number of tensors."""
 
 
-def no_progress(done: int) -> None:
+def uncounted(total: int) -> AbstractContextManager[Progress]:
     """Tells nobody."""
+    return nullcontext(lambda done: None)
 
 
 class HfModel:
@@ -52,13 +54,14 @@ class HfModel:
         self.weights = Weights(directory)
         self.rows = rows_of(source.name, source.settings)
         check_tensors(self.rows, self.settings, self.weights.shapes, directory)
+        self.dtypes = {row.megatron: self._dtype(row) for row in self.rows}
 
     def read(self, row: Row) -> torch.Tensor:
         """Megatron's whole tensor of `row`, the vocabulary not padded."""
         parts = [self.weights.read(name) for name in row.hf]
         return row.merge(parts, self.settings["head_dim"])
 
-    def dtype(self, row: Row) -> torch.dtype:
+    def _dtype(self, row: Row) -> torch.dtype:
         """Raises ValueError where the sources of a row differ."""
         kinds = {self.weights.dtypes[name] for name in row.hf}
         if len(kinds) > 1:
@@ -80,26 +83,28 @@ class HfModel:
             progress(1)
             return whole
 
-        return Entry(place, self.dtype(row), read)
+        return Entry(place, self.dtypes[row.megatron], read)
 
 
 def to_megatron(
     hf_path: str | Path,
     megatron_path: str | Path,
     overwrite: bool = False,
-    progress: Progress = no_progress,
+    counting: Counting = uncounted,
 ) -> Path:
     """Writes the checkpoint `megatron_path/release`; collective where there is a process group.
 
     Raises ValueError, before anything is written, where the source cannot be converted or the
     output may not be written.
     """
-    source, output = HfModel(hf_path), Path(megatron_path)
-    check_output(output, [source.directory], POINTER, overwrite)
-    entries = [source.entry(row, progress) for row in source.rows[rank() :: ranks()]]
+    source, output = agreed(lambda: HfModel(hf_path)), Path(megatron_path)
+    agreed(lambda: check_output(output, [source.directory], POINTER, overwrite))
+    own = source.rows[rank() :: ranks()]
     common = {"architecture": source.settings, "iteration": 0, "checkpoint_version": 3.0}
-    with appearing_for_all(output) as partial:
+    with appearing_for_all(output) as partial, counting(len(own)) as progress:
+        entries = [source.entry(row, progress) for row in own]
         dist_checkpoint.write(partial / RELEASE, entries, common)
+        sealing.seal(partial / RELEASE, {"step": 0})
         if rank() == 0:
             copy_side_files(source.directory, partial / HF_FOLDER)
             (partial / POINTER).write_text(f"{RELEASE}\n")
@@ -122,7 +127,7 @@ class MegatronModel:
 
         Raises ValueError where it is no whole checkpoint, or of unknown architecture.
         """
-        folder = newest(Path(path))
+        folder = checkpoint_store.current(path)
         checkpoint = Checkpoint(folder)
         side = side_folder(folder)
         recorded = checkpoint.common().get("architecture")
@@ -182,15 +187,54 @@ class MegatronModel:
         return row.split(self.read(row), self.settings["heads"], self.settings["kv_heads"])
 
 
-def newest(path: Path) -> Path:
-    """`path` itself where it is a checkpoint, else the one its pointer names."""
-    if (path / ".metadata").is_file():
-        return path
-    pointer = path / POINTER
-    if not pointer.is_file():
-        raise ValueError(f"{path} is no Megatron checkpoint: it holds neither .metadata nor {POINTER}")
-    name = pointer.read_text().strip()
-    return path / (f"iter_{int(name):07d}" if name.isdigit() else name)
+@dataclass(frozen=True)
+class _Export:
+    """A checkpoint on its way to a Hugging Face directory: what goes into which file."""
+
+    model: MegatronModel
+    kinds: dict[str, torch.dtype]
+    """The type of each row's tensors in the files, by its name in Megatron."""
+    sizes: dict[str, int]
+    """Bytes of each tensor in the files, in order."""
+    files: list[list[str]]
+    """The tensors of each file."""
+
+    @classmethod
+    def of(
+        cls, path: str | Path, output: Path, dtype: str | None, max_shard_size: str, overwrite: bool
+    ) -> "_Export":
+        """Raises ValueError where there is nothing to convert, or `output` may not be written."""
+        limit = safetensors_out.parse_size(max_shard_size)
+        model = MegatronModel.open(path)
+        check_output(output, [Path(path)], CONFIG, overwrite)
+        cast = DTYPES[dtype] if dtype else None
+        stored = model.checkpoint.dtype
+        kinds = {row.megatron: cast or stored(model.place(row)) for row in model.rows}
+        sizes = {
+            name: torch.Size(shape).numel() * kinds[row.megatron].itemsize
+            for row in model.rows
+            for name, shape in zip(row.hf, row.sizes(model.settings))
+        }
+        return cls(model, kinds, sizes, safetensors_out.plan(sizes, limit))
+
+    def write(self, directory: Path, rank: int, ranks: int, counting: Counting) -> None:
+        """This rank's files, and on the first rank what goes with them."""
+        with counting(sum(map(len, self.files[rank::ranks]))) as progress:
+            for number in range(rank, len(self.files), ranks):
+                names = self.files[number]
+                file = directory / safetensors_out.file_name(number, len(self.files))
+                safetensors_out.write(file, dict(self._tensors(names)))
+                progress(len(names))
+        if rank == 0:
+            safetensors_out.write_index(directory, self.files, sum(self.sizes.values()))
+            _write_side_files(self.model, directory, self.kinds)
+
+    def _tensors(self, names: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        for row in self.model.rows:
+            if not set(names).isdisjoint(row.hf):
+                for name, part in zip(row.hf, self.model.split(row), strict=True):
+                    if name in names:
+                        yield name, part.to(self.kinds[row.megatron]).contiguous()
 
 
 def to_hf(
@@ -199,36 +243,29 @@ def to_hf(
     dtype: str | None = None,
     max_shard_size: str = "5GB",
     overwrite: bool = False,
-    progress: Progress = no_progress,
+    counting: Counting = uncounted,
 ) -> None:
     """Writes the Hugging Face directory `hf_path`: weights, config.json, tokenizer, template.
+
+    Collective where there is a process group: its ranks share the files.
 
     Args:
         dtype: fp32, bf16 or fp16; None keeps the stored type.
     Raises ValueError, before anything is written, where the source cannot be converted or the
     output may not be written.
     """
-    limit = safetensors_out.parse_size(max_shard_size)
-    model, output = MegatronModel.open(megatron_path), Path(hf_path)
-    check_output(output, [Path(megatron_path)], CONFIG, overwrite)
-    cast = DTYPES[dtype] if dtype else None
-    kinds = {row.megatron: cast or model.checkpoint.dtype(model.place(row)) for row in model.rows}
-    sizes = {
-        name: torch.Size(shape).numel() * kinds[row.megatron].itemsize
-        for row in model.rows
-        for name, shape in zip(row.hf, row.sizes(model.settings))
-    }
+    output = Path(hf_path)
+    export = agreed(lambda: _Export.of(megatron_path, output, dtype, max_shard_size, overwrite))
+    with appearing_for_all(output) as partial:
+        export.write(partial, rank(), ranks(), counting)
 
-    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
-        for row in model.rows:
-            parts = model.split(row)
-            progress(1)
-            for name, part in zip(row.hf, parts, strict=True):
-                yield name, part.to(kinds[row.megatron]).contiguous()
 
+def to_hf_alone(megatron_path: str | Path, hf_path: str | Path) -> None:
+    """As `to_hf` with its defaults, over an older export, by this rank without the others."""
+    output = Path(hf_path)
+    export = _Export.of(megatron_path, output, None, "5GB", overwrite=True)
     with appearing(output) as partial:
-        safetensors_out.write(partial, sizes, tensors(), limit)
-        _write_side_files(model, partial, kinds)
+        export.write(partial, 0, 1, uncounted)
 
 
 def _write_side_files(model: MegatronModel, output: Path, kinds: dict[str, torch.dtype]) -> None:

@@ -39,7 +39,7 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from megatron_rpp.config_model import padded_vocab_size
-from megatron_rpp.hf.families import EMBEDDING, OUTPUT
+from megatron_rpp.hf.families import EMBEDDING, OUTPUT, canonical
 
 _STACKED = "decoder.layers."
 _MODEL_PREFIXES = ("embedding.", "decoder.", "output_layer.")
@@ -152,11 +152,13 @@ class Checkpoint:
         if kind != _FORMAT["sharded_backend"]:
             raise ValueError(f"{directory} is of format {kind!r}: only torch_dist is read")
         self._reader.set_up_storage_reader(metadata, is_coordinator=True)
-        self.tensors: dict[str, TensorStorageMetadata] = {
-            key: entry
-            for key, entry in metadata.state_dict_metadata.items()
-            if isinstance(entry, TensorStorageMetadata) and key.startswith(_MODEL_PREFIXES)
-        }
+        self._stored: dict[str, str] = {}
+        """The name of each tensor in the files: under either naming of the norms."""
+        self.tensors: dict[str, TensorStorageMetadata] = {}
+        for key, entry in metadata.state_dict_metadata.items():
+            if isinstance(entry, TensorStorageMetadata) and key.startswith(_MODEL_PREFIXES):
+                self._stored[canonical(key)] = key
+                self.tensors[canonical(key)] = entry
 
     def common(self) -> dict[str, Any]:
         """What is stored beside the tensors, {} where it holds code of another program.
@@ -183,6 +185,8 @@ class Checkpoint:
         """The part at `place`, in its stored type, without the dimension of the stack."""
         target = torch.empty(place.shape, dtype=self.dtype(place))
         chunk = ChunkStorageMetadata(torch.Size(place.offset), torch.Size(place.shape))
-        items = create_read_items_for_chunk_list(place.key, self.tensors[place.key], [chunk])
+        items = create_read_items_for_chunk_list(
+            self._stored[place.key], self.tensors[place.key], [chunk]
+        )
         self._reader.read_data(LoadPlan(items), _ReadPlan(target)).wait()
         return target[0] if place.key.startswith(_STACKED) else target

@@ -144,8 +144,8 @@ FAMILIES: dict[str, tuple[Row, ...]] = {
     "Qwen3ForCausalLM": (*_LLAMA, *_QK_NORM),
 }
 
-# The names above are those of TransformerEngine's fused modules, which are also the names in every
-# checkpoint; Megatron's own modules keep the norms apart.
+# The names above are those of TransformerEngine's fused modules; Megatron's own modules keep the
+# norms apart, but write checkpoints under the fused names too. Either is read.
 _LOCAL_NAMES = {
     "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
     "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",

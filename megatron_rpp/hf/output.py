@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from megatron_rpp.hf.ranks import rank, ranks
 from megatron_rpp.hf.safetensors_in import INDEX
 
 # config.json, generation_config.json, tokenizers of every kind, chat templates.
@@ -34,15 +35,6 @@ def check_output(output: Path, sources: list[Path], marker: str, overwrite: bool
             f"{output} exists and holds no {marker}, so it is not what would be overwritten: "
             f"choose another directory, or remove it yourself"
         )
-
-
-def rank() -> int:
-    """Of this process; 0 without a process group."""
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def ranks() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 @contextlib.contextmanager

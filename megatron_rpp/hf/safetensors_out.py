@@ -1,10 +1,9 @@
-"""Writes a model as safetensors files of a bounded size, holding one file's tensors at a time."""
+"""A model as safetensors files of a bounded size, written one at a time."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -37,23 +36,23 @@ def plan(sizes: dict[str, int], limit: int) -> list[list[str]]:
     return files
 
 
-def write(
-    directory: Path,
-    sizes: dict[str, int],
-    tensors: Iterable[tuple[str, torch.Tensor]],
-    limit: int,
-) -> None:
-    """Writes `tensors`, which come in the order of `sizes` (bytes by name), and their index."""
-    files = plan(sizes, limit)
-    stream: Iterator[tuple[str, torch.Tensor]] = iter(tensors)
-    index: dict[str, str] = {}
-    for number, names in enumerate(files, start=1):
-        file = SINGLE if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
-        content = dict(next(stream) for _ in names)
-        assert list(content) == names
-        save_file(content, directory / file, metadata={"format": "pt"})
-        del content
-        index |= dict.fromkeys(names, file)
+def file_name(number: int, files: int) -> str:
+    """Of the file `number`, counted from 0, of so many."""
+    return SINGLE if files == 1 else f"model-{number + 1:05d}-of-{files:05d}.safetensors"
+
+
+def write(file: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """One file."""
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def write_index(directory: Path, files: list[list[str]], total_size: int) -> None:
+    """Says which of several files holds which tensor; `total_size` in bytes."""
     if len(files) > 1:
-        whole = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": index}
+        index = {
+            name: file_name(number, len(files))
+            for number, names in enumerate(files)
+            for name in names
+        }
+        whole = {"metadata": {"total_size": total_size}, "weight_map": index}
         (directory / INDEX).write_text(json.dumps(whole, indent=2) + "\n")

@@ -76,3 +76,16 @@ def logits(directory: Path, tokens: torch.Tensor, dtype=torch.float32) -> torch.
         directory, dtype=dtype, attn_implementation="eager", local_files_only=True
     )
     return model.eval()(tokens, use_cache=False).logits
+
+
+@torch.no_grad()
+def greedy(directory: Path, prompt: torch.Tensor, count: int) -> list[int]:
+    """`count` tokens of transformers after `prompt` [1, s], end of sequence or not."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        directory, attn_implementation="eager", local_files_only=True
+    ).eval()
+    model.generation_config.eos_token_id = None
+    found = model.generate(prompt, max_new_tokens=count, do_sample=False, pad_token_id=0)
+    return found[0, prompt.shape[1] :].tolist()

@@ -17,7 +17,8 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_rpp.hf import safetensors_out
-from megatron_rpp.hf.architecture import read_architecture
+from megatron_rpp.hf.architecture import config_json, read_architecture
+from megatron_rpp import checkpoint_store, sealing
 from megatron_rpp.hf.convert import HF_FOLDER, POINTER, to_hf, to_megatron
 from megatron_rpp.hf.families import rows_of
 from megatron_rpp.hf.safetensors_in import INDEX, SINGLE, Weights
@@ -159,6 +160,24 @@ def test_what_would_be_lost_is_refused_by_name(copy, tmp_path, values, message):
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))
 
 
+@pytest.mark.parametrize("family", ["llama2", "llama3"])
+def test_both_spellings_of_rotary_positions_are_one(tmp_path, family):
+    """transformers 5 writes `rope_parameters`, 4 and our own config.json `rope_theta` and
+    `rope_scaling`; transformers reads either."""
+    from transformers import AutoConfig
+
+    path = save(tmp_path, family)
+    settings = read_architecture(path).settings
+    theirs = AutoConfig.from_pretrained(path).rope_parameters
+    content = json.loads((path / "config.json").read_text())
+    assert "rope_theta" not in content
+    ours = config_json(settings)
+    assert ours["rope_theta"] == 500.0 and "rope_parameters" not in ours
+    (path / "config.json").write_text(json.dumps(ours))
+    assert read_architecture(path).settings == settings
+    assert AutoConfig.from_pretrained(path).rope_parameters == theirs
+
+
 def test_broken_files_are_refused(copy, tmp_path):
     folder, tensors = copy
     mixed = "model.layers.0.self_attn.k_proj.weight"
@@ -180,12 +199,29 @@ def test_broken_files_are_refused(copy, tmp_path):
 
 
 def test_a_torn_checkpoint_is_refused(converted, tmp_path):
-    with pytest.raises(ValueError, match="no Megatron checkpoint"):
+    with pytest.raises(ValueError, match="no checkpoint at"):
         to_hf(tmp_path, tmp_path / "out")
     shutil.copytree(converted, tmp_path / "torn")
     (tmp_path / "torn/release/.metadata").write_bytes(b"")
     with pytest.raises(ValueError, match="not a whole checkpoint"):
         to_hf(tmp_path / "torn", tmp_path / "out")
+
+
+def test_a_converted_checkpoint_is_sealed(converted, tmp_path, capsys):
+    """One flipped bit is noticed where it is loaded, and where it is converted back."""
+    assert checkpoint_store.require(converted) == converted / "release"
+    assert sealing.damage(converted / "release") is None
+    shutil.copytree(converted, tmp_path / "damaged")
+    file = next((tmp_path / "damaged/release").glob("*.distcp"))
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=f"{file.name} has another digest"):
+        checkpoint_store.require(tmp_path / "damaged")
+    back = ["--megatron-path", str(tmp_path / "damaged"), "--hf-path", str(tmp_path / "back")]
+    assert convert_megatron_to_hf.main(back) == 2
+    assert f"is damaged ({file.name} has another digest" in capsys.readouterr().err
+    assert not (tmp_path / "back").exists()
 
 
 def test_files_are_filled_up_to_their_size():
@@ -197,17 +233,29 @@ def test_files_are_filled_up_to_their_size():
 
 
 _MEASURE = """
-import resource, sys
+from pathlib import Path
 from megatron_rpp.hf.convert import to_hf, to_megatron
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-{call}
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+def added(work):
+    # Bytes by which the resident set grew at most, mapped files included.
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before = held("VmRSS")
+    work()
+    return held("VmHWM") - before
+def held(name):
+    lines = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines[name].split()[0]) * 1024
+to_megatron({small!r}, {small!r} + "-m")  # what the code itself takes
+to_hf({small!r} + "-m", {small!r} + "-b")
+print(
+    added(lambda: to_megatron({source!r}, {megatron!r})),
+    added(lambda: to_hf({megatron!r}, {back!r}, max_shard_size="64MB")),
+)
 """
 
 
 def test_memory_stays_under_one_and_a_half_files(tmp_path):
     """A model of five files of 64 MB; either way may add to the resident set what 96 MB hold."""
-    path = save(tmp_path, "llama2")
+    path, small = save(tmp_path, "llama2"), save(tmp_path, "smollm2")
     for file in path.glob("model*"):
         file.unlink()
     set_config(path, hidden_size=512, head_dim=128, intermediate_size=2048, num_hidden_layers=16,
@@ -219,19 +267,20 @@ def test_memory_stays_under_one_and_a_half_files(tmp_path):
         for name, size in zip(row.hf, row.sizes(model.settings))
     }
     sizes = {name: 4 * torch.Size(size).numel() for name, size in shapes.items()}
-    tensors = ((name, torch.rand(size)) for name, size in shapes.items())
-    safetensors_out.write(path, sizes, tensors, 64 * 10**6)
+    files = plan(sizes, 64 * 10**6)
+    for number, names in enumerate(files):
+        content = {name: torch.rand(shapes[name]) for name in names}
+        safetensors_out.write(path / safetensors_out.file_name(number, len(files)), content)
+    safetensors_out.write_index(path, files, sum(sizes.values()))
     largest, limit = Weights(path).largest_file, 96 * 10**6
     assert largest > 60 * 10**6 and len(set(Weights(path).files.values())) >= 5
-    calls = [
-        f"to_megatron({str(path)!r}, {str(tmp_path / 'm')!r})",
-        f"to_hf({str(tmp_path / 'm')!r}, {str(tmp_path / 'b')!r}, max_shard_size='64MB')",
-    ]
-    for call in calls:
-        code = _MEASURE.format(call=call)
-        done = subprocess.run(
-            [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120
-        )
-        assert done.returncode == 0, done.stderr
-        assert int(done.stdout) < limit, (call, int(done.stdout), largest)
+    code = _MEASURE.format(
+        source=str(path), megatron=str(tmp_path / "m"), back=str(tmp_path / "b"), small=str(small)
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    for way, added in zip(("there", "back"), map(int, done.stdout.split())):
+        assert largest / 4 < added < limit, (way, added)  # the first shows that it measures
     assert_same_bits(weights(tmp_path / "b"), weights(path))

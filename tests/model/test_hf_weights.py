@@ -1,7 +1,9 @@
-"""Weights of every family loaded straight from safetensors, against transformers' own logits.
+"""Weights of every family loaded straight from safetensors, against transformers' own logits and
+its greedy answers.
 
 fp32 logits agree to 1e-5 of the largest (sums in another order) on one rank and on every layout of
-four. A converted checkpoint fills the same parameters, bit for bit.
+four; 64 greedy tokens on one rank and on the largest layout. A converted checkpoint fills the same
+parameters, bit for bit. A rank reads what it holds, and no more.
 """
 
 from __future__ import annotations
@@ -13,25 +15,30 @@ import torch
 
 from megatron_rpp import checkpoint
 from megatron_rpp.config import ModelConfig, ParallelConfig
-from megatron_rpp.config_model import RopeScalingConfig
+from megatron_rpp.config_model import RopeScalingConfig, padded_vocab_size
 from megatron_rpp.hf.architecture import read_architecture
 from megatron_rpp.hf.convert import to_megatron
+from megatron_rpp.hf.safetensors_in import Weights
 from megatron_rpp.model import build
 from megatron_rpp.model.hf_weights import load_hf
 from megatron_rpp.model.language_model import chunks
 from megatron_rpp.model.rotary import inverse_frequencies
 from megatron_rpp.parallel import groups, pipeline
+from megatron_rpp.records import Request, Sampling
+from megatron_rpp.rollout.engine import MegatronEngine
 from tests.distributed import run_ranks
-from tests.hf.models import FAMILIES, LLAMA3, logits, save
+from tests.hf.models import FAMILIES, LLAMA3, greedy, logits, save
 
 TOKENS = torch.randint(101, (2, 80), generator=torch.Generator().manual_seed(1))
 TOLERANCE = 1e-5
+GREEDY = Sampling(max_new_tokens=64, temperature=0.0)
 CHECKPOINTS = ("qwen2-tied", "qwen3")
 """Between them: biases, query-key norms, tied and untied embeddings, a head size of its own."""
 LAYOUTS = {
     "TP2": ParallelConfig(tensor=2),
     "TP2, sequence-parallel": ParallelConfig(tensor=2, sequence_parallel=True),
     "PP2": ParallelConfig(pipeline=2),
+    "PP2, interleaved": ParallelConfig(pipeline=2, virtual_pipeline=2),
     "TP2xPP2": ParallelConfig(tensor=2, pipeline=2),
 }
 
@@ -73,9 +80,21 @@ def loaded(directory, parallel):
     return stage
 
 
-def our_logits(directory, parallel):
+class NoEnd:
+    """The tokenizer of answers that have no end."""
+
+    eos_ids = ()
+
+
+def our_answer(stage):
+    """64 greedy tokens after the first 16 of TOKENS."""
+    engine = MegatronEngine(stage, NoEnd(), max_batch=1)
+    prompt = Request(tuple(TOKENS[0, :16].tolist()), sample_id=0)
+    return engine.generate([prompt], GREEDY, seed=0, step=0)[0].tokens
+
+
+def our_logits(stage):
     """[b, s, v] on the last stage, None elsewhere."""
-    stage = loaded(directory, parallel).requires_grad_(False)
     hidden = pipeline.stage_forward(stage, TOKENS)
     if not groups.is_last_stage():
         return None
@@ -89,19 +108,42 @@ def on_every_layout(rank, directories):
     for layout, parallel in LAYOUTS.items():
         groups.start(**parallel.sizes(), seed=1)
         for family, directory in directories.items():
-            results[layout, family] = our_logits(directory, parallel)
+            stage = loaded(directory, parallel).requires_grad_(False)
+            results[layout, family] = our_logits(stage)
+            if layout == "TP2xPP2":
+                results[layout, family, "answer"] = our_answer(stage)
+                results[family, "read"] = elements_read(stage, directory)
         groups.split_again()
     return results
+
+
+def elements_read(stage, directory):
+    """Of the files, by this rank when it fills `stage`; and those that it holds."""
+    read, plain = [], Weights.read
+
+    def counting(self, *args):
+        part = plain(self, *args)
+        read.append(part.numel())
+        return part
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Weights, "read", counting)
+        load_hf(stage, directory)
+    return sum(read), sum(parameter.numel() for parameter in stage.parameters())
 
 
 @pytest.fixture(scope="module")
 def found(directories, tmp_path_factory):
     groups.start(1, 1, 1)
-    alone = {("TP1", name): our_logits(path, ParallelConfig()) for name, path in directories.items()}
+    alone = {}
+    for name, path in directories.items():
+        stage = loaded(path, ParallelConfig()).requires_grad_(False)
+        alone |= {("TP1", name): our_logits(stage), ("TP1", name, "answer"): our_answer(stage)}
     groups.stop()
     folder = tmp_path_factory.mktemp("ranks")
     ranks = run_ranks(on_every_layout, 4, folder, directories, timeout=300)
-    return alone | ranks[3]  # of the last stage on every layout
+    read = {(family, "read"): [rank[family, "read"] for rank in ranks] for family in directories}
+    return alone | ranks[3] | read  # logits of the last stage on every layout
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -111,6 +153,21 @@ def test_logits_equal_those_of_transformers(found, directories, layout, family):
     assert expected.std() > 1, "weights too small to tell right from wrong"
     bound = TOLERANCE * float(expected.abs().max())
     torch.testing.assert_close(found[layout, family], expected, rtol=0, atol=bound)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_answers_equal_those_of_transformers(found, directories, family):
+    expected = greedy(directories[family], TOKENS[:1, :16], 64)
+    assert found["TP1", family, "answer"] == found["TP2xPP2", family, "answer"] == expected
+    assert len(set(expected)) > 3
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_rank_reads_what_it_holds(found, family):
+    """But for the rows that pad the vocabulary, which are in no file."""
+    padding = (padded_vocab_size(101, 2) - 101) * 32
+    for read, held in found[family, "read"]:
+        assert held - read in (0, padding, 2 * padding)
 
 
 @pytest.mark.parametrize("dim", [16, 64, 128])
