@@ -199,6 +199,8 @@ class SftConfig:
     """Directory of the checkpoint and the logs of the warm start."""
     eval_interval: int = 50
     """Steps between evaluations; 0 = only after the last step."""
+    checkpoint_interval: int = 0
+    """Steps between checkpoints; 0 = only at the end, or where the run is told to stop."""
     stop_accuracy: float | None = None
     """Stop when the held-out accuracy reaches this share; null = never."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -207,7 +209,7 @@ class SftConfig:
     def __post_init__(self) -> None:
         check_filled("sft", self, "dir")
         check_range("sft", self, "steps batch_size", at_least=1)
-        check_range("sft", self, "eval_interval", at_least=0)
+        check_range("sft", self, "eval_interval checkpoint_interval", at_least=0)
         check_range("sft", self, "stop_accuracy", above=0, at_most=1)
 
 
@@ -253,13 +255,11 @@ class Config:
         check_rollout(self)
 
 
-def check_world_size(config: Config, world_size: int) -> int:
+def count_replicas(sizes: ParallelConfig, world_size: int) -> int:
     """The data-parallel size of ``world_size`` processes: world / (tensor x pipeline x context).
 
-    Raises ValueError where the model does not fit the processes a whole number of times, or the
-    prompts of a step do not fit the replicas (each takes whole prompt groups, all equally many).
+    Raises ValueError where the model does not fit the processes a whole number of times.
     """
-    sizes = config.parallel
     ranks = sizes.tensor * sizes.pipeline * sizes.context
     if world_size < 1 or world_size % ranks:
         context = f" x context {sizes.context}" if sizes.context > 1 else ""
@@ -268,11 +268,21 @@ def check_world_size(config: Config, world_size: int) -> int:
             f"{sizes.pipeline}{context} = {ranks}: start a multiple of {ranks} processes "
             "(torchrun --nproc-per-node) or change parallel.tensor/parallel.pipeline"
         )
-    replicas = world_size // ranks
+    return world_size // ranks
+
+
+def check_world_size(config: Config, world_size: int) -> int:
+    """As ``count_replicas``, for a program that samples rollouts.
+
+    Raises ValueError, too, where the prompts of a step do not fit the replicas (each takes whole
+    prompt groups, all equally many).
+    """
+    replicas = count_replicas(config.parallel, world_size)
     if config.rollout.prompts_per_step % replicas:
         raise ValueError(
             f"rollout.prompts_per_step {config.rollout.prompts_per_step} is not divisible by the "
-            f"data-parallel size {replicas} (world size {world_size} / {ranks} ranks a replica): "
-            f"make it a multiple of {replicas} or start another number of processes"
+            f"data-parallel size {replicas} (world size {world_size} / {world_size // replicas} "
+            f"ranks a replica): make it a multiple of {replicas} or start another number of "
+            "processes"
         )
     return replicas

@@ -34,6 +34,14 @@ class Inputs:
     dropped: int = 0
     """Prompts left out because they are too long."""
 
+    @property
+    def counts(self) -> str:
+        """In words."""
+        return (
+            f"{len(self.train)} prompts, {len(self.held_out)} held out, {self.dropped} dropped as "
+            f"too long"
+        )
+
 
 def check_writable(setting: str, directory: str) -> None:
     """Raises ValueError where `directory` cannot be made or written to."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from megatron_rpp import checkpoint, sealing, underway
 from megatron_rpp.failures import PREEMPTED, RunFailure
-from megatron_rpp.run import Run
+from megatron_rpp.run import Run, evaluate_held_out
 from megatron_rpp.run_state import due
 from megatron_rpp.underway import Underway
 
@@ -53,6 +53,19 @@ def keep(run: Run, stage: str) -> None:
     """After a stage whose work is worth keeping: keeps it if asked to, and is a safe point."""
     underway.keep(run.underway, run.config, run.inputs.train, run.state, stage)
     pause_inside_step(run)
+
+
+def finish_step(run: Run, row: dict[str, float]) -> None:
+    """Ends the step that `run.state` counts: evaluation and checkpoint where they are due, its row.
+    Collective."""
+    step, config = run.state.step, run.config
+    if step == config.train.steps or due(step, config.evaluation.interval):
+        row |= evaluate_held_out(run)
+    row["time/checkpoint"] = write_if_due(run, row)
+    # The row before the checkpoint is in force: a kill between them repeats the step, row and all,
+    # while the other order would lose the row.
+    run.log.step(step, row)
+    publish_if_written(run)
 
 
 def write_if_due(run: Run, row: dict[str, float]) -> float:

@@ -4,34 +4,38 @@
 
 What is learned of a row is its label and, in a conversation, every turn of the assistant
 (data/supervised.py); the loss is the mean over those tokens of the whole batch. The same models,
-packed micro-batches, evaluation and checkpoints as `train.py`.
-
-Left out: resume of a warm start that was stopped.
+packed micro-batches, evaluation, checkpoints, resume and stopping as `train.py`.
 """
 
 from __future__ import annotations
 
+import hashlib
 import time
+from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_rpp import checkpoint, cli, export, launching
-from megatron_rpp.config import Config, check_world_size
+from megatron_rpp import cli, export, launching, phases, saving
+from megatron_rpp.config import Config, LoggingConfig, count_replicas
 from megatron_rpp.console import Console
 from megatron_rpp.data.chat import PromptFormat
-from megatron_rpp.data.prompts import Prompt, PromptSet
+from megatron_rpp.data.kept import cached
+from megatron_rpp.data.opening import cache_dir, pass_key
+from megatron_rpp.data.prompts import Prompt, PromptFile
 from megatron_rpp.data.supervised import lesson
 from megatron_rpp.inputs import Inputs, check_writable, load_inputs
-from megatron_rpp.lock import one_writer
 from megatron_rpp.parallel import device as devices
 from megatron_rpp.parallel import groups
 from megatron_rpp.parallel.device import describe
 from megatron_rpp.policy import Policy, build_policy
 from megatron_rpp.records import Generation, MicroBatch, Request
 from megatron_rpp.rollout.buffer import RolloutBuffer, from_generations
-from megatron_rpp.run import assemble, evaluate_held_out
-from megatron_rpp.run_state import RunState, due
+from megatron_rpp.run import Run, assemble
+from megatron_rpp.run_state import RunState
+from megatron_rpp.session import carry_out, session
 from megatron_rpp.stages import finite, scoring
 from megatron_rpp.stages.rollout import shard
 from megatron_rpp.stages.update import optimizer_step
@@ -39,18 +43,34 @@ from megatron_rpp.stages.update import optimizer_step
 
 def main(argv: list[str] | None = None) -> None:
     config, dry_run = cli.parse(argv, program="sft")
-    check_world_size(config, groups.launched_world_size())
+    count_replicas(config.parallel, groups.launched_world_size())
     check_writable("sft.dir", config.sft.dir)
     export.check_export(config, config.sft.dir)
     inputs = load_inputs(config)
-    check_labels(inputs.train, inputs.form, config.model.max_length)
+    check_labels(config, inputs)
     groups.start(**config.parallel.sizes(), seed=config.seed)
     finetune(config, inputs, dry_run)
     groups.stop()
 
 
-def check_labels(prompts: PromptSet, form: PromptFormat, context: int) -> None:
-    """Raises ValueError where a row has nothing to learn from, or more than fits."""
+def check_labels(config: Config, inputs: Inputs) -> None:
+    """Raises ValueError where a row has nothing to learn from, or more than fits.
+
+    The first start on a source reads all of it, on one rank of each node.
+    """
+    context = config.model.max_length
+    for part in inputs.train.parts:
+
+        def find() -> np.ndarray:
+            _check_rows(part, inputs.form, context)
+            return part.rows
+
+        used = hashlib.sha256(part.rows.tobytes()).hexdigest()
+        key = pass_key(config.data, part.examples.rows.identity, used, "lessons", context)
+        cached(cache_dir(config.data), key, find)
+
+
+def _check_rows(prompts: PromptFile, form: PromptFormat, context: int) -> None:
     for index, prompt in enumerate(prompts):
         if not prompt.example.label:
             raise ValueError(
@@ -82,41 +102,50 @@ def batch_of(prompts: list[Prompt], form: PromptFormat) -> RolloutBuffer:
     return buffer
 
 
+def settings_of(config: Config) -> Config:
+    """The settings of a warm start in the sections in which those of a run stand."""
+    own = config.sft
+    return replace(
+        config,
+        optimizer=own.optimizer,
+        train=replace(config.train, steps=own.steps, stop_accuracy=own.stop_accuracy),
+        evaluation=replace(config.evaluation, interval=own.eval_interval),
+        checkpoint=replace(
+            config.checkpoint, dir=own.dir, load=None, interval=own.checkpoint_interval,
+            keep_best=False, save_rollouts=False,
+        ),  # fmt: skip
+        logging=LoggingConfig(dir=own.dir),
+    )
+
+
 def finetune(config: Config, inputs: Inputs, dry_run: bool = False) -> None:
     """Trains to sft.steps, or to the accuracy at which to stop. Collective."""
-    settings, console = config.sft, Console(groups.is_main())
-    with one_writer([settings.dir], console.say):
-        _finetune(config, inputs, console, dry_run)
+    config, console = settings_of(config), Console(groups.is_main())
+    with session(config, console) as stop:
+        policy = build_policy(config, config.optimizer, inputs.vocab_size)
+        run = assemble(config, inputs, console, policy, None, config.logging.dir)
+        run.stop = stop
+        saving.resume(run)
+        console.say(describe())
+        console.say(f"data: {inputs.counts}")
+        carry_out(run, _loop, "sft.steps", dry_run)
 
 
-def _finetune(config: Config, inputs: Inputs, console: Console, dry_run: bool) -> None:
-    settings = config.sft
-    policy = build_policy(config, settings.optimizer, inputs.vocab_size)
-    finished = checkpoint.newest(settings.dir, console.say, repair=True)
-    console.say(describe())
-    if dry_run or finished is not None:
-        console.say("dry run: nothing was trained" if dry_run else f"finished before: {finished}")
-        if not dry_run:
-            export.export_policy(config, settings.dir)
-        return
-    export.keep_side_files(config, settings.dir)
-    run = assemble(config, inputs, console, policy, None, settings.dir)
-    log, state = run.log, run.state
-    log.start(steps_done=0, begun=False)
-    with console.stage("supervised steps", settings.steps) as progress:
-        while state.step < settings.steps and not state.reached(settings.stop_accuracy):
-            row = _step(config, inputs, policy, state)
-            if state.step == settings.steps or due(state.step, settings.eval_interval):
-                row |= evaluate_held_out(run)
-                console.row({"step": str(state.step)} | {tag: f"{row[tag]:.4g}" for tag in row})
-            log.step(state.step, row)
+def _loop(run: Run) -> None:
+    config, log, state = run.config, run.log, run.state
+    log.start(state.step, run.begun)
+    with run.console.stage("supervised steps", config.train.steps) as progress:
+        progress(state.step)
+        while not run.finished:
+            saving.pause(run)
+            row = _step(config, run.inputs, run.policy, state)
+            run.saved_as = None
+            saving.finish_step(run, row)
+            if "eval/accuracy" in row:
+                run.console.row({"step": str(state.step)} | {t: f"{row[t]:.4g}" for t in row})
             progress(1)
     log.close()
-    path = checkpoint.save(
-        settings.dir, policy.model, policy.optimizer, policy.scheduler, state, keep=1
-    )
-    console.say(f"checkpoint: {path}")
-    export.export_policy(config, settings.dir)
+    run.console.say(f"checkpoint: {Path(config.checkpoint.dir) / (run.saved_as or '')}")
 
 
 def _step(config: Config, inputs: Inputs, policy: Policy, state: RunState) -> dict[str, float]:
@@ -124,6 +153,7 @@ def _step(config: Config, inputs: Inputs, policy: Policy, state: RunState) -> di
 
     Raises RunFailure where too many in a row were skipped (stages/finite.py).
     """
+    phases.enter("supervised step")
     start = time.perf_counter()
     size = config.sft.batch_size
     rows = inputs.train.order(state.prompts_seen, size, config.seed)

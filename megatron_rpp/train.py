@@ -13,17 +13,13 @@ Left out: asynchronous rollouts, replay.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-
-import torch.distributed as dist
 
 from megatron_rpp import cli, export, launching, preflight, saving
 from megatron_rpp import run as runs
 from megatron_rpp.config import Config, check_world_size
 from megatron_rpp.console import Console
 from megatron_rpp.inputs import Inputs, check_writable, load_inputs
-from megatron_rpp.lock import one_writer
 from megatron_rpp.metrics import step_metrics
 from megatron_rpp.model.build import parameter_count
 from megatron_rpp.model.flops import step_flops
@@ -31,11 +27,9 @@ from megatron_rpp.parallel import groups
 from megatron_rpp.parallel.device import describe
 from megatron_rpp.rollout.buffer import RolloutBuffer
 from megatron_rpp.run import Run, evaluate_held_out
-from megatron_rpp.run_state import due
+from megatron_rpp.session import carry_out, session
 from megatron_rpp.stages import advantage, kl_control, reward, rollout, scoring, update
-from megatron_rpp.stop import Stop
 from megatron_rpp.underway import Underway
-from megatron_rpp.watchdog import Watchdog
 
 SHOWN = ("reward/mean", "kl/k1", "policy/entropy", "policy/clip_fraction", "policy/grad_norm",
          "response/length_mean", "throughput/tokens_per_second", "time/step")  # fmt: skip
@@ -55,40 +49,15 @@ def main(argv: list[str] | None = None) -> None:
     groups.stop()
 
 
-def watching(config: Config) -> AbstractContextManager[None]:
-    """The watchdog of this rank, if there is to be one."""
-    minutes = config.train.hang_timeout_minutes
-    if minutes is None:
-        return nullcontext()
-    world = dist.get_world_size()
-    return Watchdog(config.logging.dir, dist.get_rank(), world, minutes).watching()
-
-
 def train(config: Config, inputs: Inputs, dry_run: bool = False) -> None:
     """Trains to config.train.steps, or to the accuracy at which to stop. Collective."""
     console = Console(groups.is_main())
-    stop = Stop(config.train.exit_duration_minutes)
-    with (
-        one_writer([config.checkpoint.dir, config.logging.dir], console.say),
-        stop.listening(),
-        watching(config),
-    ):
+    with session(config, console) as stop:
         run = runs.build(config, inputs, console)
         run.stop = stop
         saving.resume(run, repair=not dry_run)
         _announce(run)
-        if dry_run:
-            console.say("dry run: everything is built and nothing was trained")
-            return
-        export.keep_side_files(config, config.checkpoint.dir)
-        if run.finished:
-            step = run.state.step
-            console.say(f"finished before, at step {step}: raise train.steps to go on")
-        else:
-            _loop(run)
-        if config.checkpoint.export_hf is not None:
-            saving.ensure(run)
-            export.export_policy(config, config.checkpoint.dir)
+        carry_out(run, _loop, "train.steps", dry_run)
 
 
 def _loop(run: Run) -> None:
@@ -106,13 +75,7 @@ def _loop(run: Run) -> None:
         state.kl_factor = kl_control.next_factor(
             config.algorithm, state.kl_factor, row, config.rollout.samples_per_step
         )
-        if state.step == config.train.steps or due(state.step, config.evaluation.interval):
-            row |= evaluate_held_out(run)
-        row["time/checkpoint"] = saving.write_if_due(run, row)
-        # The row before the checkpoint is in force: a kill between them repeats the step, row and
-        # all, while the other order would lose the row.
-        log.step(state.step, row)
-        saving.publish_if_written(run)
+        saving.finish_step(run, row)
         console.row({"step": str(state.step)} | {t: f"{row[t]:.4g}" for t in SHOWN if t in row})
     log.close()
     if state.step:
@@ -195,10 +158,8 @@ def _announce(run: Run) -> None:
         f"model: {count:,} parameters, vocabulary {inputs.vocab_size}, {config.model.dtype}"
     )
     say(
-        f"data: {len(inputs.train)} prompts, {len(inputs.held_out)} held out, "
-        f"{inputs.dropped} dropped as too long; rewards: "
-        f"{', '.join(shaping.functions)}; normalised {shaping.normalize}, scale {shaping.scale}, "
-        f"clip {shaping.clip}"
+        f"data: {inputs.counts}; rewards: {', '.join(shaping.functions)}; normalised "
+        f"{shaping.normalize}, scale {shaping.scale}, clip {shaping.clip}"
     )
     say(f"algorithm {config.algorithm.name}; {config.algorithm.kl_summary}")
     start = f"resumed at step {run.state.step}" if run.state.step else "starts at step 0"

@@ -9,7 +9,7 @@ others.
 The two signs tell a stopped or dead process (its count stands still) from one that waits or is
 stuck (it counts on, in the phase that the report names).
 
-Left out: what hangs before the run is built, and the supervised warm start.
+Left out: what hangs before the run is built.
 """
 
 from __future__ import annotations

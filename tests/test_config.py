@@ -26,6 +26,7 @@ from megatron_rpp.config import (
     TaskConfig,
     TrainConfig,
     check_world_size,
+    count_replicas,
 )
 
 
@@ -203,3 +204,5 @@ def test_world_size_that_does_not_hold_whole_models_is_refused(world_size):
 def test_prompts_that_do_not_divide_over_the_replicas_are_refused():
     with pytest.raises(ValueError, match=r"prompts_per_step 32 .* data-parallel size 3 .*multiple"):
         check_world_size(Config(), 3)
+    # A program that samples no rollouts has no use for that.
+    assert count_replicas(ParallelConfig(), 3) == 3

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 from pathlib import Path
 
 import pytest
+import torch
 
 from megatron_rpp import sft, train
+from megatron_rpp.data.tokenizer import load_tokenizer
 from megatron_rpp.inputs import load_inputs
 from megatron_rpp.policy import build_policy
+from megatron_rpp.saving import Preempted
 from megatron_rpp.stages import scoring
 from tests.data.hf_tokenizers import make_chatml
 from tests.distributed import run_ranks
 from tests.small_run import arguments, config_of, make_data
+from tests.test_preemption import at, send
 from tests.whole_runs import (
     TOLERANCE,
     compare_rows,
@@ -57,10 +62,12 @@ def on_two_ranks(rank: int, base: Path) -> None:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
-    """The folder of the data and of run "one", a warm start by the program itself on one rank."""
+    """The folder of the data and of run "one", a warm start by the program itself on one rank,
+    which ends in the Hugging Face directory "exported"."""
     base = tmp_path_factory.mktemp("sft")
     make_data(base)
-    run_program(sft.main, arguments(base, base / "one", **SETTINGS))
+    export_to = {"checkpoint__export_hf": base / "exported"}
+    run_program(sft.main, arguments(base, base / "one", **SETTINGS, **export_to))
     return base
 
 
@@ -104,10 +111,32 @@ def test_another_order_of_the_data_is_seen(base):
     assert relative(*losses) > 100 * TOLERANCE
 
 
+def test_it_ends_in_hugging_face(base):
+    """transformers answers the held-out prompts as the last evaluation did, token by token."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base / "exported", local_files_only=True).eval()
+    tokenizer = load_tokenizer(base / "tokenizer.model")
+    answered = rows(base / "one/sft/evaluations.jsonl")[-1]["samples"]
+    for sample in answered:
+        prompt = torch.tensor([[tokenizer.bos_id, *tokenizer.encode(sample["prompt"])]])
+        found = model.generate(
+            prompt, max_new_tokens=6, do_sample=False, eos_token_id=list(tokenizer.eos_ids),
+            pad_token_id=0,
+        )  # fmt: skip
+        assert tokenizer.decode(found[0, prompt.shape[1] :].tolist()) == sample["response"]
+    own = weights(config_of(base, base / "one", **SETTINGS), base / "one/sft")
+    ours = own["embedding.word_embeddings.weight"], own["output_layer.weight"]
+    for mine, theirs in zip(ours, (model.model.embed_tokens.weight, model.lm_head.weight)):
+        assert torch.equal(mine[: len(theirs)], theirs)
+
+
 def test_a_finished_warm_start_is_left_alone(base, capsys):
     files = {path: path.stat().st_mtime_ns for path in (base / "one").rglob("*") if path.is_file()}
     run_program(sft.main, arguments(base, base / "one", **SETTINGS))
-    assert "finished before: " in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "data: 200 prompts, 16 held out, 0 dropped as too long" in said
+    assert "finished before, at step 12: raise sft.steps to go on" in said
     for path, changed in files.items():
         assert path.stat().st_mtime_ns == changed
 
@@ -160,6 +189,57 @@ def test_a_row_that_cannot_be_learned_is_refused(base, tmp_path, kind):
         run_program(sft.main, arguments(base, tmp_path, **SETTINGS, data__train=path))
     assert str(path) in str(refused.value)
     assert not (tmp_path / "sft/metrics.jsonl").exists()
+
+
+def test_it_is_killed_and_stopped_and_goes_on_bit_for_bit(base):
+    """Killed in step 7, after the checkpoint of step 4; then told to stop in step 10. (Run "one",
+    a program of its own, computes on more threads, which sum in another order.)"""
+    finetune(base, "whole")
+    settings = {"sft__checkpoint_interval": 4}
+    with at("supervised step", 7, killed), pytest.raises(KeyboardInterrupt):
+        finetune(base, "resumed", **settings)
+    with at("supervised step", 6, send(signal.SIGTERM)):
+        with pytest.raises(Preempted, match="SIGTERM: saved after step 10"):
+            finetune(base, "resumed", **settings)
+    finetune(base, "resumed", **settings)
+    ours, theirs = (
+        [{tag: row[tag] for tag in row if not tag.startswith("time/")} for row in log(base, run)]
+        for run in ("resumed", "whole")
+    )
+    assert ours == theirs
+    config = config_of(base, base / "resumed", **SETTINGS)
+    found = [weights(config, base / run / "sft") for run in ("resumed", "whole")]
+    assert compare_weights(*found).size == 0
+
+
+def killed() -> None:
+    """Ends the run without leave to save anything."""
+    raise KeyboardInterrupt
+
+
+def test_labels_are_checked_once(base, monkeypatch):
+    """Every rank and every start asks; what the first found is kept for the same files."""
+    config = config_of(base, base / "two", **SETTINGS, data__cache_dir=base / "cache")
+    inputs = load_inputs(config)
+    sft.check_labels(config, inputs)
+    monkeypatch.setattr(sft, "lesson", None)  # nobody may call it
+    sft.check_labels(config, inputs)
+    longer = config_of(base, base / "two", **SETTINGS, data__cache_dir=base / "cache",
+                       model__max_length=64)  # fmt: skip
+    with pytest.raises(TypeError):
+        sft.check_labels(longer, inputs)
+
+
+def test_rollouts_that_do_not_divide_are_no_concern(base, tmp_path, monkeypatch):
+    """Of three replicas; what comes next is refused, before the ranks would meet."""
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    path = tmp_path / "train.jsonl"
+    path.write_text(json.dumps({"prompt": "1 + 1 ="}) + "\n")
+    words = arguments(base, tmp_path, **SETTINGS, data__train=path)
+    with pytest.raises(ValueError, match="the row has no label"):
+        sft.main(words)
+    with pytest.raises(ValueError, match="prompts_per_step 8 is not divisible .* size 3"):
+        train.main(words)
 
 
 CHATS = [

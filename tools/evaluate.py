@@ -23,7 +23,7 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs without an installation
 
 from megatron_rpp import cli, launching
-from megatron_rpp.config import check_world_size
+from megatron_rpp.config import count_replicas
 from megatron_rpp.data.files import write_atomic
 from megatron_rpp.inputs import load_inputs
 from megatron_rpp.parallel import groups
@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> None:
     own.add_argument("--output", type=Path)
     options, words = own.parse_known_args(argv)
     config = cli.parse(words).config
-    check_world_size(config, groups.launched_world_size())
+    count_replicas(config.parallel, groups.launched_world_size())
     inputs = load_inputs(config)
     groups.start(**config.parallel.sizes(), seed=config.seed)
     stage = build_start(config, inputs.vocab_size).requires_grad_(False)

@@ -19,7 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs without an installation
 
 from megatron_rpp import cli, launching
-from megatron_rpp.config import Config, check_world_size
+from megatron_rpp.config import Config, count_replicas
 from megatron_rpp.inputs import open_tokenizer, samplings
 from megatron_rpp.parallel import groups
 from megatron_rpp.policy import build_start
@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> None:
     own.add_argument("--greedy", action="store_true")
     options, words = own.parse_known_args(argv)
     config = cli.parse(words).config
-    check_world_size(config, groups.launched_world_size())
+    count_replicas(config.parallel, groups.launched_world_size())
     if options.file and not options.file.is_file():
         own.error(f"--file {options.file} is not a file")
     prompts = options.prompt + (lines_of(options.file) if options.file else [])

@@ -47,8 +47,7 @@ def open_data(
             with progress(f"reading {source}", len(examples)) as done:
                 return fitting_rows(examples, form, limit, data.overlong_prompts == "drop", done)
 
-        key = [examples.rows.identity, limit, *_dependencies(data)]
-        rows = cached(_cache_dir(data), key, find)
+        rows = cached(cache_dir(data), pass_key(data, examples.rows.identity, limit), find)
         if not len(rows):
             raise ValueError(
                 f"data set {source} has no prompt of at most {limit} tokens: raise "
@@ -73,7 +72,8 @@ def given(setting: str, value):
     return value
 
 
-def _cache_dir(data: DataConfig) -> Path:
+def cache_dir(data: DataConfig) -> Path:
+    """Where what a pass over a data set found is kept (kept.py)."""
     if data.cache_dir is not None:
         return Path(data.cache_dir)
     from huggingface_hub.constants import HF_HOME
@@ -81,10 +81,11 @@ def _cache_dir(data: DataConfig) -> Path:
     return Path(HF_HOME) / "megatron_rpp"
 
 
-def _dependencies(data: DataConfig) -> list:
-    """All that decides how long a prompt is and whether its row is well formed."""
+def pass_key(data: DataConfig, *more: str | int) -> list:
+    """Of a pass over a data set: `more`, and all that decides how long a row is and whether it is
+    well formed."""
     template = [] if data.chat_template is None else stamp(data.chat_template)
     return [
-        data.prompt_key, data.label_key, data.apply_chat_template, data.system_prompt,
+        *more, data.prompt_key, data.label_key, data.apply_chat_template, data.system_prompt,
         data.overlong_prompts, stamp(data.tokenizer), template,
     ]  # fmt: skip
