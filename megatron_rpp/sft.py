@@ -125,7 +125,7 @@ def finetune(config: Config, inputs: Inputs, dry_run: bool = False) -> None:
         policy = build_policy(config, config.optimizer, inputs.vocab_size)
         run = assemble(config, inputs, console, policy, None, config.logging.dir)
         run.stop = stop
-        saving.resume(run)
+        saving.resume(run, repair=not dry_run)
         console.say(describe())
         console.say(f"data: {inputs.counts}")
         carry_out(run, _loop, "sft.steps", dry_run)
