@@ -78,6 +78,8 @@ class Weights:
     def read(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None):
         """`name`, or its part from `start` to `stop` along `dim`; a view of the file."""
         tensor = self._handle(self.files[name]).get_slice(name)
+        # What was touched of a mapped file stays in memory as long as it is open.
+        self._open = None
         return tensor[(slice(None),) * dim + (slice(start, stop),)]
 
     @property
