@@ -134,9 +134,9 @@ class TrainConfig:
     """Save and end with exit code 75 at the first safe point this long after the start, for a job
     with a time limit; null = never."""
     hang_timeout_minutes: float | None = 20.0
-    """End the run with exit code 70, naming the missing rank, when a rank has gone this long without
-    a sign of life (a new stage, mini-batch, part of a save, generated token, or response scored by a
-    worker); null = never."""
+    """End the run with exit code 70, naming the missing rank, when a rank has gone this long
+    without a sign of life (a new stage, mini-batch, part of a save, generated token, or response
+    scored by a worker); null = never."""
 
     def __post_init__(self) -> None:
         check_range("train", self, "exit_duration_minutes", at_least=0)

@@ -133,7 +133,7 @@ def _memory(config: Config, vocab_size: int) -> Check:
 
 
 def _disk(config: Config, vocab_size: int) -> Check:
-    """Room for the checkpoints that are kept, the best one among them, and the one being written."""
+    """Room for the checkpoints that are kept, the best among them, and the one being written."""
     size = checkpoint_bytes(config, vocab_size)
     staying = config.checkpoint.keep + config.checkpoint.keep_best
     need = size * (staying + 1)

@@ -47,15 +47,17 @@ def _own_fault(backward: Backward) -> int:
 
 
 def check_columns(buffer: RolloutBuffer, columns: dict[str, torch.Tensor | None]) -> None:
-    """Raises RunFailure, the same on every rank, where one of `columns` [R] of any rank has a NaN or
-    infinity at a token that the policy wrote. Collective over the world.
+    """Raises RunFailure, the same on every rank, where one of `columns` [R] of any rank has a NaN
+    or infinity at a token that the policy wrote. Collective over the world.
 
     columns: by what the message calls them; None: there is none.
     """
     problem = None
     for name, column in columns.items():
-        wrong = [] if column is None else (buffer.mask & ~column.isfinite()).nonzero().squeeze(1)
-        if len(wrong) and problem is None:
+        if column is None or problem is not None:
+            continue
+        wrong = (buffer.mask & ~column.isfinite()).nonzero().squeeze(1)
+        if len(wrong):
             index = int(torch.searchsorted(buffer.response_offsets, wrong[0], right=True)) - 1
             problem = (
                 f"{name} on rank {dist.get_rank()} have {len(wrong)} value(s) that are NaN "

@@ -171,7 +171,7 @@ rewards.score(columns[0], [sys.argv[2]], *columns[1:])
 @pytest.mark.parametrize("ending", ["kill", "exit"])
 @pytest.mark.parametrize("act", ["spin", "child"])
 def test_nothing_is_left_of_a_parent_that_ends_at_once(name, act, ending):
-    """By SIGKILL, or as the watchdog ends it; while a scorer spins, or waits for what it started."""
+    """By SIGKILL, or as the watchdog does; while a scorer spins, or waits for what it started."""
     words = [sys.executable, "-c", PARENT, name, act, ending]
     parent = subprocess.Popen(words, stdout=subprocess.PIPE)
     group = int([parent.stdout.readline() for _ in range(2)][1])  # the scorer prints first
