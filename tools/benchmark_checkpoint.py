@@ -1,7 +1,7 @@
 """How long a save holds a run up: waiting for it against writing it in the background.
 
-Whole REINFORCE++ steps of the benchmark's reference work on a wider model (85 million parameters, a
-checkpoint of 1 GB) and fewer samples, a save after every step, first waiting and then in the
+Whole REINFORCE++ steps of the benchmark's reference work on a wider model (20 million parameters, a
+checkpoint of 0.24 GB) and fewer samples, a save after every step, first waiting and then in the
 background. Called by tools/benchmark.py; one JSON line:
 
   waiting, background   stall_seconds: median over saves of what the run stood still for one, until it
@@ -24,7 +24,7 @@ from pathlib import Path
 from benchmark import reference_run
 
 WIDE = {
-    "model.layers": 12, "model.hidden": 768, "model.heads": 12, "model.ffn_hidden": 2048,
+    "model.layers": 6, "model.hidden": 512, "model.heads": 8, "model.ffn_hidden": 1376,
     "rollout.prompts_per_step": 4, "rollout.samples_per_prompt": 2, "rollout.max_new_tokens": 16,
     "rollout.min_new_tokens": 16, "checkpoint.interval": 1, "checkpoint.keep": 1,
     "train.steps": 1000,
