@@ -100,9 +100,8 @@ def _request(content: dict, directory: Path, results: _Results):
         results.put({})
         results.put({})
         return request
-    return request._replace(
-        async_fn=partial(_write_own, request.async_fn, directory, os.getpid())
-    )
+    write_own = partial(_write_own, request.async_fn, directory, os.getpid())
+    return request._replace(async_fn=write_own)
 
 
 class Writing:

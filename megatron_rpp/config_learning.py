@@ -226,9 +226,8 @@ class AlgorithmConfig:
     kl_horizon: int = 10000
     """Responses over which the adaptive controller answers an error; at least those of a step."""
     old_logprobs: Literal["recompute", "rollout"] = "recompute"
-    """Log-probs of the policy before its update: recompute = by a pass over the finished samples;
-    rollout = those that the rollout engine returned, which saves that pass and takes the engine's
-    rounding for the policy's."""
+    """Log-probs of the policy before its update: recompute = by a pass over the samples; rollout =
+    the rollout engine's, which saves that pass and takes the engine's rounding for the policy's."""
     rollout_correction: Literal["none", "cap", "mask"] = "none"
     """Importance weights of tokens that the rollout engine saw with another probability: cap =
     min(w, C); mask = w within [1/C, C], else 0; C = rollout_correction_max."""
@@ -237,8 +236,7 @@ class AlgorithmConfig:
     entropy_coef: float = 0.0
     """Weight of the entropy bonus; 0 = off."""
     aggregation: Literal["token_mean", "sequence_mean"] = "token_mean"
-    """Mean of the loss over a mini-batch: over its tokens, or over each sequence and then over
-    the sequences."""
+    """Mean of the loss over a mini-batch: over its tokens, or over the means of its sequences."""
 
     def __post_init__(self) -> None:
         check_choices("algorithm", self)
@@ -249,8 +247,8 @@ class AlgorithmConfig:
         check_range("algorithm", self, "kl_horizon rollout_correction_max", at_least=1)
         if self.rollout_correction != "none" and self.old_logprobs == "rollout":
             raise ValueError(
-                f"algorithm.rollout_correction {self.rollout_correction} compares the rollout's "
-                f"log-probs with the policy's own: set algorithm.old_logprobs to recompute"
+                "algorithm.rollout_correction compares the rollout's log-probs with the policy's: "
+                "set algorithm.old_logprobs to recompute"
             )
         if self.kl_controller == "adaptive" and not self.kl_in_reward and not self.kl_loss_coef:
             raise ValueError(

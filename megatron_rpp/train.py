@@ -120,9 +120,7 @@ def rl_step(run: Run) -> tuple[dict[str, float], RolloutBuffer]:
     for fault in updated.faults:
         run.console.say(f"step {state.step + 1}: update skipped, {fault}")
     scored = (algorithm.old_logprobs == "recompute") + (run.reference is not None)
-    flops = step_flops(
-        config.model, inputs.vocab_size, work.buffer, config.train.epochs, scored
-    )
+    flops = step_flops(config.model, inputs.vocab_size, work.buffer, config.train.epochs, scored)
     run.underway = Underway()
     return (
         step_metrics(work.buffer, algorithm, work.scores, stats, updated, work.times, flops),
