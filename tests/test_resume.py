@@ -57,6 +57,7 @@ KINDS = {
     "whole optimizer": {"optimizer__distributed": "false"},
     "bf16": {"model__dtype": "bf16"},
     "offloaded reference": {"reference__placement": "offload"},
+    "at the end of an epoch": {"data__train": "two steps.jsonl"},
 }
 
 
@@ -82,6 +83,8 @@ def base(tmp_path_factory) -> Path:
     """The folder of the data and of run "whole": four steps at once on one rank."""
     base = tmp_path_factory.mktemp("resume")
     make_data(base)
+    prompts = (base / "train.jsonl").read_text().splitlines(keepends=True)[:16]
+    (base / "two steps.jsonl").write_text("".join(prompts))
     run_once(base, "whole")
     return base
 
@@ -102,11 +105,13 @@ def final_weights(base: Path, run: str) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_parts_equal_the_whole(base, kind):
-    whole = "whole"
+    whole, settings = "whole", dict(KINDS[kind])
+    if "data__train" in settings:
+        settings["data__train"] = base / settings["data__train"]
     if kind != "fp32":
         whole = f"whole {kind}"
-        run_once(base, whole, **KINDS[kind])
-    run_in_two_parts(base, f"parts {kind}", **KINDS[kind])
+        run_once(base, whole, **settings)
+    run_in_two_parts(base, f"parts {kind}", **settings)
     same_bits(base, f"parts {kind}", whole)
     for changing in ("policy/learning_rate", "kl/coef"):
         assert len({row[changing] for row in log(base, whole)}) == 4
