@@ -1,7 +1,7 @@
 """How long a save holds a run up: waiting for it against writing it in the background.
 
 Whole REINFORCE++ steps of the benchmark's reference work on a wider model (20 million parameters, a
-checkpoint of 0.24 GB) and fewer samples, a save after every step, first waiting and then in the
+checkpoint of 0.31 GB) and fewer samples, a save after every step, first waiting and then in the
 background. Called by tools/benchmark.py; one JSON line:
 
   waiting, background   stall_seconds: median over saves of what the run stood still for one, until it
