@@ -147,7 +147,7 @@ class Writing:
             free = shutil.disk_usage(self.directory).free / 1e9
             raise SaveFailed(
                 f"the checkpoint of step {self.step} could not be written to {self.directory}: "
-                f"{_reason(error)}; {free:.3f} GB are free. The checkpoints there are as they were: "
+                f"{_reason(error)}; {free:.1f} GB are free. The checkpoints there are as they were: "
                 f"make room (or mend the file system) and run again"
             ) from error
 

@@ -101,14 +101,14 @@ def test_a_writer_that_is_killed_ends_the_run_and_harms_nothing(base, monkeypatc
         train_run(base, base / "killed", **ASYNC)
     names = sorted(path.name for path in (base / "killed/checkpoints").iterdir())
     assert names == ["iter_0000001", POINTER]
-    assert sealing.own_damage(base / "killed/checkpoints/iter_0000001") is None
+    assert sealing.damage(base / "killed/checkpoints/iter_0000001") is None
 
 
 def test_a_full_disk(base, tmp_path):
     """Room for one checkpoint of 0.9 MB; the second save must not harm it."""
     with small_disk(tmp_path / "disk", "1600k") as disk:
         settings = ASYNC | {"checkpoint__dir": disk / "checkpoints"}
-        with pytest.raises(SaveFailed, match="of step 2 could not be written .* 0.00. GB are free"):
+        with pytest.raises(SaveFailed, match="of step 2 could not be written .* 0.0 GB are free"):
             train_run(base, tmp_path / "run", **settings)
         assert checkpoint.newest(disk / "checkpoints").name == "iter_0000001"
         assert len(list((disk / "checkpoints").iterdir())) == 2
