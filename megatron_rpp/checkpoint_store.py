@@ -94,15 +94,15 @@ def newest(
 
 
 def _set_aside(directory: Path, kept: str, damaged: list[str]) -> None:
-    if not damaged:
-        return
-    if sealing.is_main():
+    def rename() -> None:
         for name in damaged:
             target = directory / f"damaged_{name}"
             shutil.rmtree(target, ignore_errors=True)
             (directory / name).rename(target)
         _point(directory / POINTER, kept)
-    sealing.gathered(None)  # nobody reads on before the names are changed
+
+    if damaged:
+        sealing.on_main_rank(rename)  # nobody reads on before the names are changed
 
 
 def _is_checkpoint(path: Path) -> bool:

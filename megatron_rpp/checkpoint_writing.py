@@ -10,12 +10,10 @@ Left out: more than one save at a time; Megatron's persistent writer process, wh
 
 from __future__ import annotations
 
-import ctypes
 import inspect
 import os
 import pickle
 import shutil
-import signal
 import tempfile
 from contextlib import contextmanager
 from functools import partial
@@ -33,8 +31,7 @@ from megatron_rpp import checkpoint_store, phases, sealing
 from megatron_rpp.config import CheckpointConfig
 from megatron_rpp.failures import SaveFailed
 from megatron_rpp.parallel import groups
-
-_PR_SET_PDEATHSIG = 1
+from megatron_rpp.parentage import end_with
 
 
 class _Results:
@@ -78,9 +75,7 @@ def _write_own(write: Callable, directory: Path, trainer: int, rank: int, *argum
     trainer: the process that trains; where that is another than this one and dies, this ends.
     """
     if os.getpid() != trainer:
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != trainer:
-            os._exit(1)  # it died before it could be watched
+        end_with(trainer)
     *_, results = arguments
     write(rank, *arguments)
     try:

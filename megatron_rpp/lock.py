@@ -21,7 +21,7 @@ from typing import Callable, Iterable, Iterator
 
 from megatron_rpp.parallel import groups
 
-# A killed rank's helper process shares its lock for the moments that it outlives it.
+# A killed run may take moments to end.
 PATIENCE_SECONDS = 5.0
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 _held: set[int] = set()  # descriptors of this process

@@ -14,9 +14,9 @@ from megatron_rpp import checkpoint, checkpoint_writing, phases, sealing
 from megatron_rpp.checkpoint import POINTER, SaveFailed
 from megatron_rpp.lock import one_writer
 from megatron_rpp.saving import Preempted
-from tests.small_run import config_of, make_data
+from tests.small_run import config_of
 from tests.test_checkpoint_store import small_disk
-from tests.whole_runs import layout, same_bits, train_run
+from tests.whole_runs import layout, same_bits, train_run, with_whole_run
 
 SETTINGS = {"train__steps": 3, "checkpoint__interval": 1, "checkpoint__keep": 3}
 ASYNC = SETTINGS | {"checkpoint__async_save": "true"}
@@ -25,10 +25,7 @@ ASYNC = SETTINGS | {"checkpoint__async_save": "true"}
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
     """The folder of the data and of run "whole", each of whose saves waits."""
-    base = tmp_path_factory.mktemp("async")
-    make_data(base)
-    train_run(base, base / "whole", **SETTINGS)
-    return base
+    return with_whole_run(tmp_path_factory.mktemp("async"), **SETTINGS)
 
 
 @pytest.fixture

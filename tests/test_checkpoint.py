@@ -11,8 +11,8 @@ import pytest
 
 from megatron_rpp import checkpoint
 from megatron_rpp.checkpoint_store import BEST, POINTER
-from tests.small_run import config_of, make_data
-from tests.whole_runs import VARIED, compare_weights, train_run, weights
+from tests.small_run import config_of
+from tests.whole_runs import VARIED, compare_weights, train_run, weights, with_whole_run
 
 SETTINGS = {"train__steps": 2, "checkpoint__interval": 1, "checkpoint__keep": 2}
 
@@ -20,10 +20,7 @@ SETTINGS = {"train__steps": 2, "checkpoint__interval": 1, "checkpoint__keep": 2}
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
     """The folder of the data and of run "whole" with its two checkpoints."""
-    base = tmp_path_factory.mktemp("checkpoint")
-    make_data(base)
-    train_run(base, base / "whole", **SETTINGS)
-    return base
+    return with_whole_run(tmp_path_factory.mktemp("checkpoint"), **SETTINGS)
 
 
 def stored_weights(base: Path, run: str, step: int) -> dict:

@@ -18,8 +18,8 @@ import pytest
 from megatron_rpp import checkpoint, sealing, train
 from megatron_rpp.checkpoint import SaveFailed
 from megatron_rpp.checkpoint_store import POINTER
-from tests.small_run import arguments, make_data
-from tests.whole_runs import VARIED, rows, run_program, train_run
+from tests.small_run import arguments
+from tests.whole_runs import VARIED, rows, run_program, train_run, with_whole_run
 
 SETTINGS = {"train__steps": 3, "checkpoint__interval": 1, "checkpoint__keep": 3}
 NAMES = ["iter_0000001", "iter_0000002", "iter_0000003"]
@@ -28,10 +28,7 @@ NAMES = ["iter_0000001", "iter_0000002", "iter_0000003"]
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
     """The folder of the data and of run "whole" with its three checkpoints."""
-    base = tmp_path_factory.mktemp("store")
-    make_data(base)
-    train_run(base, base / "whole", **SETTINGS)
-    return base
+    return with_whole_run(tmp_path_factory.mktemp("store"), **SETTINGS)
 
 
 @pytest.fixture

@@ -19,9 +19,9 @@ from torch.multiprocessing import ProcessExitedException
 from megatron_rpp import checkpoint, failures, phases
 from megatron_rpp.saving import Preempted
 from tests.distributed import run_ranks
-from tests.small_run import config_of, make_data
+from tests.small_run import config_of
 from tests.whole_runs import TOLERANCE, VARIED, compare_rows, compare_weights, rows
-from tests.whole_runs import same_bits, train_run, weights
+from tests.whole_runs import same_bits, train_run, weights, with_whole_run
 
 # Two epochs of two mini-batches a step.
 SETTINGS = {"train__steps": 2, "evaluation__interval": 1, "optimizer__eps": 1e-5}
@@ -30,10 +30,7 @@ SETTINGS = {"train__steps": 2, "evaluation__interval": 1, "optimizer__eps": 1e-5
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
     """The folder of the data and of run "whole", which nobody disturbed."""
-    base = tmp_path_factory.mktemp("preemption")
-    make_data(base)
-    train_run(base, base / "whole", **SETTINGS)
-    return base
+    return with_whole_run(tmp_path_factory.mktemp("preemption"), **SETTINGS)
 
 
 @contextmanager

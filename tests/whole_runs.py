@@ -21,7 +21,7 @@ from megatron_rpp.config import Config, ParallelConfig
 from megatron_rpp.inputs import load_inputs
 from megatron_rpp.model.build import build_model
 from megatron_rpp.parallel import groups
-from tests.small_run import config_of
+from tests.small_run import config_of, make_data
 
 # Measurements differ between any two runs; the last is itself the rounding between two kernels.
 MEASURED = ("time/", "throughput/", "memory/", "rollout/logprob_abs_diff")
@@ -59,6 +59,13 @@ def train_run(data: Path, run: Path, **settings) -> Config:
     with layout(config):
         train.train(config, inputs)
     return config
+
+
+def with_whole_run(base: Path, **settings) -> Path:
+    """`base`, with the data of make_data and a run "whole" that nothing disturbed."""
+    make_data(base)
+    train_run(base, base / "whole", **settings)
+    return base
 
 
 def run_program(main: Callable[[list[str]], None], argv: list[str]) -> None:

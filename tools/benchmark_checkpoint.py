@@ -37,19 +37,21 @@ def measure(run, saves: int) -> dict:
     from megatron_rpp.train import rl_step
 
     stalls, steps = [], []
-    for _ in range(saves):
+
+    def step() -> None:
         begun = time.perf_counter()
         rl_step(run)
         steps.append(time.perf_counter() - begun)
+
+    for _ in range(saves):
+        step()
         run.state.step += 1
         run.state.prompts_seen += run.config.rollout.prompts_per_step
         run.saved_as = None
         stall = saving.write_if_due(run, {})
         saving.publish_if_written(run)
         while run.writing is not None:  # what a run would do meanwhile
-            begun = time.perf_counter()
-            rl_step(run)
-            steps.append(time.perf_counter() - begun)
+            step()
             saving.publish_if_written(run)
         stalls.append(stall + run.saves.seconds.pop("checkpoint", 0.0))
     return {"stall_seconds": statistics.median(stalls), "step_seconds": statistics.median(steps)}

@@ -10,6 +10,8 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
+from megatron_rpp import sealing
+
 Made = TypeVar("Made")
 # The ranks wait for the one with the largest share; one that dies is noticed at once.
 _PATIENCE = timedelta(days=1)
@@ -47,11 +49,7 @@ def agreed(make: Callable[[], Made]) -> Made:
         made = make()
     except ValueError as error:
         refusal = str(error)
-    refusals = [refusal]
-    if ranks() > 1:
-        refusals = [None] * ranks()
-        dist.all_gather_object(refusals, refusal)
-    for text in refusals:
+    for text in sealing.gathered(refusal):
         if text is not None:
             raise ValueError(text)
     return made

@@ -12,17 +12,15 @@ starts only guards, and a child of it scores; both and what they start are one p
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import sys
 from multiprocessing.connection import Connection
 from typing import Any, NoReturn
 
+from megatron_rpp.parentage import end_with
 from megatron_rpp.rewards.checks import SampleError, numbers
 from megatron_rpp.rewards.loading import RewardFunction, load_reward
-
-_PR_SET_PDEATHSIG = 1
 
 
 def main() -> None:
@@ -33,7 +31,7 @@ def main() -> None:
     if child:
         os.close(descriptor)
         _guard(child, parent)
-    _end_with(guard, signal.SIGKILL)
+    end_with(guard)
     connection = Connection(descriptor)
     _leave_signals_to_the_parent()
     os.dup2(2, 1)  # what a scorer prints is no output of the program
@@ -55,7 +53,7 @@ def _guard(child: int, parent: int) -> NoReturn:
     """Waits for `child` and ends as it did; kills the whole process group when `parent` ends."""
     signal.signal(signal.SIGUSR2, lambda *_: os.killpg(0, signal.SIGKILL))
     _leave_signals_to_the_parent()
-    _end_with(parent, signal.SIGUSR2)
+    end_with(parent, signal.SIGUSR2)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     os._exit(code if code >= 0 else 128 - code)
 
@@ -72,13 +70,6 @@ def _leave_signals_to_the_parent() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, pass_by)
-
-
-def _end_with(parent: int, number: signal.Signals) -> None:
-    """Has the kernel send this process a signal when its parent ends (Linux)."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
-    if os.getppid() != parent:  # it ended before the line above
-        os.kill(os.getpid(), number)
 
 
 def _score(function: RewardFunction, sample: tuple) -> tuple[float | None, str | None]:
