@@ -86,11 +86,18 @@ def _write_own(write: Callable, directory: Path, trainer: int, rank: int, *argum
 
 def _request(content: dict, directory: Path, results: _Results):
     """Megatron's plan of a save, nothing of which but common.pt is written yet. Collective."""
-    filesystem_async._results_queue = results
     strategy = {}
     if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters:
         strategy = {"async_strategy": "mcore"}  # else 0.19 asks for another package
-    request = dist_checkpointing.save(content, str(directory), async_sharded_save=True, **strategy)
+    # Megatron takes its queue from here when it plans. Left there, the next save by anyone else in
+    # this process would take the results of this one for its own.
+    before, filesystem_async._results_queue = filesystem_async._results_queue, results
+    try:
+        request = dist_checkpointing.save(
+            content, str(directory), async_sharded_save=True, **strategy
+        )
+    finally:
+        filesystem_async._results_queue = before
     if request.async_fn is None:  # this rank has nothing to write
         results.put({})
         results.put({})

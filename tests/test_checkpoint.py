@@ -8,9 +8,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from megatron_rpp import checkpoint
 from megatron_rpp.checkpoint_store import BEST, POINTER
+from megatron_rpp.parallel import groups
 from tests.small_run import config_of
 from tests.whole_runs import VARIED, compare_weights, train_run, weights, with_whole_run
 
@@ -77,6 +79,26 @@ def test_a_save_that_was_killed_is_written_again(base):
     assert not rubbish.exists()
     pair = (stored_weights(base, name, 2) for name in ("killed", "whole"))
     assert compare_weights(*pair).size == 0
+
+
+def test_another_save_of_the_same_process_stands_alone(base, tmp_path):
+    """Megatron hands the results of a save over in a global variable of its own."""
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor
+
+    train_run(base, tmp_path, **SETTINGS)
+
+    def content(values: torch.Tensor) -> dict:
+        return {"other": ShardedTensor.from_rank_offsets("other", values)}
+
+    groups.start(1, 1, 1)
+    try:
+        (tmp_path / "other").mkdir()
+        dist_checkpointing.save(content(torch.arange(5.0)), str(tmp_path / "other"))
+        found = dist_checkpointing.load(content(torch.zeros(5)), str(tmp_path / "other"))
+    finally:
+        groups.stop()
+    assert found["other"].tolist() == [0, 1, 2, 3, 4]
 
 
 def test_load_from_a_directory_without_checkpoint_is_refused(base, tmp_path):

@@ -44,6 +44,8 @@ SETTINGS = {
 LAYOUTS = {
     "TP2": {"parallel__tensor": 2, "parallel__sequence_parallel": "true"},
     "PP2": {"parallel__pipeline": 2},
+    "PP2 VPP2": {"parallel__pipeline": 2, "parallel__virtual_pipeline": 2},
+    "CP2": {"parallel__context": 2},
     "DP2": {},
 }
 
