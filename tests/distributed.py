@@ -47,7 +47,7 @@ def run_ranks(
     """
     folder = Path(tempfile.mkdtemp(dir=tmp_path))
     deadline = time.monotonic() + timeout
-    multiprocessing.set_forkserver_preload(["megatron_rpp.train"])
+    multiprocessing.set_forkserver_preload(["megatron_rpp.train", "torch._dynamo"])
     context = mp.start_processes(
         _rank_main,
         (fn, world_size, folder, timeout, args),

@@ -126,7 +126,7 @@ def train_with_a_slow_writer(base: Path, folder: Path) -> None:
 
 def test_the_writer_dies_with_its_run_and_holds_no_lock(base, tmp_path):
     """A kill in the middle of the writing: the next run need not wait for the process left over."""
-    multiprocessing.set_forkserver_preload(["megatron_rpp.train"])
+    multiprocessing.set_forkserver_preload(["megatron_rpp.train", "torch._dynamo"])
     forkserver = multiprocessing.get_context("forkserver")
     run = forkserver.Process(target=train_with_a_slow_writer, args=(base, tmp_path))
     run.start()

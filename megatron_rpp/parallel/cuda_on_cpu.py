@@ -143,6 +143,24 @@ def _replace_torch_cuda() -> None:
     cuda.stream = lambda chosen: contextlib.nullcontext()
 
 
+def _import_megatron_uncompiled() -> None:
+    """Imports Megatron-Core with its fused operations as plain Python.
+
+    It hands them to torch.compile when they are defined, which loads torch's compiler: two seconds
+    of every process, for operations that are not asked for where they would be compiled for a CPU.
+    """
+
+    def as_it_is(function=None, **options):
+        return function or (lambda given: given)
+
+    compiler, torch.compile = torch.compile, as_it_is
+    try:
+        import megatron.core.jit
+    finally:
+        torch.compile = compiler
+    megatron.core.jit.disable_jit_fuser()  # for those of its modules that are imported later
+
+
 def _replace_megatron_rng() -> None:
     """Megatron's tracker reads the generator of a CUDA device through these two."""
     import megatron.core.tensor_parallel.random as megatron_random
@@ -168,5 +186,6 @@ def install() -> bool:
         _replace_torch_cuda()
         _replace_factories()
         _replace_tensor_methods()
+        _import_megatron_uncompiled()
         _replace_megatron_rng()
     return True

@@ -173,6 +173,8 @@ assert not changed, changed
 assert torch.Tensor.record_stream is record_stream
 assert torch.overrides._get_current_function_mode_stack() == []
 assert torch.ones(1).type() == "torch.FloatTensor" and device.backend() == "nccl"
+from megatron.core.jit import jit_fuser
+assert jit_fuser is torch.compile
 print("inert")
 """
 
@@ -181,3 +183,19 @@ def test_inert_where_cuda_is_present():
     done = subprocess.run([sys.executable, "-c", INERT], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "inert"
+
+
+UNCOMPILED = """
+import sys, torch
+compiler = torch.compile
+import megatron_rpp.train
+assert "torch._dynamo" not in sys.modules and torch.compile is compiler
+from megatron.core.fusions.fused_bias_geglu import quick_gelu
+print(float(quick_gelu(torch.zeros(1))))
+"""
+
+
+def test_the_compiler_is_not_loaded_and_left_to_others():
+    done = subprocess.run([sys.executable, "-c", UNCOMPILED], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "0.0"
