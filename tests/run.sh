@@ -4,5 +4,5 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 bash launch/install.sh requirements.txt requirements-dev.txt
 bash tests/launch/install_slurm.sh
-(($#)) || set -- --numprocesses 2 --dist loadfile --no-loadscope-reorder tests
+(($#)) || set -- --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 15 tests
 exec .venv/bin/python -m pytest "$@"
