@@ -15,7 +15,8 @@ if [[ -f $stamp ]]; then
 fi
 "$python" -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed"'
 [[ -x .venv/bin/python ]] || "$python" -m venv .venv
-pip=(.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-warn-conflicts)
+pip=(.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-warn-conflicts
+  --no-compile)
 
 # PyPI's torch brings gigabytes of CUDA. Where no GPU driver is found, the CPU build is taken from
 # PyTorch's own index, or from wherever pip is configured to find it first.
@@ -33,4 +34,8 @@ for file in "${files[@]}"; do
   "${pip[@]}" -r "$file"
 done
 "${pip[@]}" --no-deps -e .
+# On all cores, where pip compiles on one: a minute becomes half. Some packages bring templates and
+# tests that are not Python.
+echo "environment .venv: compiling"
+.venv/bin/python -W ignore -m compileall -qq -j 0 .venv/lib || true
 touch "$stamp"

@@ -29,7 +29,8 @@ class DataConfig:
     """Longest prompt in tokens; null = model.max_length - rollout.max_new_tokens, the most it can
     be."""
     overlong_prompts: Literal["refuse", "drop"] = "refuse"
-    """What happens to longer prompts."""
+    """What happens to longer prompts; in sft also to rows that exceed model.max_length with their
+    label."""
     cache_dir: str | None = None
     """Directory of what is known of the data files between runs; null = megatron_rpp in Hugging
     Face's cache."""

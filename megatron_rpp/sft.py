@@ -47,30 +47,41 @@ def main(argv: list[str] | None = None) -> None:
     check_writable("sft.dir", config.sft.dir)
     export.check_export(config, config.sft.dir)
     inputs = load_inputs(config)
-    check_labels(config, inputs)
+    inputs = fitting_lessons(config, inputs)
     groups.start(**config.parallel.sizes(), seed=config.seed)
     finetune(config, inputs, dry_run)
     groups.stop()
 
 
-def check_labels(config: Config, inputs: Inputs) -> None:
-    """Raises ValueError where a row has nothing to learn from, or more than fits.
+def fitting_lessons(config: Config, inputs: Inputs) -> Inputs:
+    """The inputs without the rows that are too long with their labels, if those are to be dropped.
 
+    Raises ValueError where a row has nothing to learn from, or is too long and not to be dropped.
     The first start on a source reads all of it, on one rank of each node.
     """
-    context = config.model.max_length
+    context, parts = config.model.max_length, []
+    drop = config.data.overlong_prompts == "drop"
     for part in inputs.train.parts:
 
         def find() -> np.ndarray:
-            _check_rows(part, inputs.form, context)
-            return part.rows
+            return _fitting_rows(part, inputs.form, context, drop)
 
         used = hashlib.sha256(part.rows.tobytes()).hexdigest()
         key = pass_key(config.data, part.examples.rows.identity, used, "lessons", context)
-        cached(cache_dir(config.data), key, find)
+        parts.append(replace(part, rows=cached(cache_dir(config.data), key, find)))
+        if not len(parts[-1]):
+            raise ValueError(
+                f"from {part.where(0)} on, no row fits model.max_length {context} with its label: "
+                "raise it"
+            )
+    train = inputs.train.with_parts(parts)
+    dropped = inputs.dropped + len(inputs.train) - len(train)
+    return replace(inputs, train=train, dropped=dropped)
 
 
-def _check_rows(prompts: PromptFile, form: PromptFormat, context: int) -> None:
+def _fitting_rows(prompts: PromptFile, form: PromptFormat, context: int, drop: bool) -> np.ndarray:
+    """Those of `prompts.rows` that fit the context with their labels."""
+    fits = np.ones(len(prompts), bool)
     for index, prompt in enumerate(prompts):
         if not prompt.example.label:
             raise ValueError(
@@ -82,11 +93,13 @@ def _check_rows(prompts: PromptFile, form: PromptFormat, context: int) -> None:
         except ValueError as error:
             raise ValueError(f"{prompts.where(index)}: {error}") from error
         tokens = len(learned.prompt) + len(learned.response)
-        if tokens > context:
+        fits[index] = tokens <= context
+        if not fits[index] and not drop:
             raise ValueError(
                 f"{prompts.where(index)}: prompt and label have {tokens} tokens, model.max_length "
-                f"is {context}: raise it, or remove the row"
+                f"is {context}: raise it, remove the row, or set data.overlong_prompts to drop"
             )
+    return prompts.rows[fits]
 
 
 def batch_of(prompts: list[Prompt], form: PromptFormat) -> RolloutBuffer:

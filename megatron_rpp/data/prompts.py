@@ -75,6 +75,10 @@ class PromptSet(Sequence[Prompt]):
         part = bisect_right(self._ends, index)
         return self.parts[part][index - self._ends[part] + len(self.parts[part])]
 
+    def with_parts(self, parts: Sequence[PromptFile]) -> PromptSet:
+        """The same set with other rows of its sources."""
+        return PromptSet(parts, self._weights)
+
     def where(self, index: int) -> str:
         """The place of a prompt in its source, in words."""
         part = bisect_right(self._ends, index)
