@@ -98,7 +98,7 @@ def test_tokens_are_those_of_the_library(chatml, chatml_path):
     from transformers import AutoTokenizer
 
     library = AutoTokenizer.from_pretrained(chatml_path)
-    encoded = library.apply_chat_template(QUESTION, add_generation_prompt=True)
+    encoded = library.apply_chat_template(QUESTION, add_generation_prompt=True, return_dict=True)
     assert tuple(encoded["input_ids"]) == PromptFormat(chatml).tokens(QUESTION)
 
 

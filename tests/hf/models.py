@@ -34,15 +34,27 @@ LLAMA3 = {
 _PLAIN = {"rope_type": "default", "rope_theta": 500.0}
 # Family: its class in transformers, and what is special about it.
 FAMILIES = {
-    "llama2": ("Llama", {"rope_parameters": _PLAIN, "num_key_value_heads": 4}),
-    "llama3": ("Llama", {"rope_parameters": LLAMA3, "head_dim": 16}),
-    "smollm2": ("Llama", {"rope_parameters": _PLAIN, "tie_word_embeddings": True}),
-    "mistral": ("Mistral", {"rope_parameters": _PLAIN, "head_dim": 16, "sliding_window": 512}),
-    "qwen2": ("Qwen2", {"rope_parameters": _PLAIN}),
-    "qwen2-tied": ("Qwen2", {"rope_parameters": _PLAIN, "tie_word_embeddings": True}),
-    "qwen3": ("Qwen3", {"rope_parameters": _PLAIN, "head_dim": 12}),
-    "qwen3-tied": ("Qwen3", {"rope_parameters": LLAMA3, "tie_word_embeddings": True}),
+    "llama2": ("Llama", {"rope": _PLAIN, "num_key_value_heads": 4}),
+    "llama3": ("Llama", {"rope": LLAMA3, "head_dim": 16}),
+    "smollm2": ("Llama", {"rope": _PLAIN, "tie_word_embeddings": True}),
+    "mistral": ("Mistral", {"rope": _PLAIN, "head_dim": 16, "sliding_window": 512}),
+    "qwen2": ("Qwen2", {"rope": _PLAIN}),
+    "qwen2-tied": ("Qwen2", {"rope": _PLAIN, "tie_word_embeddings": True}),
+    "qwen3": ("Qwen3", {"rope": _PLAIN, "head_dim": 12}),
+    "qwen3-tied": ("Qwen3", {"rope": LLAMA3, "tie_word_embeddings": True}),
 }
+
+
+def positions(rope: dict) -> dict:
+    """Settings of a configuration for `rope`, in the spelling of the installed transformers."""
+    import transformers
+
+    if int(transformers.__version__.partition(".")[0]) >= 5:
+        return {"rope_parameters": rope}
+    scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
+    if rope["rope_type"] == "default":
+        scaling = None
+    return {"rope_theta": rope["rope_theta"], "rope_scaling": scaling}
 
 
 def make(family: str, seed: int = 3, **settings):
@@ -50,7 +62,9 @@ def make(family: str, seed: int = 3, **settings):
     import transformers
 
     name, special = FAMILIES[family]
-    config = getattr(transformers, f"{name}Config")(**(SIZES | special | settings))
+    given = SIZES | special | positions(special["rope"]) | settings
+    del given["rope"]
+    config = getattr(transformers, f"{name}Config")(**given)
     torch.manual_seed(seed)
     model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
     with torch.no_grad():

@@ -27,7 +27,7 @@ from megatron_rpp.parallel import groups, pipeline
 from megatron_rpp.records import Request, Sampling
 from megatron_rpp.rollout.engine import MegatronEngine
 from tests.distributed import run_ranks
-from tests.hf.models import FAMILIES, LLAMA3, greedy, logits, save
+from tests.hf.models import FAMILIES, LLAMA3, greedy, logits, positions, save
 
 TOKENS = torch.randint(101, (2, 80), generator=torch.Generator().manual_seed(1))
 TOLERANCE = 1e-5
@@ -177,7 +177,7 @@ def test_llama3_frequencies_equal_those_of_transformers_bit_for_bit(dim, origina
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     rope = LLAMA3 | {"original_max_position_embeddings": original, "factor": 32.0}
-    theirs = LlamaConfig(head_dim=dim, rope_parameters=rope)
+    theirs = LlamaConfig(head_dim=dim, **positions(rope))
     expected, _ = ROPE_INIT_FUNCTIONS["llama3"](theirs, "cpu")
     scaling = RopeScalingConfig(kind="llama3", factor=32.0, original_max_length=original)
     found = inverse_frequencies(ModelConfig(head_dim=dim, rope_theta=500.0, rope_scaling=scaling))
