@@ -37,7 +37,10 @@ def words(folder: Path, *more: str) -> list[str]:
         f"--config={RECIPE}", "--model.hf_path=null", f"--model.init_path={folder / 'megatron'}",
         f"--data.train={folder / 'train.jsonl'}", f"--data.eval={folder / 'eval.jsonl'}",
         "--task.train_size=16", "--task.eval_size=4", "--parallel.pipeline=2",
-        "--rollout.prompts_per_step=4", "--rollout.samples_per_prompt=4", "--reward.workers=1",
+        "--rollout.prompts_per_step=4", "--rollout.samples_per_prompt=4",
+        # The recipe's own reward is 0 for nearly every first answer: nothing to learn from in a step.
+        "--reward.functions=[tests.whole_runs:varied]", "--reward.weights=[]",
+        "--reward.options={}", "--reward.workers=0",
         "--train.steps=1", "--evaluation.interval=0", f"--checkpoint.dir={folder / 'checkpoints'}",
         f"--checkpoint.export_hf={folder / 'exported'}", f"--logging.dir={folder / 'logs'}", *more,
     ]  # fmt: skip
