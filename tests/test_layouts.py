@@ -12,6 +12,7 @@ rounding here; `PLAIN_ADAM` keeps the usual 1e-8 and shows what remains of it.
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -165,10 +166,15 @@ def compare(base: Path, case: Case, expected: Case | None = None) -> tuple[Devia
     """Deviations of metrics and of final weights from one rank."""
     ours = folder(base, case)
     theirs = folder(base, expected or Case("one rank", 1, case.recipe, {}))
-    config = config_of(base, ours, **settings_of(case))
-    mine, other = (weights(config, run / "checkpoints") for run in (ours, theirs))
+    mine, other = (final_weights(run, case.recipe) for run in (ours, theirs))
     logs = (rows(run / "logs/metrics.jsonl") for run in (ours, theirs))
     return compare_rows(*logs), compare_weights(mine, other)
+
+
+@cache
+def final_weights(run: Path, recipe: str) -> dict[str, torch.Tensor]:
+    config = config_of(run.parent, run, **settings_of(Case("", 1, recipe, {})))
+    return weights(config, run / "checkpoints")
 
 
 @pytest.fixture(scope="module")
