@@ -21,6 +21,10 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 
+# Imported once by the server that ranks are forked from; the second by torch's optimizers anyway.
+PRELOADED = ["megatron_rpp.train", "torch._dynamo"]
+
+
 class RankFailed(RuntimeError):
     """A rank raised; the message holds the tracebacks of all ranks that did, the first one first.
 
@@ -47,7 +51,7 @@ def run_ranks(
     """
     folder = Path(tempfile.mkdtemp(dir=tmp_path))
     deadline = time.monotonic() + timeout
-    multiprocessing.set_forkserver_preload(["megatron_rpp.train", "torch._dynamo"])
+    multiprocessing.set_forkserver_preload(PRELOADED)
     context = mp.start_processes(
         _rank_main,
         (fn, world_size, folder, timeout, args),

@@ -14,6 +14,7 @@ from megatron_rpp import checkpoint, checkpoint_writing, phases, sealing
 from megatron_rpp.checkpoint import POINTER, SaveFailed
 from megatron_rpp.lock import one_writer
 from megatron_rpp.saving import Preempted
+from tests.distributed import PRELOADED
 from tests.small_run import config_of
 from tests.test_checkpoint_store import small_disk
 from tests.whole_runs import layout, same_bits, train_run, with_whole_run
@@ -126,7 +127,7 @@ def train_with_a_slow_writer(base: Path, folder: Path) -> None:
 
 def test_the_writer_dies_with_its_run_and_holds_no_lock(base, tmp_path):
     """A kill in the middle of the writing: the next run need not wait for the process left over."""
-    multiprocessing.set_forkserver_preload(["megatron_rpp.train", "torch._dynamo"])
+    multiprocessing.set_forkserver_preload(PRELOADED)
     forkserver = multiprocessing.get_context("forkserver")
     run = forkserver.Process(target=train_with_a_slow_writer, args=(base, tmp_path))
     run.start()

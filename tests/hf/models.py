@@ -62,8 +62,8 @@ def make(family: str, seed: int = 3, **settings):
     import transformers
 
     name, special = FAMILIES[family]
-    given = SIZES | special | positions(special["rope"]) | settings
-    del given["rope"]
+    given = SIZES | special | settings
+    given |= positions(given.pop("rope"))
     config = getattr(transformers, f"{name}Config")(**given)
     torch.manual_seed(seed)
     model = getattr(transformers, f"{name}ForCausalLM")(config).eval()

@@ -23,7 +23,7 @@ from megatron_rpp.hf.convert import HF_FOLDER, POINTER, to_hf, to_megatron
 from megatron_rpp.hf.families import rows_of
 from megatron_rpp.hf.safetensors_in import INDEX, SINGLE, Weights
 from megatron_rpp.hf.safetensors_out import parse_size, plan
-from tests.hf.models import FAMILIES, save
+from tests.hf.models import FAMILIES, LLAMA3, positions, save
 from tools import convert_hf_to_megatron, convert_megatron_to_hf
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -166,20 +166,20 @@ def test_both_spellings_of_rotary_positions_are_one(tmp_path, family):
     `rope_scaling`; transformers reads either, and so do we."""
     from transformers import AutoConfig
 
-    def positions(config) -> tuple:
-        names = ("rope_parameters", "rope_theta", "rope_scaling")
-        return tuple(getattr(config, name, None) for name in names)
+    def rope(directory) -> dict:
+        content = AutoConfig.from_pretrained(directory).to_dict()
+        return {name: value for name, value in content.items() if name.startswith("rope_")}
 
     path = save(tmp_path, family)
     settings = read_architecture(path).settings
-    theirs = positions(AutoConfig.from_pretrained(path))
+    theirs = rope(path)
     content = json.loads((path / "config.json").read_text())
-    assert ("rope_theta" in content) != ("rope_parameters" in content)
+    assert {n for n in content if n.startswith("rope_")} == positions(LLAMA3).keys()
     ours = config_json(settings)
     assert ours["rope_theta"] == 500.0 and "rope_parameters" not in ours
     (path / "config.json").write_text(json.dumps(ours))
     assert read_architecture(path).settings == settings
-    assert positions(AutoConfig.from_pretrained(path)) == theirs
+    assert rope(path) == theirs
 
 
 def test_broken_files_are_refused(copy, tmp_path):
