@@ -144,13 +144,15 @@ class Writing:
         try:
             yield
         except (OSError, RuntimeError, CheckpointException) as error:
+            free = shutil.disk_usage(self.directory).free / 1e9
+            # torch's writer does not always say it: what the disk cut short, it calls inconsistent.
+            full = "the disk is full; " if free < 1e-3 else ""
             if self.temporary is not None and groups.is_main():
                 shutil.rmtree(self.temporary, ignore_errors=True)  # it may be what fills the disk
-            free = shutil.disk_usage(self.directory).free / 1e9
             raise SaveFailed(
                 f"the checkpoint of step {self.step} could not be written to {self.directory}: "
-                f"{_reason(error)}; {free:.1f} GB are free. The checkpoints there are as they were: "
-                f"make room (or mend the file system) and run again"
+                f"{full}{_reason(error)}; {free:.1f} GB were free. The checkpoints there are as "
+                f"they were: make room (or mend the file system) and run again"
             ) from error
 
     def written(self, wait: bool) -> bool:

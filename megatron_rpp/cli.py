@@ -18,6 +18,7 @@ import re
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, is_dataclass
+from functools import cache
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import docstring_parser
@@ -60,7 +61,7 @@ def parse(argv: list[str] | None = None, program: Literal["train", "sft"] = "tra
 def _parse(argv: list[str], program: str) -> tuple[Arguments, bool]:
     """Arguments, and whether only to print them."""
     aliases = aliases_of(program)
-    parser = _settings_parser(program, aliases)
+    parser = _settings_parser(program)
     own = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     _add_program_options(own)
     options, words = own.parse_known_args(argv)
@@ -92,11 +93,12 @@ def _hints(section: type = Config, prefix: str = "") -> Iterator[tuple[str, Any]
 _TYPES = dict(_hints())
 
 
-def _settings_parser(program: str, aliases: dict[str, str]) -> jsonargparse.ArgumentParser:
+@cache  # reading the docstrings of all fields takes longer than parsing
+def _settings_parser(program: str) -> jsonargparse.ArgumentParser:
     parser = jsonargparse.ArgumentParser(
         prog=f"python -m megatron_rpp.{program}",
         usage="%(prog)s --config FILE [--section.key value ...]",
-        epilog=list_aliases(aliases),
+        epilog=list_aliases(aliases_of(program)),
         formatter_class=_HelpFormatter,
         exit_on_error=False,
     )

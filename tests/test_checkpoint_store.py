@@ -5,7 +5,6 @@ The checkpoints are a real run's; the damage is done to copies of them.
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 import subprocess
@@ -185,10 +184,10 @@ def test_a_full_disk_ends_the_save_and_keeps_the_last_good_state(base, tmp_path)
     """Room for one checkpoint of 0.9 MB; the second save must not harm it."""
     with small_disk(tmp_path / "disk", "1600k") as disk:
         settings = SETTINGS | {"checkpoint__dir": disk / "checkpoints"}
-        with pytest.raises(SaveFailed, match=os.strerror(errno.ENOSPC)) as failed:
+        with pytest.raises(SaveFailed, match="the disk is full") as failed:
             train_run(base, tmp_path / "run", **settings)
         assert "checkpoint of step 2 could not be written" in str(failed.value)
-        assert "GB are free" in str(failed.value) and "make room" in str(failed.value)
+        assert "GB were free" in str(failed.value) and "make room" in str(failed.value)
         assert checkpoint.newest(disk / "checkpoints").name == NAMES[0]
         names = {path.name for path in (disk / "checkpoints").iterdir()}
         assert names == {NAMES[0], POINTER}

@@ -1,20 +1,29 @@
 """Proves that a Megatron checkpoint holds a Hugging Face model: names, bits, logits, answers.
 
     python tools/verify_conversion.py --hf-path DIR --megatron-path DIR [--tp N] [--pp N]
-        [--dtype bf16] [--tolerance X]
+        [--dtype bf16] [--tolerance X] [--vllm PYTHON]
 
 Names and bits: every tensor of one side has its counterpart, equal bit for bit in Megatron's form
 and back in Hugging Face's. Logits: of random tokens, computed by the checkpoint on N × N ranks that
 this program starts and by transformers; they may differ by 1e-5 (fp32) or 5e-2 (bf16) of the
 largest logit. Answers: 64 greedy tokens, the same in fp32; in bf16 they are only shown, since
 rounding decides near-ties. Prints a table and a verdict; the exit code is 0 only where all holds.
+
+--vllm: the answer of vLLM, too, with the Hugging Face directory, by an interpreter that has vLLM; it
+pins its own torch and transformers, so it wants an environment of its own. Without a GPU:
+
+    python3.11 -m venv runs/vllm && runs/vllm/bin/pip install -r tools/requirements-vllm.txt
+    python tools/verify_conversion.py ... --vllm runs/vllm/bin/python
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import shutil
 import socket
+import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -33,6 +42,7 @@ from megatron_rpp.hf.convert import HfModel, MegatronModel
 
 TOLERANCES = {"fp32": 1e-5, "bf16": 5e-2}
 SEQUENCES, LENGTH, PROMPT, ANSWER = 2, 48, 16, 64
+VLLM_SECONDS = 900
 
 
 @dataclass(frozen=True)
@@ -57,7 +67,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--pp", type=int, default=1, help="pipeline-parallel size")
     parser.add_argument("--dtype", choices=TOLERANCES, default="fp32", help="of the arithmetic")
     parser.add_argument("--tolerance", type=float, help="of the logits, share of the largest one")
+    parser.add_argument("--vllm", metavar="PYTHON", help="compare with the vLLM of this interpreter")
     options = parser.parse_args(argv)
+    if options.vllm and not shutil.which(options.vllm):
+        parser.error(f"--vllm {options.vllm}: there is no such program")
     # A file or a pipe is as wide as the table needs.
     width = None if sys.stdout.isatty() else 160
     console = Console(highlight=False, soft_wrap=True, width=width)
@@ -74,7 +87,11 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     theirs = transformers_outputs(options.hf_path, source.settings["vocab_size"], options.dtype)
     tolerance = options.tolerance or TOLERANCES[options.dtype]
-    sound &= compare_outputs(ours, theirs, tolerance, options.dtype == "fp32", console)
+    exact = options.dtype == "fp32"
+    sound &= compare_outputs(ours, theirs, tolerance, exact, console)
+    if options.vllm:
+        answer = vllm_answer(options.vllm, options.hf_path, source.settings, options.dtype)
+        sound &= compare_answers("vLLM", answer, theirs.answer, exact, console)
     console.print("verdict: the same model" if sound else "verdict: NOT the same model")
     return 0 if sound else 1
 
@@ -113,14 +130,21 @@ def compare_outputs(
     """Logits within `tolerance` of the largest; equal answers where `exact`."""
     largest = float(theirs.logits.abs().max())
     share = float((ours.logits - theirs.logits).abs().max()) / largest
-    same = sum(a == b for a, b in zip(ours.answer, theirs.answer, strict=True))
     near = share <= tolerance
     console.print(
         f"logits: largest difference {share:.2e} of the largest logit {largest:.3g}, tolerance "
         f"{tolerance:.0e}: {'within' if near else 'OUTSIDE'}"
     )
-    console.print(f"greedy tokens: {same} of {ANSWER} equal")
-    return near and (same == ANSWER or not exact)
+    return near & compare_answers("Megatron", ours.answer, theirs.answer, exact, console)
+
+
+def compare_answers(
+    name: str, ours: list[int], theirs: list[int], exact: bool, console: Console
+) -> bool:
+    """Equal to those of transformers, where `exact`."""
+    same = sum(a == b for a, b in zip(ours, theirs, strict=True))
+    console.print(f"greedy tokens, {name} and transformers: {same} of {ANSWER} equal")
+    return same == ANSWER or not exact
 
 
 def sample_tokens(vocab_size: int) -> torch.Tensor:
@@ -205,6 +229,22 @@ def transformers_outputs(path: str, vocab_size: int, dtype: str) -> Outputs:
         cache, given = result.past_key_values, result.logits[:, -1:].argmax(-1)
         answer.append(int(given))
     return Outputs(logits, answer)
+
+
+def vllm_answer(python: str, path: str, settings: dict, dtype: str) -> list[int]:
+    """The greedy tokens of `python`'s vLLM (tools/vllm_answer.py) after the same prompt.
+
+    Raises SystemExit where it fails or takes over VLLM_SECONDS.
+    """
+    prompt = sample_tokens(settings["vocab_size"])[0, :PROMPT].tolist()
+    program = Path(__file__).with_name("vllm_answer.py")
+    asked = json.dumps({"model": path, "dtype": dtype, "prompt": prompt, "new_tokens": ANSWER})
+    done = subprocess.run(
+        [python, str(program), asked], capture_output=True, text=True, timeout=VLLM_SECONDS
+    )
+    if done.returncode:
+        raise SystemExit(f"error: vLLM failed:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 if __name__ == "__main__":

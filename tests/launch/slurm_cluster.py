@@ -122,8 +122,10 @@ class Cluster:
         self._until(lambda: len(self.idle()) == len(self.names), "all nodes are idle")
 
     def start_node(self, name: str) -> None:
+        """On a core of its own while there are any; of two cores, n3 has that of n2, whose place
+        it takes."""
         cores = sorted(os.sched_getaffinity(0))
-        core = cores[self.names.index(name) % len(cores)]
+        core = cores[min(self.names.index(name), len(cores) - 1)]
         self._daemon(name, "taskset", "-c", str(core), "slurmd", "-D", "-N", name)
 
     def kill_node(self, name: str) -> None:

@@ -5,13 +5,16 @@ Every family and layout against transformers is in tests/model/test_hf_weights.p
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from safetensors.torch import load_file, save_file
 
-from megatron_rpp.hf.convert import to_megatron
+from megatron_rpp.hf.convert import to_hf, to_megatron
 from tests.hf.models import save
 from tools.verify_conversion import main
 
+VLLM = Path(__file__).resolve().parents[2] / "runs/vllm/bin/python"
 QKV = "model.layers.1.self_attn.q_proj.weight"
 
 
@@ -31,7 +34,8 @@ def verify(hf, megatron, *options):
 def test_the_same_model_on_four_ranks(converted, capfd):
     assert verify(*converted, "--tp", "2", "--pp", "2") == 0
     shown = capfd.readouterr().out
-    assert "greedy tokens: 64 of 64 equal" in shown and "verdict: the same model" in shown
+    assert "greedy tokens, Megatron and transformers: 64 of 64 equal" in shown
+    assert "verdict: the same model" in shown
     assert "self_attention.linear_qkv.weight" in shown and "DIFFERENT" not in shown
 
 
@@ -57,3 +61,20 @@ def test_bf16_stays_within_its_stated_tolerance(converted, capfd):
 def test_a_model_of_another_shape_fails_before_anything_is_computed(converted, tmp_path, capfd):
     assert verify(save(tmp_path, "llama2"), converted[1]) == 1
     assert "head_dim is 8 in Hugging Face, 12 in Megatron" in capfd.readouterr().out
+
+
+def test_a_vllm_that_is_not_there_is_refused_at_once(converted, capfd):
+    with pytest.raises(SystemExit, match="2"):
+        verify(*converted, "--vllm", "no/such/python")
+    assert "--vllm no/such/python: there is no such program" in capfd.readouterr().err
+
+
+@pytest.mark.skipif(not VLLM.exists(), reason="no vLLM (tools/verify_conversion.py says how)")
+@pytest.mark.parametrize("family", ["llama3", "qwen2-tied", "qwen3"])
+def test_vllm_answers_like_transformers(family, tmp_path, capfd):
+    """From what the checkpoint was converted back to; vLLM's attention wants heads of 32."""
+    source = save(tmp_path, family, shards="1GB", hidden_size=128, head_dim=32, vocab_size=128)
+    to_megatron(source, tmp_path / "megatron")
+    to_hf(tmp_path / "megatron", tmp_path / "back")
+    assert verify(tmp_path / "back", tmp_path / "megatron", "--vllm", str(VLLM)) == 0
+    assert "greedy tokens, vLLM and transformers: 64 of 64 equal" in capfd.readouterr().out
