@@ -73,7 +73,7 @@ def test_no_prompt_is_refused(base, capsys):
 def test_evaluation_writes_a_table_and_json(base, tmp_path, capfd):
     output = tmp_path / "result.json"
     argv = words(base, f"--model.hf_path={base / 'qwen2'}", "--output", str(output))
-    argv.append("--reward.functions=[tests.whole_runs:varied]")
+    argv += ["--reward.functions=[tests.whole_runs:varied]", "--reward.workers=0"]
     run_program(evaluate.main, argv)
     result = json.loads(output.read_text())
     assert result["count"] == 16 and result["accuracy"] == 0.0

@@ -5,14 +5,18 @@ Every family and layout against transformers is in tests/model/test_hf_weights.p
 
 from __future__ import annotations
 
+import multiprocessing
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 
 from megatron_rpp.hf.convert import to_hf, to_megatron
+from tests.distributed import PRELOADED
 from tests.hf.models import save
-from tools.verify_conversion import main
+from tools import verify_conversion
 
 VLLM = Path(__file__).resolve().parents[2] / "runs/vllm/bin/python"
 QKV = "model.layers.1.self_attn.q_proj.weight"
@@ -27,11 +31,20 @@ def converted(tmp_path_factory):
     return path, folder / "megatron"
 
 
+@pytest.fixture
+def forked(monkeypatch):
+    """The tool's ranks come from the tests' server, where each would import everything anew."""
+    multiprocessing.set_forkserver_preload(PRELOADED)
+    forking = partial(mp.start_processes, start_method="forkserver")
+    monkeypatch.setattr(verify_conversion.mp, "spawn", forking)
+
+
 def verify(hf, megatron, *options):
-    return main(["--hf-path", str(hf), "--megatron-path", str(megatron), *options])
+    words = ["--hf-path", str(hf), "--megatron-path", str(megatron), *options]
+    return verify_conversion.main(words)
 
 
-def test_the_same_model_on_four_ranks(converted, capfd):
+def test_the_same_model_on_four_ranks(forked, converted, capfd):
     assert verify(*converted, "--tp", "2", "--pp", "2") == 0
     shown = capfd.readouterr().out
     assert "greedy tokens, Megatron and transformers: 64 of 64 equal" in shown
@@ -39,7 +52,7 @@ def test_the_same_model_on_four_ranks(converted, capfd):
     assert "self_attention.linear_qkv.weight" in shown and "DIFFERENT" not in shown
 
 
-def test_permuted_queries_fail_by_name_in_bits_and_in_logits(converted, tmp_path, capfd):
+def test_permuted_queries_fail_by_name_in_bits_and_in_logits(forked, converted, tmp_path, capfd):
     """The two query heads of each group exchanged: the same numbers in another order."""
     other = save(tmp_path, "qwen3", shards="1GB")
     tensors = load_file(other / "model.safetensors")
