@@ -9,10 +9,11 @@ this program starts and by transformers; they may differ by 1e-5 (fp32) or 5e-2 
 largest logit. Answers: 64 greedy tokens, the same in fp32; in bf16 they are only shown, since
 rounding decides near-ties. Prints a table and a verdict; the exit code is 0 only where all holds.
 
---vllm: the answer of vLLM, too, with the Hugging Face directory, by an interpreter that has vLLM; it
-pins its own torch and transformers, so it wants an environment of its own. Without a GPU:
+--vllm: the answer of vLLM, too, from the Hugging Face directory, by an interpreter that has it. It
+pins its own torch and transformers, so it wants an environment of its own; without a GPU:
 
-    python3.11 -m venv runs/vllm && runs/vllm/bin/pip install -r tools/requirements-vllm.txt
+    python3.11 -m venv runs/vllm
+    runs/vllm/bin/pip install --no-deps -r tools/requirements-vllm.txt
     python tools/verify_conversion.py ... --vllm runs/vllm/bin/python
 """
 
@@ -22,6 +23,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -67,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--pp", type=int, default=1, help="pipeline-parallel size")
     parser.add_argument("--dtype", choices=TOLERANCES, default="fp32", help="of the arithmetic")
     parser.add_argument("--tolerance", type=float, help="of the logits, share of the largest one")
-    parser.add_argument("--vllm", metavar="PYTHON", help="compare with the vLLM of this interpreter")
+    parser.add_argument("--vllm", metavar="PYTHON", help="also the vLLM of this interpreter")
     options = parser.parse_args(argv)
     if options.vllm and not shutil.which(options.vllm):
         parser.error(f"--vllm {options.vllm}: there is no such program")
@@ -237,14 +239,24 @@ def vllm_answer(python: str, path: str, settings: dict, dtype: str) -> list[int]
     Raises SystemExit where it fails or takes over VLLM_SECONDS.
     """
     prompt = sample_tokens(settings["vocab_size"])[0, :PROMPT].tolist()
-    program = Path(__file__).with_name("vllm_answer.py")
-    asked = json.dumps({"model": path, "dtype": dtype, "prompt": prompt, "new_tokens": ANSWER})
-    done = subprocess.run(
-        [python, str(program), asked], capture_output=True, text=True, timeout=VLLM_SECONDS
-    )
-    if done.returncode:
-        raise SystemExit(f"error: vLLM failed:\n{done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    asked = {"model": path, "dtype": dtype, "prompt": prompt, "new_tokens": ANSWER}
+    with tempfile.TemporaryDirectory() as folder:
+        answer, log = Path(folder) / "answer.json", Path(folder) / "log"
+        words = json.dumps(asked | {"answer": str(answer)})
+        command = [python, str(Path(__file__).with_name("vllm_answer.py")), words]
+        with log.open("w") as output, subprocess.Popen(
+            command, stdout=output, stderr=output, start_new_session=True
+        ) as process:
+            try:
+                code = process.wait(VLLM_SECONDS)
+            except subprocess.TimeoutExpired:
+                code = f"none within {VLLM_SECONDS} s"
+            finally:
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGKILL)  # its engine is a process of its own
+        if code:
+            raise SystemExit(f"error: vLLM failed, exit code {code}:\n{log.read_text()[-2000:]}")
+        return json.loads(answer.read_text())
 
 
 if __name__ == "__main__":

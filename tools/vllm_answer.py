@@ -1,8 +1,9 @@
 """vLLM's greedy answer to one prompt of token ids, for tools/verify_conversion.py --vllm.
 
 Runs in vLLM's own environment (tools/requirements-vllm.txt), so it imports nothing of the project.
-Its one argument is JSON: {"model": DIR, "dtype": "fp32" or "bf16", "prompt": [...], "new_tokens": N};
-the last line that it prints is the JSON list of new tokens, an end-of-sequence among them or not.
+Its one argument is JSON: {"model": DIR, "dtype": "fp32" or "bf16", "prompt": [...], "new_tokens": N,
+"answer": FILE}; the file gets the JSON list of new tokens, which an end-of-sequence does not end.
+(vLLM's processes print to both standard streams.)
 """
 
 import json
@@ -30,7 +31,7 @@ def main(asked: str) -> None:
     )
     greedy = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True, detokenize=False)
     (answered,) = model.generate([{"prompt_token_ids": prompt}], greedy)
-    print(json.dumps(list(answered.outputs[0].token_ids)), flush=True)
+    Path(options["answer"]).write_text(json.dumps(list(answered.outputs[0].token_ids)))
 
 
 if __name__ == "__main__":  # vLLM starts processes that import this file again
