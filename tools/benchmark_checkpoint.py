@@ -61,6 +61,7 @@ def worker(saves: int, settings: list[str]) -> None:
     """One rank; the main rank prints the result."""
     from megatron_rpp.parallel import groups
     from megatron_rpp.parallel.device import describe
+    from megatron_rpp.session import frozen_heap
 
     folder = tempfile.TemporaryDirectory(prefix="checkpoints_")
     wide = [f"--{name}={value}" for name, value in WIDE.items()]
@@ -70,8 +71,9 @@ def worker(saves: int, settings: list[str]) -> None:
     for name, background in (("waiting", False), ("background", True)):
         settings_now = replace(waits, async_save=background)
         run.config = replace(run.config, checkpoint=settings_now)
-        measure(run, 1)  # the first of a kind is not counted
-        result[name] = measure(run, saves)
+        with frozen_heap():  # as a run has it
+            measure(run, 1)  # the first of a kind is not counted
+            result[name] = measure(run, saves)
     if groups.is_main():
         size = sum(f.stat().st_size for f in Path(directory).rglob("*") if f.is_file())
         stalls = [result[name]["stall_seconds"] for name in ("background", "waiting")]
