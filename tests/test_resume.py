@@ -1,7 +1,8 @@
 """A run that stopped goes on as if it had not: rows, weights and moments, on any layout.
 
 On the layout that wrote the checkpoint everything is equal bit for bit (the same kernels run on the
-same numbers); on another layout within fp32 rounding. What does not fit: test_checkpoint.py.
+same numbers); on another layout within fp32 rounding. What does not fit: test_checkpoint.py;
+Adam's moments within one process: test_resume_moments.py.
 """
 
 from __future__ import annotations
@@ -14,13 +15,8 @@ import torch
 import torch.distributed as dist
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megatron_rpp import checkpoint, train
+from megatron_rpp import train
 from megatron_rpp.checkpoint import POINTER
-from megatron_rpp.console import Console
-from megatron_rpp.inputs import load_inputs
-from megatron_rpp.policy import build_policy
-from megatron_rpp.run import assemble
-from megatron_rpp.run_state import RunState
 from tests import whole_runs
 from tests.distributed import run_ranks
 from tests.small_run import arguments, config_of, make_data
@@ -29,7 +25,6 @@ from tests.whole_runs import (
     VARIED,
     compare_rows,
     compare_weights,
-    layout,
     rows,
     run_program,
     train_run,
@@ -206,61 +201,6 @@ def test_a_run_killed_before_its_first_checkpoint_starts_anew(base):
     run_once(base, "anew")
     same_bits(base, "anew", "whole")
     assert [row["step"] for row in rows(run / "logs/evaluations.jsonl")] == [0, 2, 4]
-
-
-def moments(policy) -> list[torch.Tensor]:
-    """Step, first and second moment of every parameter, in the optimizer's order."""
-    (part,) = policy.optimizer.chained_optimizers
-    states = [
-        part.optimizer.state[parameter]
-        for group in part.optimizer.param_groups
-        for parameter in group["params"]
-    ]
-    return [state[name].clone() for state in states for name in ("step", "exp_avg", "exp_avg_sq")]
-
-
-def own_weights(policy) -> list[torch.Tensor]:
-    return [parameter.detach().clone() for parameter in policy.model.parameters()]
-
-
-def equal(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> bool:
-    return all(torch.equal(mine, other) for mine, other in zip(ours, theirs, strict=True))
-
-
-def test_the_moments_of_adam_come_back(base, tmp_path):
-    """One more step from the restored state is the step that the first process takes."""
-    settings = VARIED | SETTINGS | {"algorithm__kl_coef": 0, "algorithm__kl_controller": "fixed"}
-    config = config_of(base, tmp_path, **settings)
-    inputs = load_inputs(config)
-
-    def step(policy, state: RunState) -> None:
-        run = assemble(config, inputs, Console(False), policy, None, config.logging.dir)
-        run.state = state
-        train.rl_step(run)
-
-    with layout(config):
-        first, resumed, without = (
-            build_policy(config_of(base, tmp_path, seed=seed, **settings), config.optimizer, 41)
-            for seed in (1, 2, 3)
-        )
-        step(first, RunState())
-        saved = RunState(step=1, prompts_seen=8, accuracy=0.25, kl_factor=1.5)
-        path = checkpoint.save(
-            tmp_path, first.model, first.optimizer, first.scheduler, saved, keep=1
-        )
-        assert not equal(own_weights(first), own_weights(resumed))
-        state = checkpoint.resume(resumed.model, resumed.optimizer, resumed.scheduler, path)
-        assert state == saved
-        before = moments(first)
-        assert equal(moments(resumed), before) and any(value.any() for value in before[1::3])
-        assert equal(own_weights(resumed), own_weights(first))
-        checkpoint.load_weights(without.model, path)
-        for policy in (first, resumed, without):
-            step(policy, state)
-        assert not equal(moments(first), before)
-        assert equal(moments(resumed), moments(first))
-        assert equal(own_weights(resumed), own_weights(first))
-        assert not equal(own_weights(without), own_weights(first)), "the weights alone suffice"
 
 
 def on_two_ranks(rank: int, base: Path) -> list[str]:

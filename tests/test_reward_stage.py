@@ -51,7 +51,7 @@ def train_one_step(base: Path, name: str, function: str, **settings) -> None:
     train_run(
         base, base / name, seed=SEED, train__steps=1, rollout__prompts_per_step=PROMPTS,
         rollout__samples_per_prompt=SAMPLES,
-        reward__workers=2, reward__timeout=1.0, reward__timeout_score=-1.5,
+        reward__workers=2, reward__timeout_score=-1.5,
         **(settings | {"reward__functions": f"[{base}/reward.py:{function}]"}),
     )  # fmt: skip
 
@@ -67,7 +67,7 @@ def on_two_ranks(rank: int, base: Path) -> dict:
         if rank == 0:
             (base / "seen.txt").unlink()
         dist.barrier()
-    train_one_step(base, "hanging", "hanging")
+    train_one_step(base, "hanging", "hanging", reward__timeout=3.0)
     for function in FAILURES:
         with pytest.raises(RewardError) as failed:
             train_one_step(base, function, function)

@@ -4,9 +4,9 @@
 
 Each time the run is killed by SIGKILL, a random rank or the whole job, at a random moment of a
 phase (every phase of a step and of a save is drawn once before any is drawn again), and started
-anew with the same command. Every other run writes its checkpoints in the background. At the end final weights, Adam's moments and the metrics must equal, bit
-for bit, those of a run that was left alone. Prints a table and a verdict; the exit code is 1 where
-they differ.
+anew with the same command. Every other run writes its checkpoints in the background. At the end
+final weights, Adam's moments and the metrics must equal, bit for bit, those of a run that was left
+alone. Prints a table and a verdict; the exit code is 1 where they differ.
 
 The ranks are forked from this process, which has imported the program but started nothing, so that
 a restart costs no import; they are real processes of their own otherwise, over gloo. A kill comes

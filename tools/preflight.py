@@ -4,7 +4,8 @@
     torchrun --nproc-per-node N tools/preflight.py --config FILE [--section.key value ...]
 
 with the options and settings of the run. A table and a verdict; exit code 0, or 2 where a check
-failed (which torchrun itself turns into 1, launch/torchrun.sh does not). It opens the data of the run too.
+failed (which torchrun itself turns into 1, launch/torchrun.sh does not). It opens the data of the
+run too.
 """
 
 from __future__ import annotations

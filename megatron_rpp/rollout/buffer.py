@@ -2,8 +2,9 @@
 
 Columnar and ragged: tokens of all samples lie end to end, as do the values that belong to
 response tokens (log-probs, advantages, mask). Nothing is padded (packing.py cuts
-micro-batches), and a replica holds its own samples only, so a rank's memory falls with the number of replicas. The
-ranks of one replica hold the same columns: pipeline stages write theirs by broadcast.
+micro-batches), and a replica holds its own samples only, so a rank's memory falls with the number
+of replicas. The ranks of one replica hold the same columns: pipeline stages write theirs by
+broadcast.
 
 On disk: storage.py. Left out: rebalancing over replicas by token count.
 """
