@@ -49,7 +49,7 @@ def test_regex_searches_and_may_compare_with_the_label():
 
 def test_a_pattern_that_backtracks_for_ever_costs_one_sample():
     options = {"regex": {"pattern": "(a+)+$"}}
-    rewards = RewardSet(["regex"], options=options, workers=1, timeout=0.5, timeout_score=-1.0)
+    rewards = RewardSet(["regex"], options=options, workers=1, timeout=2.0, timeout_score=-1.0)
     result = rewards.score(["p"] * 3, ["aa", "a" * 60 + "b", "b"], [None] * 3, [{}] * 3)
     assert result.total == [1.0, -1.0, 0.0] and result.timeouts == 1
 
