@@ -13,7 +13,8 @@ rounding decides near-ties. Prints a table and a verdict; the exit code is 0 onl
 pins its own torch and transformers, so it wants an environment of its own; without a GPU:
 
     python3.11 -m venv runs/vllm
-    runs/vllm/bin/pip install --no-deps -r tools/requirements-vllm.txt
+    runs/vllm/bin/pip install --no-deps -r tools/requirements-vllm.txt \\
+        --extra-index-url https://download.pytorch.org/whl/cpu
     python tools/verify_conversion.py ... --vllm runs/vllm/bin/python
 """
 
@@ -71,8 +72,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tolerance", type=float, help="of the logits, share of the largest one")
     parser.add_argument("--vllm", metavar="PYTHON", help="also the vLLM of this interpreter")
     options = parser.parse_args(argv)
-    if options.vllm and not shutil.which(options.vllm):
-        parser.error(f"--vllm {options.vllm}: there is no such program")
+    if options.vllm and not has_vllm(options.vllm):
+        parser.error(f"--vllm {options.vllm}: no Python that has vLLM; see the head of this file")
     # A file or a pipe is as wide as the table needs.
     width = None if sys.stdout.isatty() else 160
     console = Console(highlight=False, soft_wrap=True, width=width)
@@ -231,6 +232,12 @@ def transformers_outputs(path: str, vocab_size: int, dtype: str) -> Outputs:
         cache, given = result.past_key_values, result.logits[:, -1:].argmax(-1)
         answer.append(int(given))
     return Outputs(logits, answer)
+
+
+def has_vllm(python: str) -> bool:
+    """Without the many seconds of importing it."""
+    asked = "import importlib.util as u; raise SystemExit(u.find_spec('vllm') is None)"
+    return bool(shutil.which(python)) and not subprocess.run([python, "-c", asked]).returncode
 
 
 def vllm_answer(python: str, path: str, settings: dict, dtype: str) -> list[int]:

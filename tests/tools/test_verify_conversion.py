@@ -76,10 +76,11 @@ def test_a_model_of_another_shape_fails_before_anything_is_computed(converted, t
     assert "head_dim is 8 in Hugging Face, 12 in Megatron" in capfd.readouterr().out
 
 
-def test_a_vllm_that_is_not_there_is_refused_at_once(converted, capfd):
+@pytest.mark.parametrize("python", ["no/such/python", "false"])
+def test_a_vllm_that_is_not_there_is_refused_at_once(python, capfd):
     with pytest.raises(SystemExit, match="2"):
-        verify(*converted, "--vllm", "no/such/python")
-    assert "--vllm no/such/python: there is no such program" in capfd.readouterr().err
+        verify("no/such/model", "no/such/checkpoint", "--vllm", python)
+    assert f"--vllm {python}: no Python that has vLLM" in capfd.readouterr().err
 
 
 @pytest.mark.skipif(not VLLM.exists(), reason="no vLLM (tools/verify_conversion.py says how)")
