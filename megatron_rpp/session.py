@@ -33,8 +33,8 @@ def session(config: Config, console: Console) -> Iterator[Stop]:
 
 @contextmanager
 def frozen_heap() -> Iterator[None]:
-    """Garbage collections leave out what is alive now, mostly imported modules: Megatron runs a full
-    one in every save, which holds the run up for a third of a second less so."""
+    """Garbage collections leave out what is alive now, mostly imported modules: Megatron runs a
+    full one in every save, and the run stands still for it (tools/benchmark.py checkpoint)."""
     gc.freeze()
     try:
         yield

@@ -1,7 +1,7 @@
 """Run a test function on real processes that share a gloo process group.
 
 Nothing is mocked: every rank is a process of its own, forked from a server that has imported the
-package once and nothing else (importing Megatron costs each process seven seconds). Rank functions
+package once and nothing else (importing Megatron costs each process seconds). Rank functions
 must be importable (module level), because they are pickled by name. Left out: CUDA.
 """
 
@@ -23,6 +23,12 @@ import torch.multiprocessing as mp
 
 # Imported once by the server that ranks are forked from; the second by torch's optimizers anyway.
 PRELOADED = ["megatron_rpp.train", "torch._dynamo"]
+
+
+def fork(fn: Callable[..., Any], args: tuple, nprocs: int, join: bool = True) -> Any:
+    """torch's ``mp.spawn``, by processes that have imported everything already."""
+    multiprocessing.set_forkserver_preload(PRELOADED)
+    return mp.start_processes(fn, args, nprocs, join, start_method="forkserver")
 
 
 class RankFailed(RuntimeError):
@@ -51,14 +57,7 @@ def run_ranks(
     """
     folder = Path(tempfile.mkdtemp(dir=tmp_path))
     deadline = time.monotonic() + timeout
-    multiprocessing.set_forkserver_preload(PRELOADED)
-    context = mp.start_processes(
-        _rank_main,
-        (fn, world_size, folder, timeout, args),
-        nprocs=world_size,
-        join=False,
-        start_method="forkserver",
-    )
+    context = fork(_rank_main, (fn, world_size, folder, timeout, args), world_size, join=False)
     try:
         while not context.join(timeout=max(0.0, min(1.0, deadline - time.monotonic()))):
             if time.monotonic() >= deadline:

@@ -88,12 +88,13 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    theirs = transformers_outputs(options.hf_path, source.settings["vocab_size"], options.dtype)
+    vocab_size = source.settings["vocab_size"]
+    theirs = transformers_outputs(options.hf_path, vocab_size, options.dtype)
     tolerance = options.tolerance or TOLERANCES[options.dtype]
     exact = options.dtype == "fp32"
     sound &= compare_outputs(ours, theirs, tolerance, exact, console)
     if options.vllm:
-        answer = vllm_answer(options.vllm, options.hf_path, source.settings, options.dtype)
+        answer = vllm_answer(options.vllm, options.hf_path, vocab_size, options.dtype)
         sound &= compare_answers("vLLM", answer, theirs.answer, exact, console)
     console.print("verdict: the same model" if sound else "verdict: NOT the same model")
     return 0 if sound else 1
@@ -240,12 +241,12 @@ def has_vllm(python: str) -> bool:
     return bool(shutil.which(python)) and not subprocess.run([python, "-c", asked]).returncode
 
 
-def vllm_answer(python: str, path: str, settings: dict, dtype: str) -> list[int]:
+def vllm_answer(python: str, path: str, vocab_size: int, dtype: str) -> list[int]:
     """The greedy tokens of `python`'s vLLM (tools/vllm_answer.py) after the same prompt.
 
     Raises SystemExit where it fails or takes over VLLM_SECONDS.
     """
-    prompt = sample_tokens(settings["vocab_size"])[0, :PROMPT].tolist()
+    prompt = sample_tokens(vocab_size)[0, :PROMPT].tolist()
     asked = {"model": path, "dtype": dtype, "prompt": prompt, "new_tokens": ANSWER}
     with tempfile.TemporaryDirectory() as folder:
         answer, log = Path(folder) / "answer.json", Path(folder) / "log"

@@ -5,16 +5,13 @@ Every family and layout against transformers is in tests/model/test_hf_weights.p
 
 from __future__ import annotations
 
-import multiprocessing
-from functools import partial
 from pathlib import Path
 
 import pytest
-import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 
 from megatron_rpp.hf.convert import to_hf, to_megatron
-from tests.distributed import PRELOADED
+from tests.distributed import fork
 from tests.hf.models import save
 from tools import verify_conversion
 
@@ -33,10 +30,9 @@ def converted(tmp_path_factory):
 
 @pytest.fixture
 def forked(monkeypatch):
-    """The tool's ranks come from the tests' server, where each would import everything anew."""
-    multiprocessing.set_forkserver_preload(PRELOADED)
-    forking = partial(mp.start_processes, start_method="forkserver")
-    monkeypatch.setattr(verify_conversion.mp, "spawn", forking)
+    """The tool's ranks are as real, but do not each import everything anew; the test in bf16 starts
+    them as users do."""
+    monkeypatch.setattr(verify_conversion.mp, "spawn", fork)
 
 
 def verify(hf, megatron, *options):
