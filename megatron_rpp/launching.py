@@ -7,23 +7,12 @@ import os
 import socket
 import sys
 import traceback
-from pathlib import Path
 from typing import Callable
 
 import torch.distributed as dist
 
 from megatron_rpp.failures import FAILED, PREEMPTED, REFUSED, RunFailure
-
-_PACKAGE = str(Path(__file__).parent)
-
-
-def _is_refusal(error: Exception) -> bool:
-    """A ValueError that this package raised: a mistake it found, the same on every rank.
-
-    One that comes out of a library is a failure of this rank and keeps its traceback.
-    """
-    origin = traceback.extract_tb(error.__traceback__)[-1].filename
-    return isinstance(error, ValueError) and origin.startswith(_PACKAGE)
+from megatron_rpp.refusals import is_refusal
 
 
 def _print_once(text: str) -> None:
@@ -52,7 +41,7 @@ def run(main: Callable[[], None]) -> None:
             word = "stopped" if error.exit_code == PREEMPTED else "error"
             _print_once(f"{word}: {error}")
             _leave(error.exit_code)
-        if _is_refusal(error):
+        if is_refusal(error):
             _print_once(f"error: {error}")
             _leave(REFUSED)
         rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
