@@ -105,6 +105,12 @@ class TaskConfig:
             )
 
 
+LOWEST_TEMPERATURE = 1e-3
+"""Logits are divided by the temperature in fp32, whose spacing at 100 / 0.001 is 2^-7: rounding moves
+a log-prob, and with it the ratio of two policies, by up to 1%, far inside the clip range of 20%. At
+a tenth of it rounding alone would leave that range; at 1e-36 logits of 1,000 overflow."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class RolloutConfig:
     """Sampling of the responses of one step."""
@@ -118,13 +124,15 @@ class RolloutConfig:
     min_new_tokens: int = 0
     """End-of-text is not sampled before this many tokens."""
     temperature: float = 1.0
-    """Divides the logits before sampling."""
+    """Divides the logits before sampling; at least 0.001. Evaluations are greedy."""
     top_p: float = 1.0
     """Sample among the likeliest tokens that hold this probability; 1 = all."""
     top_k: int = 0
     """Sample among this many likeliest tokens; 0 = all."""
     stop: list[str] = field(default_factory=list)
-    """Texts that end a response."""
+    """Texts that end a response; one that is a special token of the tokenizer is that token."""
+    stop_token_ids: list[int] = field(default_factory=list)
+    """Tokens that end a response, beside the end-of-sequence tokens of tokenizer and model."""
     max_batch: int = 256
     """Sequences decoded at once per data-parallel replica."""
 
@@ -138,6 +146,7 @@ class RolloutConfig:
         check_range("rollout", self, counts, at_least=1)
         check_range("rollout", self, "min_new_tokens top_k", at_least=0)
         check_range("rollout", self, "temperature", above=0)
+        check_range("rollout", self, "temperature", at_least=LOWEST_TEMPERATURE)
         check_range("rollout", self, "top_p", above=0, at_most=1)
         if self.min_new_tokens > self.max_new_tokens:
             raise ValueError(
@@ -176,6 +185,10 @@ class RewardConfig:
     """Factor on the score."""
     clip: float | None = None
     """Clip the score to [-clip, clip]; null = off."""
+    keep_special_tokens: bool = True
+    """Special tokens of a response (<think>, <tool_call>) are part of the text that rewards and logs
+    see; begin-of-sequence, padding and the token that ends the response never are. false = all
+    special tokens are left out, as most other trainers do."""
 
     def __post_init__(self) -> None:
         check_range("reward", self, "scale clip timeout", above=0)

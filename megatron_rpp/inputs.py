@@ -3,19 +3,25 @@ for another: every rank reads the same files and refuses the same mistakes."""
 
 from __future__ import annotations
 
+import json
+import os
+import sys
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 
 from megatron_rpp.config import Config, DataConfig, RewardConfig, RolloutConfig
 from megatron_rpp.console import Console
 from megatron_rpp.data.chat import PromptFormat
-from megatron_rpp.data.opening import given, open_data
+from megatron_rpp.data.opening import ANY_ROW, RowCheck, given, open_data
 from megatron_rpp.data.prompts import Prompt, PromptSet
+from megatron_rpp.data.response import ResponseFormat
 from megatron_rpp.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_rpp.records import Sampling
 from megatron_rpp.rewards import RewardSet
+from megatron_rpp.rollout.stopping import split_stops
 
 
 @dataclass(frozen=True)
@@ -27,6 +33,7 @@ class Inputs:
     rewards: RewardSet
     vocab_size: int
     """Of the model: the configured size, else the tokenizer's."""
+    response_form: ResponseFormat
     sampling: Sampling
     """Of the rollouts."""
     greedy: Sampling
@@ -56,8 +63,10 @@ def check_writable(setting: str, directory: str) -> None:
         ) from error
 
 
-def load_inputs(config: Config) -> Inputs:
+def load_inputs(config: Config, train_is_scored: bool = True) -> Inputs:
     """Opens tokenizer, data sets and rewards.
+
+    train_is_scored: the rewards see the training prompts, not the held-out ones alone.
 
     Raises:
         ValueError: the user's mistake, with the remedy: a missing or malformed file, a prompt
@@ -65,6 +74,40 @@ def load_inputs(config: Config) -> Inputs:
             a reward that cannot be imported.
     """
     tokenizer, form = open_tokenizer(config.data)
+    vocab_size = model_vocabulary(config, tokenizer)
+    limit = config.model.max_length - config.rollout.max_new_tokens
+    rewards = open_rewards(config.reward)
+    scorable = RowCheck(
+        json.dumps(asdict(config.reward), sort_keys=True, default=str),
+        lambda example: rewards.row_problem(example.label, example.metadata),
+    )
+    data = open_data(
+        config.data, form, limit, config.seed, Console(main=True).stage,
+        held_out_check=scorable, train_check=scorable if train_is_scored else ANY_ROW,
+        say=once_a_node(),
+    )  # fmt: skip
+    count = min(config.evaluation.prompts or len(data.held_out), len(data.held_out))
+    held_out = [data.held_out[index] for index in range(count)]
+    sampling, greedy = samplings(config.rollout, tokenizer)
+    return Inputs(
+        tokenizer=tokenizer,
+        form=form,
+        train=data.train,
+        held_out=held_out,
+        rewards=rewards,
+        vocab_size=vocab_size,
+        response_form=response_format(config, tokenizer, sampling),
+        sampling=sampling,
+        greedy=greedy,
+        dropped=data.dropped,
+    )
+
+
+def model_vocabulary(config: Config, tokenizer: Tokenizer) -> int:
+    """Token ids of the model: the configured number, else the tokenizer's.
+
+    Raises ValueError where the tokenizer has more.
+    """
     vocab_size = config.model.vocab_size or tokenizer.vocab_size
     if tokenizer.vocab_size > vocab_size:
         raise ValueError(
@@ -72,22 +115,20 @@ def load_inputs(config: Config) -> Inputs:
             f"model.vocab_size {vocab_size}: raise model.vocab_size, or leave it out to take the "
             f"tokenizer's"
         )
-    limit = config.model.max_length - config.rollout.max_new_tokens
-    data = open_data(config.data, form, limit, config.seed, Console(main=True).stage)
-    count = min(config.evaluation.prompts or len(data.held_out), len(data.held_out))
-    held_out = [data.held_out[index] for index in range(count)]
-    sampling, greedy = samplings(config.rollout)
-    return Inputs(
-        tokenizer=tokenizer,
-        form=form,
-        train=data.train,
-        held_out=held_out,
-        rewards=open_rewards(config.reward),
-        vocab_size=vocab_size,
-        sampling=sampling,
-        greedy=greedy,
-        dropped=data.dropped,
-    )
+    return vocab_size
+
+
+def once_a_node() -> Callable[[str], None]:
+    """Prints each text once: the ranks of a node read the same files. To stderr, since what some
+    tools print to stdout is read by other programs."""
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        return lambda text: None
+    return cache(partial(print, file=sys.stderr, flush=True))
+
+
+def response_format(config: Config, tokenizer: Tokenizer, sampling: Sampling) -> ResponseFormat:
+    """How responses become the text that rewards and logs see."""
+    return ResponseFormat(tokenizer, config.reward.keep_special_tokens, sampling.stop_token_ids)
 
 
 def open_tokenizer(data: DataConfig) -> tuple[Tokenizer, PromptFormat]:
@@ -110,14 +151,20 @@ def open_rewards(reward: RewardConfig) -> RewardSet:
     )
 
 
-def samplings(rollout: RolloutConfig) -> tuple[Sampling, Sampling]:
-    """How rollouts are sampled, and the greedy decoding of evaluations."""
+def samplings(rollout: RolloutConfig, tokenizer: Tokenizer) -> tuple[Sampling, Sampling]:
+    """How rollouts are sampled, and the greedy decoding of evaluations.
+
+    Raises:
+        ValueError: rollout.stop or rollout.stop_token_ids do not fit the tokenizer.
+    """
+    stop, stop_token_ids = split_stops(tokenizer, rollout.stop, rollout.stop_token_ids)
     sampling = Sampling(
         max_new_tokens=rollout.max_new_tokens,
         min_new_tokens=rollout.min_new_tokens,
         temperature=rollout.temperature,
         top_p=rollout.top_p,
         top_k=rollout.top_k,
-        stop=tuple(rollout.stop),
+        stop=stop,
+        stop_token_ids=stop_token_ids,
     )
     return sampling, replace(sampling, temperature=0.0)

@@ -21,6 +21,9 @@ class Sampling:
     top_p: float = 1.0
     top_k: int = 0
     stop: tuple[str, ...] = ()
+    """Texts that end a response."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Tokens that end a response, beside the tokenizer's own ends."""
 
 
 @dataclass(frozen=True)

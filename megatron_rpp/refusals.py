@@ -34,7 +34,7 @@ def reason(error: BaseException) -> str:
 
 
 @contextmanager
-def reading(what: str, remedy: str) -> Iterator[None]:
+def reading(what: str, remedy: str, verb: str = "read") -> Iterator[None]:
     """Turns whatever is raised while `what` is read into a refusal that names it.
 
     A refusal raised inside has named its place already and passes through unchanged.
@@ -42,9 +42,10 @@ def reading(what: str, remedy: str) -> Iterator[None]:
     Args:
         what: a file, a row of one, or a setting, as the message names it.
         remedy: what the user can do about it.
+        verb: what could not be done with it.
 
     Raises:
-        ValueError: "`what` cannot be read (...): `remedy`".
+        ValueError: "`what` cannot be `verb` (...): `remedy`".
     """
     try:
         yield
@@ -53,4 +54,4 @@ def reading(what: str, remedy: str) -> Iterator[None]:
     except Exception as error:
         if is_refusal(error):
             raise
-        raise ValueError(f"{what} cannot be read ({reason(error)}): {remedy}") from error
+        raise ValueError(f"{what} cannot be {verb} ({reason(error)}): {remedy}") from error

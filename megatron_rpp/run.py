@@ -94,7 +94,7 @@ def evaluate_held_out(run: Run) -> dict[str, float]:
     phases.enter("evaluation")
     with run.console.stage("evaluation"):
         result = evaluate(
-            run.engine, inputs.held_out, inputs.rewards, inputs.tokenizer, inputs.greedy,
+            run.engine, inputs.held_out, inputs.rewards, inputs.response_form, inputs.greedy,
             run.config.evaluation.samples,
         )  # fmt: skip
     state.accuracy = result.accuracy

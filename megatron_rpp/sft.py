@@ -22,11 +22,11 @@ from megatron_rpp import cli, export, launching, phases, saving
 from megatron_rpp.config import Config, LoggingConfig, count_replicas
 from megatron_rpp.console import Console
 from megatron_rpp.data.chat import PromptFormat
-from megatron_rpp.data.kept import cached
+from megatron_rpp.data.kept import Pass, cached
 from megatron_rpp.data.opening import cache_dir, pass_key
 from megatron_rpp.data.prompts import Prompt, PromptFile
 from megatron_rpp.data.supervised import lesson
-from megatron_rpp.inputs import Inputs, check_writable, load_inputs
+from megatron_rpp.inputs import Inputs, check_writable, load_inputs, once_a_node
 from megatron_rpp.parallel import device as devices
 from megatron_rpp.parallel import groups
 from megatron_rpp.parallel.device import describe
@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> None:
     count_replicas(config.parallel, groups.launched_world_size())
     check_writable("sft.dir", config.sft.dir)
     export.check_export(config, config.sft.dir)
-    inputs = fitting_lessons(config, load_inputs(config))
+    inputs = fitting_lessons(config, load_inputs(config, train_is_scored=False))
     groups.start(**config.parallel.sizes(), seed=config.seed)
     finetune(config, inputs, dry_run)
     groups.stop()
@@ -62,12 +62,13 @@ def fitting_lessons(config: Config, inputs: Inputs) -> Inputs:
     drop = config.data.overlong_prompts == "drop"
     for part in inputs.train.parts:
 
-        def find() -> np.ndarray:
-            return _fitting_rows(part, inputs.form, context, drop)
+        def find() -> Pass:
+            return Pass(_fitting_rows(part, inputs.form, context, drop), *part.digests)
 
         used = hashlib.sha256(part.rows.tobytes()).hexdigest()
         key = pass_key(config.data, part.examples.rows.identity, used, "lessons", context)
-        parts.append(replace(part, rows=cached(cache_dir(config.data), key, find)))
+        found = cached(cache_dir(config.data), key, find, once_a_node())
+        parts.append(replace(part, rows=found.rows))
         if not len(parts[-1]):
             raise ValueError(
                 f"from {part.where(0)} on, no row fits model.max_length {context} with its label: "

@@ -105,7 +105,7 @@ def rl_step(run: Run) -> tuple[dict[str, float], RolloutBuffer]:
         saving.keep(run, "rollout")
     if work.buffer.scores is None:
         with run.stage("reward"):
-            work.scores = reward.score(work.buffer, inputs.rewards, inputs.tokenizer)
+            work.scores = reward.score(work.buffer, inputs.rewards, inputs.response_form)
         saving.keep(run, "reward")
     if work.buffer.old_logprobs is None:
         with run.stage("score"):

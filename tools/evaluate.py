@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
     stage = build_start(config, inputs.vocab_size).requires_grad_(False)
     engine = MegatronEngine(stage, inputs.tokenizer, config.rollout.max_batch)
     result = evaluate(
-        engine, inputs.held_out, inputs.rewards, inputs.tokenizer, inputs.greedy,
+        engine, inputs.held_out, inputs.rewards, inputs.response_form, inputs.greedy,
         config.evaluation.samples,
     )  # fmt: skip
     if groups.is_main():

@@ -3,7 +3,8 @@
     python tools/generate.py --model.hf_path DIR --prompt "..." [--section.key value ...]
     torchrun --nproc-per-node N tools/generate.py --model.init_path DIR --file prompts.txt ...
 
-Prompts: --prompt (may be given more than once), or --file with one a line. The settings are those of
+Prompts: --prompt (may be given more than once), or --file in UTF-8 with one a line. Each is checked
+before the model is built: it must have tokens, and fit the context with rollout.max_new_tokens. The settings are those of
 train.py: `--data.apply_chat_template true`, `--rollout.max_new_tokens N`, `--rollout.top_p P`,
 `--parallel.tensor N`; --greedy takes the likeliest tokens. One JSON line a prompt on stdout:
 prompt, response, tokens, truncated. Left out: streaming, a server.
@@ -12,7 +13,6 @@ prompt, response, tokens, truncated. Left out: streaming, a server.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -20,10 +20,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs without an 
 
 from megatron_rpp import cli, launching
 from megatron_rpp.config import Config, count_replicas
-from megatron_rpp.inputs import open_tokenizer, samplings
+from megatron_rpp.data.json_lines import json_line
+from megatron_rpp.data.tokenizer import Tokenizer
+from megatron_rpp.inputs import model_vocabulary, open_tokenizer, response_format, samplings
 from megatron_rpp.parallel import groups
 from megatron_rpp.policy import build_start
-from megatron_rpp.records import Request
+from megatron_rpp.records import Generation, Request, Sampling
+from megatron_rpp.refusals import reading
 from megatron_rpp.rollout.engine import MegatronEngine
 from megatron_rpp.stages.rollout import shard
 
@@ -41,40 +44,49 @@ def main(argv: list[str] | None = None) -> None:
     prompts = options.prompt + (lines_of(options.file) if options.file else [])
     if not prompts:
         own.error("no prompt: give --prompt TEXT or --file FILE")
+    tokenizer, form = open_tokenizer(config.data)
+    limit = config.model.max_length - config.rollout.max_new_tokens
+    vocab_size = model_vocabulary(config, tokenizer)
+    encoded = [form.checked_tokens(prompt, limit) for prompt in prompts]
+    answering = samplings(config.rollout, tokenizer)[1 if options.greedy else 0]
     groups.start(**config.parallel.sizes(), seed=config.seed)
-    for answer in generate(config, prompts, options.greedy):
+    generations = generate(config, vocab_size, encoded, tokenizer, answering)
+    responses = response_format(config, tokenizer, answering)
+    for prompt, generation in zip(prompts, generations, strict=True):
+        answer = {
+            "prompt": prompt,
+            "response": responses.text(generation.tokens),
+            "tokens": len(generation.tokens),
+            "truncated": generation.truncated,
+        }
         if groups.is_main():
-            print(json.dumps(answer, ensure_ascii=False), flush=True)
+            print(json_line(answer), flush=True)
     groups.stop()
 
 
 def lines_of(file: Path) -> list[str]:
-    """The prompts of a file, one a line, empty lines left out."""
-    return [line for line in file.read_text().splitlines() if line.strip()]
+    """The prompts of a file, one a line, blank lines left out. A line ends with a line feed alone:
+    U+2028 or a form feed is part of a prompt."""
+    with reading(str(file.absolute()), "save it as UTF-8"):
+        lines = file.read_bytes().decode().split("\n")
+    return [line.removesuffix("\r") for line in lines if line.strip()]
 
 
-def generate(config: Config, prompts: list[str], greedy: bool) -> list[dict]:
+def generate(
+    config: Config,
+    vocab_size: int,
+    prompts: list[tuple[int, ...]],
+    tokenizer: Tokenizer,
+    sampling: Sampling,
+) -> list[Generation]:
     """One answer per prompt, in order, on every rank. Collective."""
-    tokenizer, form = open_tokenizer(config.data)
-    stage = build_start(config, config.model.vocab_size or tokenizer.vocab_size)
+    stage = build_start(config, vocab_size)
     engine = MegatronEngine(stage.requires_grad_(False), tokenizer, config.rollout.max_batch)
-    rank, size = groups.data_rank(), groups.data_size()
-    own = shard(len(prompts), rank, size)
-    requests = [Request(tuple(form.tokens(prompts[i])), sample_id=i) for i in own]
-    sampling = samplings(config.rollout)[1 if greedy else 0]
-    found = zip(own, engine.generate(requests, sampling, config.seed, step=0))
-    answers = {
-        i: {
-            "prompt": prompts[i],
-            "response": tokenizer.decode(generation.tokens),
-            "tokens": len(generation.tokens),
-            "truncated": generation.truncated,
-        }
-        for i, generation in found
-    }
-    for other in groups.gather_objects(answers, groups.data_group()):
-        answers |= other
-    return [answers[i] for i in range(len(prompts))]
+    own = shard(len(prompts), groups.data_rank(), groups.data_size())
+    requests = [Request(prompts[i], sample_id=i) for i in own]
+    generations = engine.generate(requests, sampling, config.seed, step=0)
+    parts = groups.gather_objects(generations, groups.data_group())
+    return [generation for part in parts for generation in part]
 
 
 if __name__ == "__main__":

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from megatron_rpp.data.messages import Message
 from megatron_rpp.data.tokenizer import Tokenizer
-
-Message = dict[str, Any]
-"""``role`` and ``content``, and whatever else the template reads."""
+from megatron_rpp.refusals import reading
 
 
 class Rendered(NamedTuple):
@@ -40,8 +39,29 @@ class PromptFormat:
             if not self.apply_chat_template:
                 return Rendered(prompt, begin=True)
             prompt = [{"role": "user", "content": prompt}]
-        text = self.tokenizer.render(self.with_system(prompt), generation_prompt=True)
-        return Rendered(text, begin=False)
+        return Rendered(self.write(self.with_system(prompt), generation_prompt=True), begin=False)
+
+    def write(self, messages: Sequence[Message], generation_prompt: bool) -> str:
+        """The conversation as the chat template writes it.
+
+        Content that is null beside tool calls is left to a template that treats it apart. Others
+        would write the word None, or fail: for them it is an empty text.
+        """
+
+        def with_null_as(content: str | None) -> str:
+            filled = [
+                message | {"content": content} if message["content"] is None else message
+                for message in messages
+            ]
+            return self.tokenizer.render(filled, generation_prompt)
+
+        if all(message["content"] is not None for message in messages):
+            return self.tokenizer.render(messages, generation_prompt)
+        try:
+            text = with_null_as(None)
+        except ValueError:
+            return with_null_as("")
+        return text if text != with_null_as("None") else with_null_as("")
 
     def encode_many(self, prompts: Sequence[Rendered]) -> list[tuple[int, ...]]:
         """Token ids of each prompt."""
@@ -55,17 +75,29 @@ class PromptFormat:
         """Token ids of the prompt."""
         return self.encode_many([self.render(prompt)])[0]
 
+    def checked_tokens(self, prompt: str, limit: int) -> tuple[int, ...]:
+        """Token ids of a prompt that comes from no data set.
+
+        Raises:
+            ValueError: it is blank, makes no tokens or more than `limit`, or cannot be rendered.
+        """
+        if not prompt.strip():
+            raise ValueError(f"the prompt is {prompt!r}, it must hold a text")
+        with reading(f"the prompt {prompt[:80]!r}", "correct it"):
+            tokens = self.tokens(prompt)
+        problem = length_problem(len(tokens), limit)
+        if problem is not None:
+            raise ValueError(
+                f"{problem}: shorten {prompt[:80]!r}, raise model.max_length or lower "
+                "rollout.max_new_tokens, which share the context"
+            )
+        return tokens
+
     def with_system(self, messages: Sequence[Message]) -> list[Message]:
         """The conversation, beginning with the system prompt where it has none of its own."""
         if not self.system_prompt or messages[0]["role"] == "system":
             return list(messages)
         return [{"role": "system", "content": self.system_prompt}, *messages]
-
-
-def last_user_text(messages: Sequence[Message]) -> str:
-    """Content of the last user message that is a text; empty where there is none."""
-    texts = (m.get("content") for m in reversed(messages) if m["role"] == "user")
-    return next((text for text in texts if isinstance(text, str)), "")
 
 
 def prompt_tokens(text: str, tokenizer: Tokenizer) -> tuple[int, ...]:
@@ -79,3 +111,12 @@ def begun(tokens: Sequence[int], tokenizer: Tokenizer) -> tuple[int, ...]:
     if tokenizer.bos_id is None or tokens[:1] == [tokenizer.bos_id]:
         return tuple(tokens)
     return (tokenizer.bos_id, *tokens)
+
+
+def length_problem(tokens: int, limit: int) -> str | None:
+    """Why a prompt of so many tokens cannot be asked; None if it can."""
+    if not tokens:
+        return "the prompt has no tokens: the tokenizer makes nothing of it"
+    if tokens > limit:
+        return f"the prompt has {tokens} tokens, the limit is {limit}"
+    return None

@@ -5,18 +5,21 @@ messages; keys may be dotted paths (``reward_model.ground_truth``), so the layou
 OpenRLHF load as they are. A turn of the assistant that closes a conversation is no part of the
 prompt; it is the label where the row has no other. Without a field ``metadata``, the row's other
 fields are the metadata.
+
+A label is a text. A number becomes the text that the file has: 5.0 stays "5.0", 1e3 stays "1e3".
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import Any
 
-from megatron_rpp.data.chat import Message, last_user_text
-from megatron_rpp.data.sources import Row, Rows, kind, open_rows
-
-_ABSENT = object()
+from megatron_rpp.data.messages import Message, conversation, last_user_text
+from megatron_rpp.data.rows import Row, Rows, kind
+from megatron_rpp.data.sources import open_rows
+from megatron_rpp.refusals import reading
 
 
 @dataclass(frozen=True)
@@ -46,48 +49,70 @@ class Examples(Sequence[Example]):
         """Raises ValueError, naming the place, where the row is not one."""
         if not 0 <= index < len(self):
             raise IndexError(index)
-        return _example(self.rows[index], self.rows.where(index), self.prompt_key, self.label_key)
+        with reading(self.rows.where(index), "correct the row"):
+            return self._example(index)
+
+    def _example(self, index: int) -> Example:
+        row, where = self.rows[index], self.rows.where(index)
+        path = _path(row, self.prompt_key)
+        if path is None:
+            raise ValueError(
+                f"{where} has no field {self.prompt_key!r}, only {sorted(row)}: set "
+                "data.prompt_key to the field that holds the prompt"
+            )
+        prompt = _at(row, path)
+        messages = conversation(prompt, f"{where}: {self.prompt_key!r}")
+        label = self._label(index, row)
+        if len(messages) > 1 and messages[-1]["role"] == "assistant":
+            label = messages[-1]["content"] if label is None else label
+            messages = messages[:-1]
+        text = last_user_text(messages) if messages else prompt
+        return Example(text, label, _metadata(row, where, {self.prompt_key, self.label_key}), messages)
+
+    def _label(self, index: int, row: Row) -> str | None:
+        path = _path(row, self.label_key)
+        value = None if path is None else _at(row, path)
+        if value is None or isinstance(value, str):
+            return value
+        if isinstance(value, (int, float, Decimal)) and not isinstance(value, bool):
+            return self.rows.written(index, path)
+        raise ValueError(
+            f"{self.rows.where(index)}: {self.label_key!r} is {kind(value)}, it must be a string, "
+            "a number or null: put anything else into 'metadata'"
+        )
 
 
 def open_examples(
-    source: str, prompt_key: str, label_key: str, cache_dir: str | None = None
+    source: str,
+    prompt_key: str,
+    label_key: str,
+    cache_dir: str | None = None,
+    say: Callable[[str], None] = print,
 ) -> Examples:
-    """The examples of a data set; see `sources.open_rows` for what ``source`` may be.
+    """The examples of a data set; see `sources.open_rows` for the source and the last two.
 
     Raises:
         ValueError: no such source, or it has no rows.
     """
-    return Examples(open_rows(str(source), cache_dir), prompt_key, label_key)
+    return Examples(open_rows(str(source), cache_dir, say), prompt_key, label_key)
 
 
-def _example(row: Row, where: str, prompt_key: str, label_key: str) -> Example:
-    prompt = _field(row, prompt_key)
-    if prompt is _ABSENT:
-        raise ValueError(
-            f"{where} has no field {prompt_key!r}, only {sorted(row)}: set data.prompt_key to the "
-            "field that holds the prompt"
-        )
-    messages = _messages(prompt, f"{where}: {prompt_key!r}")
-    label = _label(_field(row, label_key), where, label_key)
-    if len(messages) > 1 and messages[-1]["role"] == "assistant":
-        closing = messages[-1].get("content")
-        label = closing if label is None and isinstance(closing, str) else label
-        messages = messages[:-1]
-    text = last_user_text(messages) if messages else prompt
-    return Example(
-        text,
-        label,
-        _metadata(row, where, {prompt_key, label_key}),
-        messages,
-    )
-
-
-def _field(row: Row, key: str) -> Any:
-    """The value at a key or at a dotted path of keys; _ABSENT where there is none."""
+def _path(row: Row, key: str) -> tuple[str, ...] | None:
+    """The keys that lead to the value of a key, or of a dotted path of keys; None: nowhere."""
     if key in row:
-        return row[key]
+        return (key,)
     first, dot, rest = key.partition(".")
-    return _field(row[first], rest) if dot and isinstance(row.get(first), dict) else _ABSENT
+    if not dot or not isinstance(row.get(first), dict):
+        return None
+    path = _path(row[first], rest)
+    return None if path is None else (first, *path)
+
+
+def _at(row: Row, path: Sequence[str]) -> Any:
+    value = row
+    for key in path:
+        value = value[key]
+    return value
 
 
 def _metadata(row: Row, where: str, used: set[str]) -> dict[str, Any]:
@@ -97,33 +122,3 @@ def _metadata(row: Row, where: str, used: set[str]) -> dict[str, Any]:
     if not isinstance(metadata, dict):
         raise ValueError(f"{where}: 'metadata' is {kind(metadata)}, it must be a JSON object")
     return metadata
-
-
-def _messages(prompt: Any, where: str) -> tuple[Message, ...]:
-    """The checked conversation, empty where the prompt is a text."""
-    if isinstance(prompt, str) and prompt.strip():
-        return ()
-    if not isinstance(prompt, list) or not prompt:
-        raise ValueError(
-            f"{where} is {prompt!r}, it must be a non-empty string or a list of messages"
-        )
-    for number, message in enumerate(prompt):
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise ValueError(
-                f"{where}: message {number} is {message!r}, it must be an object with the fields "
-                "'role' and 'content'"
-            )
-    return tuple(prompt)
-
-
-def _label(value: Any, where: str, label_key: str) -> str | None:
-    if value is None or value is _ABSENT:
-        return None
-    if isinstance(value, str):
-        return value
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return str(value)
-    raise ValueError(
-        f"{where}: {label_key!r} is {kind(value)}, it must be a string, a number or null: put "
-        "anything else into 'metadata'"
-    )

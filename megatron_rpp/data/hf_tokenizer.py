@@ -13,7 +13,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import jinja2
+from megatron_rpp.refusals import reading, reason
 
 UNKNOWN = "\ufffd"
 """Text of an id that the tokenizer does not know: a model may have more rows than it has tokens."""
@@ -40,16 +40,17 @@ class HuggingFaceTokenizer:
                 path, local_files_only=True, trust_remote_code=trust_remote_code
             )
         except Exception as error:  # the many formats of old and new files raise whatever they like
-            reason = " ".join(str(error).split())
             raise ValueError(
-                f"tokenizer {path} is not a directory of Hugging Face tokenizer files "
-                f"({type(error).__name__}: {reason}): correct data.tokenizer"
+                f"tokenizer {Path(path).absolute()} is not a directory of Hugging Face tokenizer "
+                f"files ({reason(error)}): correct data.tokenizer"
             ) from error
-        self._path = Path(path)
+        self._path = Path(path).absolute()
         self._template = _read_template(chat_template)
         tokens = self._tokenizer.get_vocab()
         self.vocab_size: int = max(tokens.values()) + 1
         self._known = frozenset(tokens.values())
+        added = self._tokenizer.added_tokens_decoder.items()
+        self._special = {str(token): number for number, token in added if token.special}
         self.eos_ids: tuple[int, ...] = self._end_ids()
         self.eos_id: int = self.eos_ids[0]
         self.bos_id: int | None = self._begin_id()
@@ -67,10 +68,16 @@ class HuggingFaceTokenizer:
         )
         return encoded["input_ids"]
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text of the ids, special ids skipped; an unknown id gives U+FFFD."""
+    def decode(self, ids: Sequence[int], keep_special: bool = False) -> str:
+        """Text of the ids, special ids skipped or as their own text; an unknown id gives U+FFFD."""
         runs = groupby(map(int, ids), key=self._known.__contains__)
-        return "".join(self._text(list(run)) if known else UNKNOWN for known, run in runs)
+        return "".join(
+            self._text(list(run), keep_special) if known else UNKNOWN for known, run in runs
+        )
+
+    def special_id(self, text: str) -> int | None:
+        """The special token of this text."""
+        return self._special.get(text)
 
     def render(self, messages: Sequence[dict[str, Any]], generation_prompt: bool) -> str:
         """The conversation as the chat template writes it, special tokens included.
@@ -90,15 +97,18 @@ class HuggingFaceTokenizer:
                 add_generation_prompt=generation_prompt,
                 tokenize=False,
             )
-        except (jinja2.TemplateError, TypeError) as error:
+        except Exception as error:  # a template is a program: it raises whatever it likes
             raise ValueError(
                 f"the chat template refuses the messages {list(messages)} ({error}): correct them, "
                 "or name another template with data.chat_template"
             ) from error
 
-    def _text(self, ids: list[int]) -> str:
+    def _text(self, ids: list[int], keep_special: bool) -> str:
         return self._tokenizer.decode(
-            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+            ids,
+            skip_special_tokens=not keep_special,
+            clean_up_tokenization_spaces=False,
+            spaces_between_special_tokens=False,
         )
 
     def _begin_id(self) -> int | None:
@@ -112,9 +122,7 @@ class HuggingFaceTokenizer:
         own = self._tokenizer.eos_token_id
         ids = [] if own is None else [own]
         for name in ("generation_config.json", "config.json"):
-            if (self._path / name).is_file():
-                named = json.loads((self._path / name).read_bytes()).get("eos_token_id")
-                ids += named if isinstance(named, list) else [] if named is None else [named]
+            ids += _named_ends(self._path / name)
         if not ids:
             raise ValueError(
                 f"tokenizer {self._path} has no end-of-sequence token: responses could never end; "
@@ -129,10 +137,20 @@ class HuggingFaceTokenizer:
         return tuple(dict.fromkeys(ids))
 
 
+def _named_ends(file: Path) -> list[int]:
+    """The end-of-sequence ids in a settings file of the model; none where there is no such file."""
+    if not file.is_file() and not file.is_symlink():
+        return []
+    with reading(str(file.absolute()), "correct the file, or fetch it again"):
+        named = json.loads(file.read_bytes()).get("eos_token_id")
+    ids = named if isinstance(named, list) else [] if named is None else [named]
+    if any(type(number) is not int for number in ids):
+        raise ValueError(f"{file.absolute()}: eos_token_id is {named!r}, it must be a whole number")
+    return ids
+
+
 def _read_template(path: str | None) -> str | None:
     if path is None:
         return None
-    try:
+    with reading(f"data.chat_template {Path(path).absolute()}", "name a text file in UTF-8"):
         return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"data.chat_template {path} cannot be read ({error})") from error

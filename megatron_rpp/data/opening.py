@@ -9,12 +9,25 @@ from pathlib import Path
 
 from megatron_rpp.config_learning import DataConfig
 from megatron_rpp.data.chat import PromptFormat
-from megatron_rpp.data.examples import open_examples
-from megatron_rpp.data.kept import cached, stamp
+from megatron_rpp.data.examples import Example, open_examples
+from megatron_rpp.data.kept import Pass, cached, stamp
 from megatron_rpp.data.prompts import PromptFile, PromptSet, fitting_rows, split_held_out
 
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 """(title, total) -> a context whose value hears how much more is done; see console.Console."""
+
+
+@dataclass(frozen=True)
+class RowCheck:
+    """What else than its form is asked of a row."""
+
+    name: str
+    """The same for the same check: what a pass found is kept under it."""
+    problem: Callable[[Example], str | None]
+    """What is wrong with a row, and the remedy; None: nothing."""
+
+
+ANY_ROW = RowCheck("none", lambda example: None)
 
 
 @dataclass(frozen=True)
@@ -26,12 +39,21 @@ class Data:
 
 
 def open_data(
-    data: DataConfig, form: PromptFormat, limit: int, seed: int, progress: Progress
+    data: DataConfig,
+    form: PromptFormat,
+    limit: int,
+    seed: int,
+    progress: Progress,
+    *,
+    held_out_check: RowCheck = ANY_ROW,
+    train_check: RowCheck = ANY_ROW,
+    say: Callable[[str], None] = print,
 ) -> Data:
     """Opens and checks every source; the first start on a source reads all of it.
 
     Args:
         limit: tokens that a prompt may have; data.max_prompt_tokens lowers it.
+        say: is told if a cache cannot be used.
 
     Raises:
         ValueError: a source is not named, missing or empty, or a row is malformed or too long.
@@ -39,27 +61,30 @@ def open_data(
     limit = min(limit, data.max_prompt_tokens or limit)
     dropped = 0
 
-    def open_file(source: str) -> PromptFile:
+    def open_file(source: str, check: RowCheck) -> PromptFile:
         nonlocal dropped
-        examples = open_examples(source, data.prompt_key, data.label_key, data.cache_dir)
+        examples = open_examples(source, data.prompt_key, data.label_key, data.cache_dir, say)
+        drop = data.overlong_prompts == "drop"
 
-        def find():
+        def find() -> Pass:
             with progress(f"reading {source}", len(examples)) as done:
-                return fitting_rows(examples, form, limit, data.overlong_prompts == "drop", done)
+                return fitting_rows(examples, form, limit, drop, check.problem, done)
 
-        rows = cached(cache_dir(data), pass_key(data, examples.rows.identity, limit), find)
-        if not len(rows):
+        key = pass_key(data, examples.rows.identity, limit, check.name)
+        found = cached(cache_dir(data), key, find, say)
+        if not len(found.rows):
             raise ValueError(
                 f"data set {source} has no prompt of at most {limit} tokens: raise "
                 "data.max_prompt_tokens or model.max_length"
             )
-        dropped += len(examples) - len(rows)
-        return PromptFile(examples, form, rows)
+        dropped += len(examples) - len(found.rows)
+        return PromptFile(examples, form, found.rows, (found.prompts, found.labels))
 
     held_out = None
     if data.eval or not data.eval_split:
-        held_out = [open_file(given("data.eval", data.eval))]
-    train = [open_file(source) for source in given("data.train", data.sources)]
+        held_out = [open_file(given("data.eval", data.eval), held_out_check)]
+    sources = given("data.train", data.sources)
+    train = [open_file(source, train_check) for source in sources]
     if held_out is None:
         train, held_out = split_held_out(train, data.eval_split, seed)
     return Data(PromptSet(train, data.weights), PromptSet(held_out), dropped)

@@ -6,6 +6,8 @@ kept in a cache, so that later starts on the same files are quick. Left out: ded
 
 from __future__ import annotations
 
+import hashlib
+import json
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -13,9 +15,11 @@ from itertools import accumulate
 
 import numpy as np
 
-from megatron_rpp.data.chat import PromptFormat, Rendered
+from megatron_rpp.data.chat import PromptFormat, Rendered, length_problem
 from megatron_rpp.data.examples import Example, Examples
+from megatron_rpp.data.kept import Pass
 from megatron_rpp.data.order import Mixture, prompt_indices
+from megatron_rpp.refusals import reading
 from megatron_rpp.seeds import permutation
 
 _CHUNK = 256
@@ -39,6 +43,8 @@ class PromptFile(Sequence[Prompt]):
     examples: Examples
     form: PromptFormat
     rows: np.ndarray
+    digests: tuple[str, str]
+    """Of the prompts and of the labels of all its rows."""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -79,6 +85,15 @@ class PromptSet(Sequence[Prompt]):
         """The same set with other rows of its sources."""
         return PromptSet(parts, self._weights)
 
+    def identities(self) -> tuple[str, str]:
+        """Of the prompts with the shares in which they are drawn, and of the labels: the same
+        wherever the files lie."""
+        prompts, labels = _digest(json.dumps(self._weights).encode()), _digest()
+        for part in self.parts:
+            prompts.update(part.digests[0].encode() + part.rows.tobytes())
+            labels.update(part.digests[1].encode() + part.rows.tobytes())
+        return prompts.hexdigest(), labels.hexdigest()
+
     def where(self, index: int) -> str:
         """The place of a prompt in its source, in words."""
         part = bisect_right(self._ends, index)
@@ -100,31 +115,65 @@ def fitting_rows(
     form: PromptFormat,
     limit: int,
     drop: bool,
+    check: Callable[[Example], str | None] = lambda example: None,
     progress: Callable[[int], None] = lambda done: None,
-) -> np.ndarray:
-    """[n] int64, the rows whose prompt has at most ``limit`` tokens (begin-of-sequence counts).
+) -> Pass:
+    """The rows whose prompt has at most ``limit`` tokens (begin-of-sequence counts).
 
-    Checks every row. ``progress`` hears how many more rows are done.
+    Checks every row. ``check`` says what else is wrong with one; ``progress`` hears how many more
+    rows are done.
 
     Raises:
-        ValueError: a malformed row, one that the chat template refuses or, unless ``drop``, one
-            with a longer prompt; names its place.
+        ValueError: a malformed row, one that the chat template refuses, one whose prompt has no
+            tokens or, unless ``drop``, too many; names its place.
     """
     fits = np.ones(len(examples), bool)
+    prompts, labels = _digest(), _digest()
     for start in range(0, len(examples), _CHUNK):
         chunk = range(start, min(start + _CHUNK, len(examples)))
-        encoded = form.encode_many([_render(examples, row, form) for row in chunk])
-        for row, tokens in zip(chunk, encoded):
-            fits[row] = len(tokens) <= limit
-            if not fits[row] and not drop:
-                raise ValueError(
-                    f"{examples.rows.where(row)}: the prompt has {len(tokens)} tokens, the limit "
-                    f"is {limit}: raise it (the lower of data.max_prompt_tokens and of "
-                    "model.max_length - rollout.max_new_tokens), remove the row, or set "
-                    "data.overlong_prompts to drop"
-                )
+        read = [examples[row] for row in chunk]
+        for row, example, tokens in zip(chunk, read, _encoded(examples, chunk, read, form)):
+            where = examples.rows.where(row)
+            prompts.update(json.dumps(example.messages or example.prompt, default=str).encode())
+            labels.update(json.dumps(example.label).encode())
+            fits[row] = tokens <= limit
+            problem = length_problem(tokens, limit)
+            if problem is not None and not (drop and tokens):
+                raise ValueError(f"{where}: {problem}: {_remedy(tokens)}")
+            other = check(example)
+            if other is not None:
+                raise ValueError(f"{where}: {other}")
         progress(len(chunk))
-    return np.flatnonzero(fits)
+    return Pass(np.flatnonzero(fits), prompts.hexdigest(), labels.hexdigest())
+
+
+def _digest(start: bytes = b"") -> hashlib.blake2b:
+    return hashlib.blake2b(start, digest_size=16)
+
+
+def _remedy(tokens: int) -> str:
+    if not tokens:
+        return "correct or remove the row"
+    return (
+        "raise it (the lower of data.max_prompt_tokens and of model.max_length - "
+        "rollout.max_new_tokens), remove the row, or set data.overlong_prompts to drop"
+    )
+
+
+def _encoded(
+    examples: Examples, chunk: Sequence[int], read: Sequence[Example], form: PromptFormat
+) -> list[int]:
+    """How many tokens each prompt of a chunk has."""
+    rendered = [_render(examples, row, example, form) for row, example in zip(chunk, read)]
+    try:
+        return list(map(len, form.encode_many(rendered)))
+    except Exception:  # a tokenizer raises whatever it likes: one by one, the row is found
+        return [_encode(examples, row, prompt, form) for row, prompt in zip(chunk, rendered)]
+
+
+def _encode(examples: Examples, row: int, prompt: Rendered, form: PromptFormat) -> int:
+    with reading(f"{examples.rows.where(row)}: the prompt", "correct it"):
+        return len(form.encode_many([prompt])[0])
 
 
 def split_held_out(
@@ -151,9 +200,10 @@ def split_held_out(
     )
 
 
-def _render(examples: Examples, row: int, form: PromptFormat) -> Rendered:
-    example = examples[row]
-    try:
-        return form.render(example.messages or example.prompt)
-    except ValueError as error:
-        raise ValueError(f"{examples.rows.where(row)}: {error}") from error
+def _render(examples: Examples, row: int, example: Example, form: PromptFormat) -> Rendered:
+    where = examples.rows.where(row)
+    with reading(f"{where}: the prompt", "correct it"):
+        try:
+            return form.render(example.messages or example.prompt)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error

@@ -25,10 +25,13 @@ def lesson(prompt: Prompt, form: PromptFormat) -> Lesson:
     """The tokens of an example that has a label.
 
     Raises:
-        ValueError: the chat template writes earlier turns differently once others follow.
+        ValueError: the label has no tokens, or the chat template writes earlier turns differently
+            once others follow.
     """
-    tokenizer = form.tokenizer
-    last = [*tokenizer.encode(prompt.example.label), tokenizer.eos_id]
+    tokenizer, label = form.tokenizer, prompt.example.label
+    last = [*tokenizer.encode(label), tokenizer.eos_id]
+    if len(last) == 1:
+        raise ValueError(f"the label {label!r} has no tokens: correct or remove the row")
     tokens, learned = _earlier_turns(prompt, form)
     start = learned.index(True) if any(learned) else len(tokens)
     marks = learned[start:] + [True] * len(last)
@@ -43,9 +46,9 @@ def _earlier_turns(prompt: Prompt, form: PromptFormat) -> tuple[list[int], list[
         return list(prompt.tokens), [False] * len(prompt.tokens)
     cuts = [""]
     for turn in turns:
-        cuts.append(form.tokenizer.render(messages[:turn], generation_prompt=True))
-        cuts.append(form.tokenizer.render(messages[: turn + 1], generation_prompt=False))
-    cuts.append(form.tokenizer.render(messages, generation_prompt=True))
+        cuts.append(form.write(messages[:turn], generation_prompt=True))
+        cuts.append(form.write(messages[: turn + 1], generation_prompt=False))
+    cuts.append(form.write(messages, generation_prompt=True))
     tokens, learned = [], []
     for number, (before, after) in enumerate(zip(cuts, cuts[1:])):
         if not after.startswith(before):

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rpp.data.files import write_atomic
+from megatron_rpp.data.json_lines import json_line
 from megatron_rpp.data.typed_json import from_typed_json, to_typed_json
 
 Row = dict[str, Any]
@@ -110,7 +111,7 @@ def write_jsonl(path: str | Path, rows: Iterable[Row]) -> None:
 
 def jsonl(rows: Iterable[Row]) -> bytes:
     """One JSON object a line, in UTF-8."""
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    return "".join(json_line(row) + "\n" for row in rows).encode()
 
 
 def _draws(name: str, params: dict[str, Any], wanted: int, seed: int) -> Iterator[Row]:

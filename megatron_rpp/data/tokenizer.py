@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Iterable, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
@@ -18,6 +19,7 @@ import sentencepiece
 
 from megatron_rpp.data.files import write_atomic
 from megatron_rpp.data.hf_tokenizer import HuggingFaceTokenizer
+from megatron_rpp.refusals import reading
 
 PAD, UNK, BOS, EOS = range(4)
 """Ids of the special pieces in the tokenizers trained here."""
@@ -42,8 +44,14 @@ class Tokenizer(Protocol):
     def encode(self, text: str) -> list[int]:
         """Ids of the text, no special ids added."""
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text of the ids; special ids give no text, an unknown one gives " ⁇ " or U+FFFD."""
+    def decode(self, ids: Sequence[int], keep_special: bool = False) -> str:
+        """Text of the ids; an unknown one gives " ⁇ " or U+FFFD.
+
+        keep_special: special ids give their text (<think>, <|im_end|>), else none.
+        """
+
+    def special_id(self, text: str) -> int | None:
+        """The special id whose text this is; None where there is none."""
 
     def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
         """``encode`` of each text."""
@@ -58,13 +66,15 @@ class SentencePieceTokenizer:
 
     def __init__(self, path: str | Path) -> None:
         """Raises ValueError: no such file, not a SentencePiece model, or one without end piece."""
-        if not Path(path).is_file():
+        path = Path(path).absolute()
+        if not path.is_file():
             raise ValueError(
                 f"tokenizer {path} is not a file or a directory: correct data.tokenizer, or make "
                 "the file with tools/make_task.py"
             )
+        content = path.read_bytes()
         try:
-            processor = sentencepiece.SentencePieceProcessor(model_proto=Path(path).read_bytes())
+            processor = sentencepiece.SentencePieceProcessor(model_proto=content)
         except RuntimeError as error:
             raise ValueError(f"tokenizer {path} is not a SentencePiece model ({error})") from error
         if processor.get_piece_size() == 0:
@@ -74,14 +84,14 @@ class SentencePieceTokenizer:
                 f"tokenizer {path} has no end-of-sequence piece: responses could never end; train "
                 "it with an eos_id"
             )
-        self._path = Path(path)
+        self._path = path
         self._processor = processor
         self.vocab_size: int = processor.get_piece_size()
         self.bos_id: int | None = processor.bos_id() if processor.bos_id() >= 0 else None
         self.eos_id: int = processor.eos_id()
         self.eos_ids: tuple[int, ...] = (self.eos_id,)
         self.pad_id: int = processor.pad_id() if processor.pad_id() >= 0 else self.eos_id
-        self._special = {self.bos_id, self.eos_id, self.pad_id}
+        self._special = frozenset(filter(processor.is_control, range(self.vocab_size)))
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text, no special ids added; characters without a piece become unknown."""
@@ -91,14 +101,26 @@ class SentencePieceTokenizer:
         """``encode`` of each text."""
         return self._processor.encode(list(texts))
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text of the ids, special ids skipped.
+    def decode(self, ids: Sequence[int], keep_special: bool = False) -> str:
+        """Text of the ids, special ids skipped or as their own text.
 
         An unknown piece stays visible as " ⁇ ": dropped, "5<unk>7" would pass for the answer 57.
         """
         known = range(self.vocab_size)  # a model may have more words than its tokenizer has pieces
         pieces = [int(i) if int(i) in known else self._processor.unk_id() for i in ids]
-        return self._processor.decode([piece for piece in pieces if piece not in self._special])
+        if not keep_special:
+            return self._processor.decode([p for p in pieces if p not in self._special])
+        runs = groupby(pieces, key=self._special.__contains__)
+        return "".join(
+            "".join(map(self._processor.id_to_piece, run)) if special
+            else self._processor.decode(list(run))
+            for special, run in runs
+        )  # fmt: skip
+
+    def special_id(self, text: str) -> int | None:
+        """The control piece of this text."""
+        piece = self._processor.piece_to_id(text)
+        return piece if piece in self._special else None
 
     def render(self, messages: Sequence[dict[str, Any]], generation_prompt: bool) -> NoReturn:
         """Raises ValueError: a SentencePiece model has no chat template."""
@@ -119,11 +141,12 @@ def load_tokenizer(
         trust_remote_code: run the Python code of a directory that brings its own tokenizer.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: it is neither, or one of its files is damaged.
     """
-    if Path(path).is_dir():
-        return HuggingFaceTokenizer(path, chat_template, trust_remote_code)
-    return SentencePieceTokenizer(path)
+    with reading(f"tokenizer {Path(path).absolute()}", "correct data.tokenizer or its files"):
+        if Path(path).is_dir():
+            return HuggingFaceTokenizer(path, chat_template, trust_remote_code)
+        return SentencePieceTokenizer(path)
 
 
 def train_sentencepiece(texts: Iterable[str], path: str | Path, vocab_size: int) -> None:

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 from megatron_rpp.failures import RunFailure
 from megatron_rpp.rewards.checks import SampleError, numbers, short
-from megatron_rpp.rewards.loading import RewardFunction, load_reward, needs_worker
+from megatron_rpp.rewards.loading import RewardFunction, load_reward, needs_worker, row_problem
 from megatron_rpp.rewards.pool import WorkerPool
 
 __all__ = ["RewardError", "RewardFunction", "RewardSet", "SampleError", "Scores", "load_reward"]
@@ -83,6 +83,12 @@ class RewardSet:
             [(name, options.get(name, {})) for name in outside], workers, timeout, timeout_score
         )
         self._outside = frozenset(outside)
+
+    def row_problem(self, label: str | None, metadata: dict[str, Any]) -> str | None:
+        """Why a row of the data could never be scored, to refuse it before the run; None if none
+        of the functions knows a reason."""
+        problems = (row_problem(*named, label, metadata) for named in self._functions.items())
+        return next(filter(None, problems), None)
 
     def score(
         self,

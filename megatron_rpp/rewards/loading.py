@@ -13,8 +13,9 @@ from types import ModuleType
 from typing import Any
 
 from megatron_rpp.rewards.http import HttpReward
-from megatron_rpp.rewards.rules import exact_match, reasoning_gym
-from megatron_rpp.rewards.terms import Length, MathVerify, Regex
+from megatron_rpp.rewards.checks import SampleError
+from megatron_rpp.rewards.rules import exact_match, reasoning_gym, require_entry
+from megatron_rpp.rewards.terms import Length, MathVerify, Regex, require_labels
 
 RewardFunction = Callable[
     [list[str], list[str], list[str | None], list[dict[str, Any]]], Sequence[float]
@@ -26,6 +27,27 @@ _WITH_OPTIONS = {"length": Length, "math_verify": MathVerify, "regex": Regex}
 _TRUSTED = {"exact_match", "length"}
 """Built-in functions that run in the training process: they end. Not so reasoning_gym's scorers, a few
 of which evaluate the response as an expression."""
+
+
+_ROW_CHECKS: dict[str, Callable[[Any, str | None, dict[str, Any]], None]] = {
+    "exact_match": lambda function, label, metadata: require_labels([label]),
+    "math_verify": lambda function, label, metadata: require_labels([label]),
+    "reasoning_gym": lambda function, label, metadata: require_entry(0, metadata),
+    "regex": lambda function, label, metadata: function.equals_label and require_labels([label]),
+}
+"""What built-in functions ask of a row: each raises SampleError."""
+
+
+def row_problem(
+    name: str, function: RewardFunction, label: str | None, metadata: dict[str, Any]
+) -> str | None:
+    """Why the function could never score this row; None if it can, or if only it itself knows."""
+    try:
+        if name in _ROW_CHECKS:
+            _ROW_CHECKS[name](function, label, metadata)
+    except SampleError as error:
+        return f"reward function {name!r} {error}"
+    return None
 
 
 def is_url(name: str) -> bool:

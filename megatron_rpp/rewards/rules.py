@@ -49,13 +49,7 @@ def reasoning_gym(
 
 
 def _score(index: int, prompt: str, response: str, metadata: dict[str, Any]) -> float:
-    missing = sorted({"task", "params", "answer", "entry"} - metadata.keys())
-    if missing:
-        raise SampleError(
-            index,
-            f"needs {missing} in the row's metadata: make the data with tools/make_task.py, or "
-            "choose another function in reward.functions",
-        )
+    require_entry(index, metadata)
     task = _task(metadata["task"], json.dumps(metadata["params"]))
     entry = restore_entry(prompt, metadata)
     try:
@@ -65,6 +59,17 @@ def _score(index: int, prompt: str, response: str, metadata: dict[str, Any]) -> 
         # list): a wrong answer. A row whose own answer cannot be scored either is broken data.
         _check_scorable(index, task, entry, error)
         return 0.0
+
+
+def require_entry(index: int, metadata: dict[str, Any]) -> None:
+    """Raises SampleError for a row that does not come from tools/make_task.py."""
+    missing = sorted({"task", "params", "answer", "entry"} - metadata.keys())
+    if missing:
+        raise SampleError(
+            index,
+            f"needs {missing} in the row's metadata: make the data with tools/make_task.py, or "
+            "choose another function in reward.functions",
+        )
 
 
 def _check_scorable(index: int, task: Any, entry: dict[str, Any], first: Exception) -> None:

@@ -24,6 +24,7 @@ from megatron_rpp.parallel import device as devices
 from megatron_rpp.parallel import groups, pipeline
 from megatron_rpp.records import Generation, Request, Sampling
 from megatron_rpp.rollout.sampling import choose
+from megatron_rpp.rollout.stopping import StopTexts
 from megatron_rpp.seeds import uniforms
 
 # Compact once this share of the batch has finished: a copy of the cache costs about one token.
@@ -151,7 +152,7 @@ class MegatronEngine:
         """fp64 [2, b]: the tokens and their log-probs, from the last stage to every stage."""
         chosen = torch.empty(2, len(random), dtype=torch.float64, device=devices.device())
         if groups.is_last_stage():
-            forbid = self.tokenizer.eos_ids if position < sampling.min_new_tokens else ()
+            forbid = self._ends(sampling) if position < sampling.min_new_tokens else ()
             logits = chunks(self.model)[-1].sampling_logits(hidden)
             tokens, logprobs = choose(logits, random, sampling, forbid)
             chosen[0], chosen[1] = tokens, logprobs
@@ -165,8 +166,13 @@ class MegatronEngine:
         wave.tokens[rows, position] = values[0, running]
         wave.logprobs[rows, position] = values[1, running]
         wave.lengths[rows] = position + 1
-        wave.ended[rows] = np.isin(wave.tokens[rows, position], self.tokenizer.eos_ids)
+        wave.ended[rows] = np.isin(wave.tokens[rows, position], self._ends(sampling))
         if sampling.stop and position + 1 >= sampling.min_new_tokens:
+            stops = StopTexts(self.tokenizer, sampling.stop)
+            first = position + 1 == max(sampling.min_new_tokens, 1)
             for row in rows[~wave.ended[rows]]:
-                text = self.tokenizer.decode(wave.tokens[row, : position + 1].tolist())
-                wave.ended[row] = any(stop in text for stop in sampling.stop)
+                wave.ended[row] = stops.end(wave.tokens[row, : position + 1].tolist(), first)
+
+    def _ends(self, sampling: Sampling) -> tuple[int, ...]:
+        """Tokens that end a response."""
+        return (*self.tokenizer.eos_ids, *sampling.stop_token_ids)

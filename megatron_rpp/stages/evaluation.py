@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_rpp.data.prompts import Prompt
-from megatron_rpp.data.tokenizer import Tokenizer
+from megatron_rpp.data.response import ResponseFormat
 from megatron_rpp.parallel import groups
 from megatron_rpp.records import Request, Sampling
 from megatron_rpp.rewards import RewardSet
@@ -39,7 +39,7 @@ def evaluate(
     engine: RolloutEngine,
     prompts: Sequence[Prompt],
     rewards: RewardSet,
-    tokenizer: Tokenizer,
+    form: ResponseFormat,
     sampling: Sampling,
     shown: int,
 ) -> Evaluation:
@@ -52,12 +52,12 @@ def evaluate(
     requests = [Request(prompt.tokens, sample_id=0) for prompt in own]
     generations = engine.generate(requests, sampling, seed=0, step=0)
     responses = [generation.tokens for generation in generations]
-    scores = score_responses(rewards, tokenizer, own, responses)
+    scores = score_responses(rewards, form, own, responses)
     first = next(iter(scores.parts.values()))
     sums = [float(len(own)), float(sum(value >= 1.0 for value in first)), sum(scores.total)]
     count, correct, reward = groups.reduce_sums(sums, groups.data_group())
     samples = [
-        Sample(prompt.example.prompt, tokenizer.decode(response), prompt.example.label, score)
+        Sample(prompt.example.prompt, form.text(response), prompt.example.label, score)
         for prompt, response, score in list(zip(own, responses, scores.total))[:shown]
     ]
     return Evaluation(int(count), correct / count, reward / count, samples)

@@ -11,14 +11,14 @@ import torch
 
 from megatron_rpp import phases
 from megatron_rpp.data.prompts import Example, Prompt
-from megatron_rpp.data.tokenizer import Tokenizer
+from megatron_rpp.data.response import ResponseFormat
 from megatron_rpp.parallel import groups, waiting
 from megatron_rpp.rewards import RewardError, RewardSet, Scores
 from megatron_rpp.rollout.buffer import RolloutBuffer
 
 
 def score_responses(
-    rewards: RewardSet, tokenizer: Tokenizer, prompts: list[Prompt], responses: list[list[int]]
+    rewards: RewardSet, form: ResponseFormat, prompts: list[Prompt], responses: list[list[int]]
 ) -> Scores:
     """The scores of this replica's responses, on each of its ranks.
 
@@ -33,7 +33,7 @@ def score_responses(
             try:
                 scores = rewards.score(
                     [example.prompt for example in examples],
-                    [tokenizer.decode(response) for response in responses],
+                    [form.text(response) for response in responses],
                     [example.label for example in examples],
                     [_metadata(*pair) for pair in zip(examples, responses)],
                     alive,
@@ -53,9 +53,9 @@ def _metadata(example: Example, response: list[int]) -> dict[str, Any]:
     return example.metadata | messages | {"response_tokens": len(response)}
 
 
-def score(buffer: RolloutBuffer, rewards: RewardSet, tokenizer: Tokenizer) -> Scores:
+def score(buffer: RolloutBuffer, rewards: RewardSet, form: ResponseFormat) -> Scores:
     """Fills `buffer.scores` [n]; returns them with each reward function's own scores."""
     responses = [buffer.response(index) for index in range(len(buffer))]
-    scores = score_responses(rewards, tokenizer, buffer.prompts, responses)
+    scores = score_responses(rewards, form, buffer.prompts, responses)
     buffer.scores = torch.tensor(scores.total, dtype=torch.float32)
     return scores

@@ -54,8 +54,8 @@ def test_prompts_start_with_begin_of_sequence_where_there_is_one(opened, tmp_pat
 def test_prompt_over_the_limit_is_refused_with_the_remedies(tmp_path):
     path = write(tmp_path / "a.jsonl", ["ab", "abc"])
     examples, form = open_examples(path, "prompt", "label"), PromptFormat(CodePoints(2))
-    assert fitting_rows(examples, form, 4, drop=False).tolist() == [0, 1]
-    assert fitting_rows(examples, form, 3, drop=True).tolist() == [0]
+    assert fitting_rows(examples, form, 4, drop=False).rows.tolist() == [0, 1]
+    assert fitting_rows(examples, form, 3, drop=True).rows.tolist() == [0]
     with pytest.raises(ValueError) as error:
         fitting_rows(examples, form, 3, drop=False)
     assert str(error.value).startswith(

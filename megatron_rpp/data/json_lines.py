@@ -1,0 +1,113 @@
+"""JSON Lines files, of which only the places of the lines are kept in memory.
+
+They are read here and not by `datasets`: that infers one schema for all rows, which refuses labels
+of mixed types, puts the keys of one row's metadata into every other's, and writes numbers anew.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_rpp.data.rows import Row, kind
+from megatron_rpp.refusals import reading
+
+_READ = 1 << 22
+"""Bytes of a file that are searched for line ends at once."""
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+"""Escapes of which each pair is one character, and one alone is none."""
+_LINE_ENDS = re.compile("[\x85\u2028\u2029]")
+"""Characters of a JSON string that many programs take for the end of a line."""
+
+
+def json_line(value: Any) -> str:
+    """``value`` as one line of JSON, readable in any language, whatever splits it into lines."""
+    text = json.dumps(value, ensure_ascii=False)
+    return _LINE_ENDS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+class JsonLines:
+    """The objects of a file, one a line."""
+
+    def __init__(self, path: Path, name: str | None = None) -> None:
+        """name: of the file in messages; None = its absolute path.
+
+        Raises:
+            ValueError: it is no file that can be read, or it is empty.
+        """
+        self._name = str(path.absolute()) if name is None else name
+        if not path.is_file():
+            raise ValueError(
+                f"data set {self._name} is not a file: correct the path, or make the file first"
+            )
+        with reading(f"data set {self._name}", "correct the file or its permissions"):
+            self._file = os.open(path, os.O_RDONLY)
+            self._ends = self._find_ends()
+            stat = os.fstat(self._file)
+        if len(self._ends) == 1 and self._ends[0] == 0:
+            raise ValueError(f"data set {self._name} is empty: it needs one JSON object a line")
+        self.identity = f"{path.absolute()} {stat.st_size} {stat.st_mtime_ns}"
+
+    def _find_ends(self) -> np.ndarray:
+        """[n] where each line ends. Split at "\\n" alone: JSON strings may hold other line
+        separators, such as U+2028."""
+        found, start = [], 0
+        while block := os.pread(self._file, _READ, start):
+            found.append(np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n")) + start)
+            start += len(block)
+        ends = np.concatenate([np.empty(0, np.int64), *found])
+        return ends if len(ends) and ends[-1] == start - 1 else np.append(ends, start)
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_file"):
+            os.close(self._file)
+
+    def where(self, index: int) -> str:
+        return f"{self._name}, line {index + 1}"
+
+    def __getitem__(self, index: int) -> Row:
+        line, where = self._line(index), self.where(index)
+        with reading(where, "each line is one JSON object"):
+            try:
+                row = json.loads(line)
+            except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+                message = f"{where} is not JSON ({error}): each line is one JSON object"
+                raise ValueError(message) from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{where} is {kind(row)}: each line must be a JSON object {{...}}")
+        if _SURROGATE.search(line):
+            _check_characters(row, where)
+        return row
+
+    def written(self, index: int, keys: Sequence[str]) -> str | None:
+        """As in `Rows`: 5.0, 1e3 and NaN stay as they are."""
+        row = json.loads(self._line(index), parse_int=str, parse_float=str, parse_constant=str)
+        for key in keys:
+            row = row[key]
+        return row
+
+    def _line(self, index: int) -> bytes:
+        start = int(self._ends[index - 1]) + 1 if index else 0
+        return os.pread(self._file, int(self._ends[index]) - start, start)
+
+
+def _check_characters(row: Row, where: str) -> None:
+    """Raises ValueError where a string holds half of a surrogate pair: no tokenizer takes it and no
+    file can be written with it."""
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = error.object[error.start]
+        raise ValueError(
+            f"{where} holds {ascii(half)[1:-1]} alone, half of a surrogate pair and no character: "
+            "write both halves, or remove it"
+        ) from error

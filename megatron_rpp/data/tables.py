@@ -1,0 +1,163 @@
+"""Tables that the `datasets` library memory-maps: Parquet, Arrow and CSV files, the Hub.
+
+CSV has no types, so every cell is the text that stands there; an empty one is missing. A whole
+number of a Parquet file that was written beside a gap comes as 5.0 from pandas; it is 5 again
+where it is asked for as it was written.
+"""
+
+from __future__ import annotations
+
+import errno
+import math
+import tempfile
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from decimal import Decimal
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from megatron_rpp.data.rows import Row, Rows
+
+FORMATS = {".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
+"""Files that the library reads, and its names for their formats."""
+_UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
+Files = Mapping[str, Sequence[Path]]
+"""The files of each split."""
+
+
+class ArrowRows:
+    """A table that the `datasets` library memory-maps."""
+
+    def __init__(self, table: Any, name: str) -> None:
+        """Raises ValueError: it is no table of one split, or it is empty."""
+        if isinstance(table, dict):
+            raise ValueError(f"data set {name} has the splits {sorted(table)}: add '@' and one")
+        if not len(table):
+            raise ValueError(f"data set {name} is empty: it has no rows")
+        self._table, self._name = table, name
+        self.identity = f"{name} {table._fingerprint} {len(table)}"
+        self._are_whole = cache(self._are_whole_beside_gaps)
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def where(self, index: int) -> str:
+        return f"{self._name}, row {index + 1}"
+
+    def __getitem__(self, index: int) -> Row:
+        return self._table[index]
+
+    def written(self, index: int, keys: Sequence[str]) -> str | None:
+        """As in `Rows`; NaN is a missing value."""
+        value = self._table[index]
+        for key in keys:
+            value = value[key]
+        if isinstance(value, (int, Decimal)):
+            return str(value)
+        if math.isnan(value):
+            return None
+        if self._are_whole(tuple(keys)):
+            return str(int(value))
+        return _shortest(value, self._column(keys).type)
+
+    def _column(self, keys: Sequence[str]) -> Any:
+        import pyarrow.compute as compute
+
+        column = self._table.data.column(keys[0])
+        return compute.struct_field(column, list(keys[1:])) if len(keys) > 1 else column
+
+    def _are_whole_beside_gaps(self, keys: tuple[str, ...]) -> bool:
+        """Whether a column of floats has gaps and whole numbers alone: pandas made it of integers."""
+        import pyarrow.compute as compute
+
+        column = self._column(keys)
+        gaps = compute.is_null(column, nan_is_null=True)
+        values = column.filter(compute.invert(gaps))
+        whole = compute.and_(
+            compute.is_finite(values), compute.equal(compute.floor(values), values)
+        )
+        return compute.any(gaps).as_py() and compute.all(whole).as_py()
+
+
+def _shortest(value: float, kind: Any) -> str:
+    """The shortest text that gives the same number in the column's own precision."""
+    import numpy as np
+
+    return str(np.dtype(kind.to_pandas_dtype()).type(value))
+
+
+def open_files(
+    files: Files, split: str, suffix: str, *, name: str, cache_dir: str | None
+) -> ArrowRows:
+    """The rows of a split of Parquet, Arrow or CSV files, all of the format of `suffix`.
+
+    The library gets a list of names: it would take a path for a pattern.
+
+    Raises whatever a file's reader raises.
+    """
+    import datasets
+    from datasets.data_files import DataFilesDict, DataFilesList
+
+    listed = DataFilesDict(
+        {
+            key: DataFilesList([str(path.absolute()) for path in paths], list(map(_stamp, paths)))
+            for key, paths in files.items()
+        }
+    )
+    settings = _all_texts(files) if suffix == ".csv" else {}
+    table = datasets.load_dataset(
+        FORMATS[suffix], data_files=listed, split=split, cache_dir=cache_dir, **settings
+    )
+    return ArrowRows(table, name)
+
+
+def with_copies(
+    read: Callable[[str | None], Rows], name: str, cache_dir: str | None, say: Callable[[str], None]
+) -> Rows:
+    """What `read` gives, which is told where the library may put its copies: in `cache_dir` or, if
+    nothing can be written there, in a temporary directory."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    try:
+        return read(cache_dir)
+    except Exception as error:  # a file's reader raises whatever it likes
+        problem = _problem_of_the_disk(error)
+        if problem is None:
+            raise
+        say(
+            f"the cache {cache_dir or datasets.config.HF_DATASETS_CACHE} cannot be used "
+            f"({problem.strerror}): {name} is copied to a temporary directory; set data.cache_dir "
+            "to a directory of yours"
+        )
+    temporary = tempfile.TemporaryDirectory()
+    rows = read(temporary.name)
+    weakref.finalize(rows, temporary.cleanup)
+    return rows
+
+
+def _problem_of_the_disk(error: BaseException | None) -> OSError | None:
+    """Of the errors that led to `error`, the one that says that nothing can be written."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _UNWRITABLE:
+            return error
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _all_texts(files: Files) -> dict[str, Any]:
+    """Settings with which no cell of a CSV file becomes another text; an empty one is missing."""
+    import datasets
+    import pandas
+
+    first = next(path for paths in files.values() for path in paths)
+    names = pandas.read_csv(first, nrows=0).columns
+    features = datasets.Features({name: datasets.Value("string") for name in names})
+    return {"features": features, "keep_default_na": False, "na_values": [""]}
+
+
+def _stamp(path: Path) -> tuple[str, str]:
+    """By which the library tells whether it has a copy of the file as it is."""
+    stat = path.stat()
+    return str(stat.st_mtime_ns), str(stat.st_size)

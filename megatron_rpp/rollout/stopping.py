@@ -1,0 +1,58 @@
+"""What ends a response: end-of-sequence, the tokens and the texts that the user names.
+
+A text that is a special token of the tokenizer is that token: it is compared by its id. Any other
+text is looked for in what the response says, special tokens included, and may span tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megatron_rpp.data.tokenizer import Tokenizer
+
+_CONTEXT = 8
+"""Tokens before those that can be part of a match: the first of a text may be read otherwise than
+in the middle of one (a stripped blank, half of a character)."""
+
+
+def split_stops(
+    tokenizer: Tokenizer, texts: Sequence[str], ids: Sequence[int]
+) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """(texts to look for, tokens that end) of the settings rollout.stop and rollout.stop_token_ids.
+
+    Raises:
+        ValueError: an id is none of the tokenizer's.
+    """
+    for number in ids:
+        if not 0 <= number < tokenizer.vocab_size:
+            raise ValueError(
+                f"rollout.stop_token_ids has {number}, but the tokenizer's ids are 0 .. "
+                f"{tokenizer.vocab_size - 1}: correct it"
+            )
+    special = {text: tokenizer.special_id(text) for text in texts}
+    searched = tuple(text for text, number in special.items() if number is None)
+    found = [number for number in special.values() if number is not None]
+    return searched, tuple(dict.fromkeys([*ids, *found]))
+
+
+class StopTexts:
+    """Looks for texts at the end of responses that grow by a token at a time."""
+
+    def __init__(self, tokenizer: Tokenizer, texts: Sequence[str]) -> None:
+        self._tokenizer = tokenizer
+        self._texts = tuple(texts)
+        # A token of a match brings at least one byte of it.
+        longest = max((len(text.encode()) for text in texts), default=0)
+        self._window = longest + _CONTEXT
+
+    def end(self, tokens: Sequence[int], first: bool) -> bool:
+        """Whether a response ends with its last token.
+
+        first: nothing has looked at the tokens before it. Otherwise only a match that the last
+        token completes is left to find, so the cost of a token does not grow with the response.
+        """
+        if not self._texts:
+            return False
+        seen = tokens if first else tokens[-self._window :]
+        text = self._tokenizer.decode(seen, keep_special=True)
+        return any(stop in text for stop in self._texts)
