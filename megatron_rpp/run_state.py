@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass
@@ -17,6 +17,9 @@ class RunState:
     """What the adaptive KL controller has made of the KL coefficients: a factor on them."""
     skipped_in_a_row: int = 0
     """Updates skipped since the last one that was not, for a loss or gradient not finite."""
+
+    identity: dict[str, list[str]] = field(default_factory=dict)
+    """What the run was made with (identity.py): [digest, words] by name."""
 
     def reached(self, target: float | None) -> bool:
         """Whether the last evaluation reached the accuracy at which to stop (None: never)."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_rpp import checkpoint, sealing, underway
+from megatron_rpp import checkpoint, identity, sealing, underway
 from megatron_rpp.failures import PREEMPTED, RunFailure
+from megatron_rpp.parallel import groups
 from megatron_rpp.run import Run, evaluate_held_out
 from megatron_rpp.run_state import due
 from megatron_rpp.underway import Underway
@@ -19,10 +20,16 @@ class Preempted(RunFailure):
 
 def resume(run: Run, repair: bool) -> None:
     """Continues from what checkpoint.dir holds, else from checkpoint.load, else at step 0.
+    Collective.
+
+    Where the data is other than the checkpoint's, it begins at its start; any difference is said.
 
     repair: set damaged checkpoints of checkpoint.dir aside.
     """
     policy, settings, say = run.policy, run.config.checkpoint, run.console.say
+    own = identity.identities(run.config, run.inputs) if groups.is_main() else None
+    now = groups.broadcast_object(own)
+    run.state.identity = identity.recorded(now)
     path = checkpoint.newest(settings.dir, say, repair)
     if path is not None:
         run.saved_as = path.name
@@ -30,7 +37,8 @@ def resume(run: Run, repair: bool) -> None:
         path = checkpoint.require(settings.load, say)
     else:
         return
-    run.state = checkpoint.resume(policy.model, policy.optimizer, policy.scheduler, path)
+    state = checkpoint.resume(policy.model, policy.optimizer, policy.scheduler, path)
+    run.state = identity.carry_over(state, now, path, say)
     manifest = sealing.gathered(sealing.read_manifest(path))[0]
     if manifest is not None and "underway" in manifest["notes"]:
         begun = underway.read(
