@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from plot import draw, rows_of
@@ -58,8 +59,9 @@ def main() -> None:
     try:
         tables = summary(config), answers(config)
         draw([log_dir], log_dir / "curves.png")
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from None
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
     for table in tables:
         console.print(table)
     for name, value in {

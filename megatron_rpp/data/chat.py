@@ -39,29 +39,8 @@ class PromptFormat:
             if not self.apply_chat_template:
                 return Rendered(prompt, begin=True)
             prompt = [{"role": "user", "content": prompt}]
-        return Rendered(self.write(self.with_system(prompt), generation_prompt=True), begin=False)
-
-    def write(self, messages: Sequence[Message], generation_prompt: bool) -> str:
-        """The conversation as the chat template writes it.
-
-        Content that is null beside tool calls is left to a template that treats it apart. Others
-        would write the word None, or fail: for them it is an empty text.
-        """
-
-        def with_null_as(content: str | None) -> str:
-            filled = [
-                message | {"content": content} if message["content"] is None else message
-                for message in messages
-            ]
-            return self.tokenizer.render(filled, generation_prompt)
-
-        if all(message["content"] is not None for message in messages):
-            return self.tokenizer.render(messages, generation_prompt)
-        try:
-            text = with_null_as(None)
-        except ValueError:
-            return with_null_as("")
-        return text if text != with_null_as("None") else with_null_as("")
+        text = self.tokenizer.render(self.with_system(prompt), generation_prompt=True)
+        return Rendered(text, begin=False)
 
     def encode_many(self, prompts: Sequence[Rendered]) -> list[tuple[int, ...]]:
         """Token ids of each prompt."""

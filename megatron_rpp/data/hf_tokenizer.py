@@ -90,9 +90,12 @@ class HuggingFaceTokenizer:
                 f"tokenizer {self._path} has no chat template: name a template file with "
                 "data.chat_template, or use prompts that are texts without data.apply_chat_template"
             )
+        # Fields that are null (the content beside tool calls, what Parquet fills up) are left out, as
+        # transformers 5 does: older ones let templates write the word None.
+        given = [{k: v for k, v in message.items() if v is not None} for message in messages]
         try:
             return self._tokenizer.apply_chat_template(
-                list(messages),
+                given,
                 chat_template=self._template,
                 add_generation_prompt=generation_prompt,
                 tokenize=False,

@@ -46,9 +46,9 @@ def _earlier_turns(prompt: Prompt, form: PromptFormat) -> tuple[list[int], list[
         return list(prompt.tokens), [False] * len(prompt.tokens)
     cuts = [""]
     for turn in turns:
-        cuts.append(form.write(messages[:turn], generation_prompt=True))
-        cuts.append(form.write(messages[: turn + 1], generation_prompt=False))
-    cuts.append(form.write(messages, generation_prompt=True))
+        cuts.append(form.tokenizer.render(messages[:turn], generation_prompt=True))
+        cuts.append(form.tokenizer.render(messages[: turn + 1], generation_prompt=False))
+    cuts.append(form.tokenizer.render(messages, generation_prompt=True))
     tokens, learned = [], []
     for number, (before, after) in enumerate(zip(cuts, cuts[1:])):
         if not after.startswith(before):

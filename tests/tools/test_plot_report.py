@@ -108,7 +108,7 @@ def test_plot_refuses_a_run_without_rows(logs, tmp_path, name, state):
     if state == "empty":
         (logs / name).write_text("")
     done = tool("plot.py", logs, "--out", tmp_path / "curves.png")
-    assert done.returncode == 1 and done.stdout == ""
+    assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith(f"error: {logs / name} is {state}: ")
     assert done.stderr.count("\n") == 1
     assert not (tmp_path / "curves.png").exists()
@@ -147,5 +147,5 @@ def test_report_of_a_run_without_kl_says_so(logs):
 
 def test_report_refuses_a_run_that_took_no_step(tmp_path):
     done = tool("report.py", "--logging.dir", tmp_path)
-    assert done.returncode == 1 and done.stdout == ""
+    assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith(f"error: {tmp_path / 'metrics.jsonl'} is missing: give the")
