@@ -69,7 +69,7 @@ def carry_over(
     for name in other:
         follows = "it begins at its start" if name == PROMPTS else "the run goes on"
         shown = f"then {before[name].shown}; now {now[name].shown}"
-        say(f"{name} differs from that of {place} ({shown}): {follows}")
+        say(f"changed since {place}: {name} ({shown}): {follows}")
     seen = 0 if PROMPTS in other else state.prompts_seen
     return replace(state, prompts_seen=seen, identity=recorded(now))
 
