@@ -31,6 +31,7 @@ from megatron_rpp.config_model import NOT_COMPARED
 from megatron_rpp.failures import SaveFailed
 from megatron_rpp.model.language_model import chunks
 from megatron_rpp.parallel import groups
+from megatron_rpp.refusals import reading
 from megatron_rpp.run_state import RunState
 
 __all__ = ["POINTER", "SaveFailed", "load_weights", "newest", "require", "resume", "save", "write"]
@@ -54,9 +55,10 @@ def _fill(model: torch.nn.Module, state: dict) -> None:
 
 def _check_fit(model: torch.nn.Module, path: Path) -> None:
     """Refuses a checkpoint of another model, alike on every rank."""
-    stored = dist_checkpointing.load_tensors_metadata(str(path))
-    # A checkpoint from elsewhere has no such record; its tensors' shapes must do.
-    theirs = dist_checkpointing.load_common_state_dict(str(path)).get("architecture", {})
+    with reading(f"checkpoint {path}", "choose another"):
+        stored = dist_checkpointing.load_tensors_metadata(str(path))
+        # A checkpoint from elsewhere has no such record; its tensors' shapes must do.
+        theirs = dist_checkpointing.load_common_state_dict(str(path)).get("architecture", {})
     own = _model_state(model)
     apply_factories(own)
     problems = [

@@ -114,14 +114,14 @@ def current(directory: str | Path) -> Path:
 
     Raises ValueError where there is none.
     """
-    path = Path(directory)
+    path = Path(directory).absolute()
     if _is_checkpoint(path):
         return path
     names = _candidates(path)
     if not names:
         raise ValueError(
             f"no checkpoint at {path}: it holds neither .metadata nor a {POINTER} that names one; "
-            f"give the directory of a run or of a converted model"
+            f"give the directory of an earlier run or of a converted model"
         )
     return path / names[0]
 
@@ -131,7 +131,7 @@ def require(directory: str | Path, say: Callable[[str], None] = print) -> Path:
 
     Raises ValueError where there is none, or it is damaged. Changes nothing.
     """
-    path = Path(directory)
+    path = Path(directory).absolute()
     if _is_checkpoint(path):
         found = _damage(path)
         if found is not None:

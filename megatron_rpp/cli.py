@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import difflib
 import io
+import json
 import os
 import re
 import sys
@@ -175,6 +176,8 @@ def _settings(words: list[str], aliases: dict[str, str]) -> Iterator[str]:
             value = next(rest, "--")
             if value.startswith("--"):
                 raise ValueError(f"--{flag} needs a value, got none")
+        if name == "data.train" and value[:1] in ("[", "-") and os.path.exists(value):
+            value = json.dumps([value])  # a file called [math] is no list of files
         yield f"--{name}={value}"
 
 

@@ -41,12 +41,13 @@ for _class in (_Loader, _Dumper):
 
 def read_yaml(file: str) -> dict[str, Any]:
     """The mapping that ``file`` holds, empty for an empty file; ValueError naming the file."""
+    path = Path(file).absolute()
     try:
-        content = yaml.load(Path(file).read_bytes(), Loader=_Loader)
+        content = yaml.load(path.read_bytes(), Loader=_Loader)
     except OSError as error:
-        raise ValueError(f"cannot read config file '{file}': {error.strerror}") from error
-    except (ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"config file '{file}': {error}") from error
+        raise ValueError(f"cannot read config file '{path}': {error.strerror}") from error
+    except (ValueError, yaml.YAMLError, RecursionError) as error:
+        raise ValueError(f"config file '{path}': {error}") from error
     if content is not None and not isinstance(content, dict):
         raise ValueError(f"config file '{file}' must hold 'section:' lines, got {content!r}")
     return content or {}

@@ -53,6 +53,19 @@ def check_filled(section: str, config: object, names: str) -> None:
             raise ValueError(f"{section}.{name} must not be empty, got {getattr(config, name)!r}")
 
 
+def check_characters(setting: str, *texts: str) -> None:
+    """Every text can be encoded: a command line in another encoding, and half of a surrogate pair,
+    cannot."""
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"{setting} holds {ascii(error.object[error.start])}, which is no character: write "
+                "the text in UTF-8"
+            ) from error
+
+
 def check_divides(
     whole: str, count: int, part: str, divisor: int, remedy: str = "change one of them"
 ) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from megatron_rpp.config_checks import check_choices, check_filled, check_range
+from megatron_rpp.config_checks import check_characters, check_choices, check_filled, check_range
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +54,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         check_choices("data", self)
         check_filled("data", self, "prompt_key label_key")
+        check_characters("data.system_prompt", self.system_prompt)
         check_range("data", self, "eval_split", at_least=0)
         check_range("data", self, "max_prompt_tokens", at_least=1)
         if self.eval_split > 1 and self.eval_split % 1:
@@ -153,6 +154,7 @@ class RolloutConfig:
                 f"rollout.min_new_tokens must be at most rollout.max_new_tokens = "
                 f"{self.max_new_tokens}, got {self.min_new_tokens}"
             )
+        check_characters("rollout.stop", *self.stop)
         if "" in self.stop:
             raise ValueError(
                 f"rollout.stop must hold no empty text, got {self.stop}: it would end every "

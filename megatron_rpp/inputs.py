@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 
+from megatron_rpp import checkpoint_store
 from megatron_rpp.config import Config, DataConfig, RewardConfig, RolloutConfig
 from megatron_rpp.console import Console
 from megatron_rpp.data.chat import PromptFormat
@@ -19,6 +20,8 @@ from megatron_rpp.data.opening import ANY_ROW, RowCheck, given, open_data
 from megatron_rpp.data.prompts import Prompt, PromptSet
 from megatron_rpp.data.response import ResponseFormat
 from megatron_rpp.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_rpp.hf.dist_checkpoint import Checkpoint
+from megatron_rpp.hf.source import check_source
 from megatron_rpp.records import Sampling
 from megatron_rpp.rewards import RewardSet
 from megatron_rpp.rollout.stopping import split_stops
@@ -58,9 +61,22 @@ def check_writable(setting: str, directory: str) -> None:
             pass
     except OSError as error:
         raise ValueError(
-            f"{setting} {directory} cannot be written ({error.strerror}): choose another directory "
+            f"{setting} {Path(directory).absolute()} cannot be written ({error.strerror}): choose "
+            f"another directory "
             f"or change its permissions"
         ) from error
+
+
+def check_start(config: Config) -> None:
+    """Raises ValueError where what the weights start from cannot be read, before any is built."""
+    model, saved = config.model, config.checkpoint
+    if model.hf_path is not None:
+        for note in check_source(model.hf_path).notes:
+            once_a_node()(note)
+    started = (Path(saved.dir) / checkpoint_store.POINTER).exists()
+    for path in (model.init_path, None if started else saved.load):
+        if path is not None:
+            Checkpoint(checkpoint_store.current(path)).common()
 
 
 def load_inputs(config: Config, train_is_scored: bool = True) -> Inputs:
@@ -73,6 +89,7 @@ def load_inputs(config: Config, train_is_scored: bool = True) -> Inputs:
             that leaves no room for the response, a tokenizer larger than the model's vocabulary,
             a reward that cannot be imported.
     """
+    check_start(config)
     tokenizer, form = open_tokenizer(config.data)
     vocab_size = model_vocabulary(config, tokenizer)
     limit = config.model.max_length - config.rollout.max_new_tokens

@@ -10,6 +10,7 @@ import traceback
 from typing import Callable
 
 import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_rpp.failures import FAILED, PREEMPTED, REFUSED, RunFailure
 from megatron_rpp.refusals import is_refusal
@@ -36,7 +37,7 @@ def run(main: Callable[[], None]) -> None:
     """Runs `main` and turns what it raises into a message and an exit code."""
     try:
         main()
-    except Exception as error:
+    except (Exception, CheckpointException) as error:  # the second is not one of the first
         if isinstance(error, RunFailure):
             word = "stopped" if error.exit_code == PREEMPTED else "error"
             _print_once(f"{word}: {error}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from megatron_rpp.cli import parse
@@ -81,7 +83,10 @@ def refused(capsys):
             "--micro-batch-size 2 and --train.max_tokens_per_microbatch set the same budget: "
             "give one of them",
         ),
-        ("--config none.yaml", "cannot read config file 'none.yaml': No such file or directory"),
+        (
+            "--config none.yaml",
+            f"cannot read config file '{Path.cwd()}/none.yaml': No such file or directory",
+        ),
         ("--config", "argument --config: expected one argument"),
         (
             "--tensor-model-parallel-size 3",

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs without an 
 from megatron_rpp import cli, launching
 from megatron_rpp.config import count_replicas
 from megatron_rpp.data.files import write_atomic
-from megatron_rpp.inputs import load_inputs
+from megatron_rpp.inputs import check_writable, load_inputs
 from megatron_rpp.parallel import groups
 from megatron_rpp.policy import build_start
 from megatron_rpp.rollout.engine import MegatronEngine
@@ -38,7 +38,9 @@ def main(argv: list[str] | None = None) -> None:
     options, words = own.parse_known_args(argv)
     config = cli.parse(words).config
     count_replicas(config.parallel, groups.launched_world_size())
-    inputs = load_inputs(config)
+    if options.output is not None:
+        check_writable("the directory of --output", options.output.parent)
+    inputs = load_inputs(config, train_is_scored=False)
     groups.start(**config.parallel.sizes(), seed=config.seed)
     stage = build_start(config, inputs.vocab_size).requires_grad_(False)
     engine = MegatronEngine(stage, inputs.tokenizer, config.rollout.max_batch)

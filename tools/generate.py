@@ -22,7 +22,13 @@ from megatron_rpp import cli, launching
 from megatron_rpp.config import Config, count_replicas
 from megatron_rpp.data.json_lines import json_line
 from megatron_rpp.data.tokenizer import Tokenizer
-from megatron_rpp.inputs import model_vocabulary, open_tokenizer, response_format, samplings
+from megatron_rpp.inputs import (
+    check_start,
+    model_vocabulary,
+    open_tokenizer,
+    response_format,
+    samplings,
+)
 from megatron_rpp.parallel import groups
 from megatron_rpp.policy import build_start
 from megatron_rpp.records import Generation, Request, Sampling
@@ -44,6 +50,7 @@ def main(argv: list[str] | None = None) -> None:
     prompts = options.prompt + (lines_of(options.file) if options.file else [])
     if not prompts:
         own.error("no prompt: give --prompt TEXT or --file FILE")
+    check_start(config)
     tokenizer, form = open_tokenizer(config.data)
     limit = config.model.max_length - config.rollout.max_new_tokens
     vocab_size = model_vocabulary(config, tokenizer)

@@ -125,7 +125,7 @@ def _load_file(path: Path, name: str) -> ModuleType:
     sys.modules[module_name] = module  # before execution: dataclasses look their module up there
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[module_name]
         raise _import_error(name, error) from error
     return module
@@ -134,11 +134,11 @@ def _load_file(path: Path, name: str) -> ModuleType:
 def _import(module: str, name: str) -> ModuleType:
     try:
         return importlib.import_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise _import_error(name, error) from error
 
 
-def _import_error(name: str, error: Exception) -> ValueError:
+def _import_error(name: str, error: BaseException) -> ValueError:
     return ValueError(
         f"reward function {name!r} cannot be imported ({type(error).__name__}: {error}): a module "
         "must be on PYTHONPATH, a file must end in .py"
