@@ -12,19 +12,23 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_rpp.rewards.checks import SampleError
+from megatron_rpp.rewards.golds import gold_problem
 
 
 @dataclass(frozen=True, kw_only=True)
 class MathVerify:
-    """1.0 where the response's answer is mathematically equal to the label, else 0.0.
+    """1.0 where the response's answer is mathematically equal to the label's, else 0.0.
 
-    By the library math-verify: boxed answers, LaTeX, fractions, decimals, sets, intervals; where
-    nothing is boxed, the last expression. It may run for long on hostile input, and the time limit
-    is that of the worker.
+    By the library math-verify: LaTeX, fractions, decimals, sets, intervals; what it cannot read is
+    compared as a text. answers.py says which part of a label or a response is its answer. It may
+    run for long on hostile input, and the time limit is that of the worker.
     """
 
     def __post_init__(self) -> None:
-        import math_verify  # here: slow, and no part of the first sample's time
+        # Here: slow, and no part of the first sample's time.
+        import math_verify
+
+        import megatron_rpp.rewards.equality  # noqa: F401
 
         # Its own time limit is an alarm signal; switched off, it warns once per call.
         logging.getLogger(math_verify.__name__).setLevel(logging.ERROR)
@@ -36,15 +40,10 @@ class MathVerify:
         labels: list[str | None],
         metadata: list[dict[str, Any]],
     ) -> list[float]:
-        require_labels(labels)
-        return [float(self._equal(*pair)) for pair in zip(labels, responses)]
+        from megatron_rpp.rewards.equality import is_equal
 
-    def _equal(self, label: str, response: str) -> bool:
-        from math_verify import parse, verify
-
-        boxed = label if "\\boxed" in label else f"\\boxed{{{label}}}"
-        gold, answer = (parse(text, parsing_timeout=None) for text in (boxed, response))
-        return verify(gold, answer, timeout_seconds=None)
+        require_golds(labels)
+        return [float(is_equal(*pair)) for pair in zip(labels, responses)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,3 +126,11 @@ def require_labels(labels: list[str | None]) -> None:
                 "needs a label, but this row has none: check data.label_key and the data file, or "
                 "choose another function in reward.functions",
             )
+
+
+def require_golds(labels: list[str | None]) -> None:
+    """Raises SampleError for a row without a label, or with one that no answer could equal."""
+    require_labels(labels)
+    for index, label in enumerate(labels):
+        if problem := gold_problem(label):
+            raise SampleError(index, problem)
