@@ -29,7 +29,11 @@ def main(argv: list[str] | None = None) -> int:
     with joined():
         try:
             written = convert.to_megatron(
-                options.hf_path, options.megatron_path, options.overwrite, counting_tensors
+                options.hf_path,
+                options.megatron_path,
+                options.overwrite,
+                counting=counting_tensors,
+                say=lambda note: say(f"note: {note}"),
             )
         except ValueError as error:
             say_error(error)

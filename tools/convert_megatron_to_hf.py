@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs without an 
 
 from megatron_rpp import checkpoint_store
 from megatron_rpp.hf import convert
+from megatron_rpp.hf.models import in_force
 from megatron_rpp.hf.ranks import agreed, joined
 from tools.progress import counting_tensors, say, say_error
 
@@ -35,8 +36,8 @@ def main(argv: list[str] | None = None) -> int:
     with joined():
         try:
             # The one in force or none: an older one in its place would go unnoticed in a file.
-            in_force = agreed(lambda: checkpoint_store.current(options.megatron_path))
-            checkpoint_store.require(in_force)
+            checkpoint = agreed(lambda: in_force(options.megatron_path))
+            checkpoint_store.require(checkpoint)
             convert.to_hf(
                 options.megatron_path, options.hf_path, options.dtype, options.max_shard_size,
                 options.overwrite, counting_tensors,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rpp.config_model import ModelConfig
+from megatron_rpp.refusals import reading
 
 HF_FOLDER = "hf"
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -33,7 +34,8 @@ def adopt(settings: dict[str, Any], defaults: ModelConfig) -> None:
     Raises ValueError where a setting says otherwise than the directory.
     """
     model = settings["model"]
-    folder = hf_source(model["hf_path"], model["init_path"])
+    with reading(f"{model['hf_path'] or model['init_path']}", "correct the path of the model"):
+        folder = hf_source(model["hf_path"], model["init_path"])
     if folder is None:
         return
     from megatron_rpp.hf.architecture import read_architecture  # here: it loads torch
@@ -44,14 +46,14 @@ def adopt(settings: dict[str, Any], defaults: ModelConfig) -> None:
     for name, value in theirs.items():
         if model[name] not in (value, asdict(defaults)[name]):
             raise ValueError(
-                f"model.{name} is {model[name]}, but the model in {folder} has {value}: leave it "
-                f"out, the directory brings it"
+                f"model.{name} is {model[name]}, but the model in {folder.absolute()} has {value}: "
+                f"leave it out, the directory brings it"
             )
         model[name] = value
     if model["max_length"] > context:
         raise ValueError(
-            f"model.max_length is {model['max_length']}, the model in {folder} reads at most "
-            f"{context} tokens: lower it"
+            f"model.max_length is {model['max_length']}, the model in {folder.absolute()} reads at "
+            f"most {context} tokens: lower it"
         )
     if not settings["data"]["tokenizer"] and any((folder / name).is_file() for name in _TOKENIZERS):
         settings["data"]["tokenizer"] = str(folder)

@@ -1,40 +1,71 @@
 """config.json of Hugging Face, read into the settings of ModelConfig and written from them.
 
-Both spellings of rotary positions are read: `rope_theta` with `rope_scaling` (transformers 4) and
-`rope_parameters` (transformers 5). The first is written, which both of them and vLLM read.
-
 What would make another function of the same weights (another activation, biases that the families
-do not have, other rope scalings, quantised weights) is refused by name, never ignored.
+do not have, other rope scalings, quantised weights) is refused by name, never ignored. A key that
+is absent means what the family's configuration class in transformers takes; the sizes must be
+there.
 """
 
 from __future__ import annotations
 
-import json
+import reprlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from megatron_rpp.hf.families import FAMILIES
+from megatron_rpp.hf.json_object import JsonObject, is_file, shown
+from megatron_rpp.hf.rope import read_rope, rope_json
 
 CONFIG = "config.json"
-# Where config.json says nothing, the classes of transformers take these.
-_HEAD_DIM = {"Qwen3ForCausalLM": 128}
-_ROPE_THETA = 10000.0
-# Keys that must have this value, or be absent.
+ADAPTER = "adapter_config.json"
+_MOST_LAYERS = 10_000
+_NORM_EPS = 1e-6  # Of every configuration class in FAMILIES.
+# Keys that must have one of these values, or be absent.
 _ONLY = {
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
-    "quantization_config": None,
-    "use_sliding_window": False,
-    "partial_rotary_factor": 1.0,
-    "pretraining_tp": 1,
+    "hidden_act": ("silu", "swish"),  # two names of one function
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "quantization_config": (None,),
+    "compression_config": (None,),
+    "use_sliding_window": (False,),
+    "attention_chunk_size": (None,),
+    "partial_rotary_factor": (1.0, None),
+    "is_causal": (True,),
+    "per_layer_config": (None, {}),
+    "pruned_heads": (None, {}),
+    "fusion_config": (None,),
 }
-_LLAMA3 = {
-    "factor": "factor",
-    "low_freq_factor": "low_freq_factor",
-    "high_freq_factor": "high_freq_factor",
-    "original_max_length": "original_max_position_embeddings",
+# Keys by which transformers reads other files than those read here.
+_ELSEWHERE = ("transformers_weights", "configuration_files")
+
+
+@dataclass(frozen=True)
+class _Class:
+    """What a family's configuration class in transformers does; the same in 4.57 and 5."""
+
+    kv_heads: int | None
+    """Where config.json does not say; None: as many as query heads."""
+    head_dim: int | None = None
+    """The same; None: hidden / heads."""
+    head_dim_null: bool = False
+    """Whether null stands for the default."""
+    windows: bool = False
+    """Whether sliding_window counts without use_sliding_window. The class of Llama does not know
+    it, but the key-value cache of transformers does."""
+    window: int | None = None
+    """sliding_window where config.json does not say."""
+    ignores: tuple[str, ...] = ()
+    """Keys of _ONLY that are without effect."""
+
+
+_CLASSES = {
+    "LlamaForCausalLM": _Class(None, head_dim_null=True, windows=True),
+    "MistralForCausalLM": _Class(8, head_dim_null=True, windows=True, window=4096),
+    "Qwen2ForCausalLM": _Class(32, ignores=("attention_bias",)),  # its biases are always there
+    "Qwen3ForCausalLM": _Class(32, head_dim=128),
 }
 
 
@@ -47,83 +78,153 @@ class HfArchitecture:
     settings: dict[str, Any]
     """As ModelConfig.architecture gives it; max_length is the longest context, in tokens, in which
     the model is what config.json describes."""
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Raises ValueError where `path` is not a JSON object."""
-    try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}")
-    return content
+    dtype: str | None
+    """The type that transformers 5 casts the weights to as it loads them; here they keep theirs."""
 
 
 def read_architecture(directory: str | Path) -> HfArchitecture:
     """The architecture of a Hugging Face model directory.
 
-    Raises ValueError for an unknown architecture or a feature that would be lost, by its name.
+    Raises ValueError for an unknown architecture, a feature that would be lost, or a value that
+    makes no model, by its name.
     """
-    path = Path(directory) / CONFIG
-    if not path.is_file():
-        raise ValueError(f"{directory} has no {CONFIG}: give the directory of a Hugging Face model")
-    content = read_json(path)
-    names = content.get("architectures") or ["none"]
-    if names[0] not in FAMILIES:
+    folder = Path(directory).absolute()
+    if not is_file(folder / CONFIG):
+        raise ValueError(f"{folder} has no {CONFIG}: {_instead(folder)}")
+    config = JsonObject.read(folder / CONFIG)
+    name = _name(config)
+    for key, values in _ONLY.items():
+        if key not in _CLASSES[name].ignores and config.get(key, values[0]) not in values:
+            config.refuse(
+                key,
+                f"is {reprlib.repr(config[key])}, only {values[0]!r} is supported: choose a model "
+                f"without it",
+            )
+    for key in _ELSEWHERE:
+        if config.get(key) is not None:
+            config.refuse(
+                key,
+                f"is {reprlib.repr(config[key])}, files that are not read: load the model with "
+                f"transformers and save it with save_pretrained",
+            )
+    return HfArchitecture(name, _settings(name, config), _dtype(config))
+
+
+def _instead(folder: Path) -> str:
+    if is_file(folder / ADAPTER):
+        return f"it holds an adapter ({ADAPTER}): merge it into its model and give that directory"
+    if (folder / CONFIG).is_symlink():
+        return f"{CONFIG} is a link to nothing: fetch the model again"
+    return "give the directory of a Hugging Face model"
+
+
+def _name(config: JsonObject) -> str:
+    """The architecture. transformers goes by model_type, vLLM by architectures: they must agree."""
+    names, kind = config.get("architectures") or [], config.get("model_type")
+    if not isinstance(names, list) or not all(type(name) is str for name in names):
+        config.refuse("architectures", f"must be a list of names, got {shown(names)}")
+    kinds = {_model_type(name): name for name in FAMILIES}
+    if names and names[0] not in FAMILIES:
         raise ValueError(
-            f"{path}: no table for the architecture {names[0]!r}: known are "
+            f"{config.path}: no table for the architecture {names[0]!r}: known are "
             f"{', '.join(FAMILIES)}; add it to megatron_rpp/hf/families.py"
         )
-    for key, value in _ONLY.items():
-        if content.get(key, value) != value:
-            raise ValueError(
-                f"{path}: {key} is {content[key]!r}, only {value!r} is supported: choose a model "
-                f"without it"
-            )
-    rope = _rope(content, path)
-    try:
-        return HfArchitecture(names[0], _settings(names[0], content, rope))
-    except KeyError as error:
-        raise ValueError(f"{path} has no key {error}") from error
-
-
-def _rope(content: dict[str, Any], path: Path) -> dict[str, Any]:
-    """theta and scaling, from either spelling."""
-    parameters = content.get("rope_parameters") or content.get("rope_scaling") or {}
-    theta = parameters.get("rope_theta", content.get("rope_theta", _ROPE_THETA))
-    kind = parameters.get("rope_type", parameters.get("type", "default"))
-    if kind == "default":
-        return {"rope_theta": float(theta), "rope_scaling": {"kind": "none"}}
-    if kind != "llama3":
-        raise ValueError(
-            f"{path}: rope scaling {kind!r} is not supported, only 'default' and 'llama3': choose "
-            f"a model without it"
+    if kind is None and names:
+        return names[0]
+    if type(kind) is not str or kind not in kinds:
+        config.refuse("model_type", f"is {shown(kind)}: known are {', '.join(kinds)}")
+    if names and kinds[kind] != names[0]:
+        config.refuse(
+            "model_type",
+            f"is {kind!r}, which is {kinds[kind]}, but architectures names {names[0]}: correct "
+            f"the wrong one",
         )
-    scaling = {ours: parameters[theirs] for ours, theirs in _LLAMA3.items()}
-    return {"rope_theta": float(theta), "rope_scaling": {"kind": "llama3"} | scaling}
+    return kinds[kind]
 
 
-def _settings(name: str, content: dict[str, Any], rope: dict[str, Any]) -> dict[str, Any]:
-    heads, hidden = content["num_attention_heads"], content["hidden_size"]
-    positions = content["max_position_embeddings"]
-    # A sliding window that is never left is no window (Mistral 7B v0.1).
-    window = content.get("sliding_window") if name == "MistralForCausalLM" else None
+def _dtype(config: JsonObject) -> str | None:
+    for key in ("dtype", "torch_dtype"):
+        value = config.get(key)
+        if value is not None:
+            if type(value) is not str or not isinstance(vars(torch).get(value), torch.dtype):
+                problem = f"must be a type of torch such as 'bfloat16', got {shown(value)}"
+                config.refuse(key, problem)
+            return value
+    return None
+
+
+def _model_type(name: str) -> str:
+    return name.removesuffix("ForCausalLM").lower()
+
+
+def _settings(name: str, config: JsonObject) -> dict[str, Any]:
+    layers = config.integer("num_hidden_layers", at_most=_MOST_LAYERS)
+    heads, hidden = config.integer("num_attention_heads"), config.integer("hidden_size")
+    _check_layer_types(name, config, layers)
     rows = " ".join(row.megatron for row in FAMILIES[name])
-    return rope | {
-        "layers": content["num_hidden_layers"],
+    return read_rope(config) | {
+        "layers": layers,
         "hidden": hidden,
-        "ffn_hidden": content["intermediate_size"],
+        "ffn_hidden": config.integer("intermediate_size"),
         "heads": heads,
-        "kv_heads": content.get("num_key_value_heads") or heads,
-        "head_dim": content.get("head_dim") or _HEAD_DIM.get(name) or hidden // heads,
+        "kv_heads": _kv_heads(_CLASSES[name], config, heads),
+        "head_dim": _head_dim(_CLASSES[name], config, hidden, heads),
         "qkv_bias": "linear_qkv.bias" in rows,
         "qk_norm": "q_layernorm" in rows,
-        "norm_eps": content["rms_norm_eps"],
-        "tied_embeddings": content.get("tie_word_embeddings", False),
-        "vocab_size": content["vocab_size"],
-        "max_length": min(positions, window or positions),
+        "norm_eps": float(config.number("rms_norm_eps", _NORM_EPS)),
+        "tied_embeddings": config.truth("tie_word_embeddings", False),
+        "vocab_size": config.integer("vocab_size"),
+        "max_length": _context(_CLASSES[name], config),
     }
+
+
+def _kv_heads(family: _Class, config: JsonObject, heads: int) -> int:
+    found = heads
+    if config.get("num_key_value_heads", family.kv_heads) is not None:
+        found = config.integer("num_key_value_heads", family.kv_heads)
+    if heads % found:
+        config.refuse(
+            "num_key_value_heads", f"must divide num_attention_heads = {heads}, got {found}"
+        )
+    return found
+
+
+def _head_dim(family: _Class, config: JsonObject, hidden: int, heads: int) -> int:
+    if config.get("head_dim") is not None or ("head_dim" in config and not family.head_dim_null):
+        found = config.integer("head_dim")
+    elif family.head_dim is not None:
+        found = family.head_dim
+    elif hidden % heads:
+        config.refuse(
+            "hidden_size", f"must be divisible by num_attention_heads = {heads}, got {hidden}"
+        )
+    else:
+        found = hidden // heads
+    if found % 2:
+        config.refuse("head_dim", f"(hidden_size / num_attention_heads) must be even, got {found}")
+    return found
+
+
+def _context(family: _Class, config: JsonObject) -> int:
+    """Tokens. A sliding window that is never left is no window (Mistral 7B v0.1)."""
+    positions = config.integer("max_position_embeddings")
+    if not family.windows or config.get("sliding_window", family.window) is None:
+        return positions
+    return min(positions, config.integer("sliding_window", family.window))
+
+
+def _check_layer_types(name: str, config: JsonObject, layers: int) -> None:
+    """All layers attend to everything."""
+    if "layer_types" not in config:
+        return
+    if name == "MistralForCausalLM":
+        config.refuse("layer_types", "makes it a Ministral for transformers: choose another model")
+    if config["layer_types"] not in (None, ["full_attention"] * layers):
+        config.refuse(
+            "layer_types",
+            f"is {reprlib.repr(config['layer_types'])}, only 'full_attention' for each of "
+            f"{layers} layers is supported: choose a model without it",
+        )
 
 
 def family_of(settings: dict[str, Any]) -> str:
@@ -145,14 +246,9 @@ def family_of(settings: dict[str, Any]) -> str:
 def config_json(settings: dict[str, Any]) -> dict[str, Any]:
     """The content of config.json for a model that came from no file."""
     name = family_of(settings)
-    scaling = settings["rope_scaling"]
-    rope = None
-    if scaling["kind"] == "llama3":
-        rope = {"rope_type": "llama3"}
-        rope |= {theirs: scaling[ours] for ours, theirs in _LLAMA3.items()}
-    return {
+    return rope_json(settings) | {
         "architectures": [name],
-        "model_type": name.removesuffix("ForCausalLM").lower(),
+        "model_type": _model_type(name),
         "num_hidden_layers": settings["layers"],
         "hidden_size": settings["hidden"],
         "intermediate_size": settings["ffn_hidden"],
@@ -161,8 +257,6 @@ def config_json(settings: dict[str, Any]) -> dict[str, Any]:
         "head_dim": settings["head_dim"],
         "hidden_act": "silu",
         "rms_norm_eps": settings["norm_eps"],
-        "rope_theta": settings["rope_theta"],
-        "rope_scaling": rope,
         "tie_word_embeddings": settings["tied_embeddings"],
         "max_position_embeddings": settings["max_length"],
         "vocab_size": settings["vocab_size"],

@@ -14,6 +14,7 @@ import json
 import pickle
 import re
 import warnings
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -40,6 +42,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from megatron_rpp.config_model import padded_vocab_size
 from megatron_rpp.hf.families import EMBEDDING, OUTPUT, canonical
+from megatron_rpp.refusals import reading, reason
 
 _STACKED = "decoder.layers."
 _MODEL_PREFIXES = ("embedding.", "decoder.", "output_layer.")
@@ -142,19 +145,20 @@ class Checkpoint:
 
     def __init__(self, directory: Path):
         """Raises ValueError where `directory` is no checkpoint of this format."""
-        self.directory = directory
+        self.directory = directory.absolute()
         self._reader = dcp.FileSystemReader(directory)
-        try:
+        with reading(f"{self.directory}", "it is not a whole checkpoint; choose another"):
             kind = json.loads((directory / "metadata.json").read_text())["sharded_backend"]
+            if kind != _FORMAT["sharded_backend"]:
+                raise ValueError(
+                    f"{self.directory} is of format {kind!r}: only torch_dist is read"
+                )
             metadata = self._reader.read_metadata()
-        except (OSError, KeyError, ValueError, EOFError, pickle.UnpicklingError) as error:
-            raise ValueError(f"{directory} is not a whole checkpoint ({error})") from error
-        if kind != _FORMAT["sharded_backend"]:
-            raise ValueError(f"{directory} is of format {kind!r}: only torch_dist is read")
-        self._reader.set_up_storage_reader(metadata, is_coordinator=True)
+            self._reader.set_up_storage_reader(metadata, is_coordinator=True)
         self._stored: dict[str, str] = {}
         """The name of each tensor in the files: under either naming of the norms."""
         self.tensors: dict[str, TensorStorageMetadata] = {}
+        self._has_common = _COMMON_OBJECT in metadata.state_dict_metadata
         for key, entry in metadata.state_dict_metadata.items():
             if isinstance(entry, TensorStorageMetadata) and key.startswith(_MODEL_PREFIXES):
                 self._stored[canonical(key)] = key
@@ -163,20 +167,29 @@ class Checkpoint:
     def common(self) -> dict[str, Any]:
         """What is stored beside the tensors, {} where it holds code of another program.
 
-        A file of its own, or, from Megatron 0.19 on, an object among the shards.
+        A file of its own, or, from Megatron 0.19 on, an object among the shards. Raises ValueError
+        where it is neither, or damaged.
         """
+        file = self.directory / "common.pt"
+        if not zipfile.is_zipfile(file) and (file.exists() or not self._has_common):
+            raise ValueError(f"{file} is missing or not whole: choose another checkpoint")
+        with reading(f"{file}", "it is not whole; choose another checkpoint"):
+            try:
+                return torch.load(file, weights_only=True) if file.exists() else self._shared()
+            except pickle.UnpicklingError:
+                return {}
+
+    def _shared(self) -> dict[str, Any]:
+        target = {_COMMON_OBJECT: io.BytesIO()}
         try:
-            if (self.directory / "common.pt").exists():
-                return torch.load(self.directory / "common.pt", weights_only=True)
-            target = {_COMMON_OBJECT: io.BytesIO()}
             dcp.load(target, storage_reader=dcp.FileSystemReader(self.directory), no_dist=True)
-            content = target[_COMMON_OBJECT]
-            if isinstance(content, io.BytesIO):
-                content.seek(0)
-                content = torch.load(content, weights_only=True)
-            return content[0]
-        except pickle.UnpicklingError:
-            return {}
+        except CheckpointException as error:  # not an Exception: it would pass any net
+            raise OSError(reason(error)) from error
+        content = target[_COMMON_OBJECT]
+        if isinstance(content, io.BytesIO):
+            content.seek(0)
+            content = torch.load(content, weights_only=True)
+        return content[0]
 
     def dtype(self, place: Place) -> torch.dtype:
         return self.tensors[place.key].properties.dtype
@@ -188,5 +201,6 @@ class Checkpoint:
         items = create_read_items_for_chunk_list(
             self._stored[place.key], self.tensors[place.key], [chunk]
         )
-        self._reader.read_data(LoadPlan(items), _ReadPlan(target)).wait()
+        with reading(f"{place.key} in {self.directory}", "choose another checkpoint"):
+            self._reader.read_data(LoadPlan(items), _ReadPlan(target)).wait()
         return target[0] if place.key.startswith(_STACKED) else target

@@ -1,9 +1,10 @@
 """Which Hugging Face tensors make which of Megatron's, by architecture.
 
 To add a family whose blocks are those of a decoder with RMSNorm, rotary positions and SwiGLU, add a
-line to FAMILIES: the name in config.json's `architectures`, and rows. A row names one of Megatron's
-parameters and the tensors it is made of; `{layer}` stands for the layer's number in the whole
-model. How they are put together is one of three kinds:
+line to FAMILIES: the name in config.json's `architectures`, and rows; and what its configuration
+class takes for absent keys to architecture.py. A row names one of Megatron's parameters and the
+tensors it is made of; `{layer}` stands for the layer's number in the whole model. How they are put
+together is one of three kinds:
 
     COPY      the tensor itself
     QKV       queries, keys and values interleaved by key-value head: [q.. k v] per head
@@ -19,7 +20,7 @@ Left out: mixtures of experts, multi-head latent attention, layers that differ f
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -196,6 +197,15 @@ def check_tensors(
             shown = ", ".join(sorted(wrong)[:3])
             raise ValueError(
                 f"{directory} does not fit the table of its architecture: it {problem} "
-                f"{shown}{' ...' if len(wrong) > 3 else ''} ({len(wrong)} in all): the files or "
-                f"config.json are of another model"
+                f"{shown}{' ...' if len(wrong) > 3 else ''} ({len(wrong)} in all): "
+                f"{_explanation(needed, there)}"
             )
+
+
+def _explanation(needed: Collection[str], there: Collection[str]) -> str:
+    if any(f"model.{name}" in needed for name in there):
+        return (
+            "the names have no 'model.' in front, as where a model is saved without its head: load "
+            "it with AutoModelForCausalLM and save it with save_pretrained"
+        )
+    return "the files or config.json are of another model"

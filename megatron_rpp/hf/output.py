@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,10 +11,12 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_rpp.hf.ranks import rank, ranks
-from megatron_rpp.hf.safetensors_in import INDEX
+from megatron_rpp.hf.architecture import ADAPTER
 
 # config.json, generation_config.json, tokenizers of every kind, chat templates.
 _SIDE_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "LICENSE*")
+# What says where weights are, or what goes on top of them, is true of the source alone.
+_LEFT_BEHIND = ("*.index.json", ADAPTER)
 
 
 def check_output(output: Path, sources: list[Path], marker: str, overwrite: bool) -> None:
@@ -26,6 +29,10 @@ def check_output(output: Path, sources: list[Path], marker: str, overwrite: bool
         own, other = output.resolve(), source.resolve()
         if own == other or own in other.parents or other in own.parents:
             raise ValueError(f"{output} overlaps the source {source}: choose another directory")
+    place = next(parent for parent in output.absolute().parents if parent.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        problem = "may not be written" if place.is_dir() else "is a file"
+        raise ValueError(f"{output} cannot be made: {place} {problem}: choose another directory")
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     if not overwrite:
@@ -82,8 +89,9 @@ def copy_side_files(source: Path, destination: Path) -> None:
     """Copies what a model directory holds beside its weights; code is left behind."""
     destination.mkdir(parents=True, exist_ok=True)
     files = {file for pattern in _SIDE_FILES for file in source.glob(pattern)}
+    files -= {file for pattern in _LEFT_BEHIND for file in source.glob(pattern)}
     for file in sorted(files):
-        if file.is_file() and file.name != INDEX:
+        if file.is_file():
             shutil.copyfile(file, destination / file.name)
     templates = source / "additional_chat_templates"
     if templates.is_dir():

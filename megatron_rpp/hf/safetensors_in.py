@@ -1,88 +1,163 @@
 """Reads tensors, or slices of them, from a directory of safetensors files, one at a time.
 
-Files are memory-mapped and only one is open, so that memory holds what was asked for. Names come
-from the index where there is one; each file is trusted for its own tensors only.
+Files are memory-mapped and only one is open, so that memory holds what was asked for. Which files
+count is what transformers makes of the directory: `model.safetensors` alone where it is there (the
+index of an earlier save may lie beside it), else the files that the index names. It takes a tensor
+from whichever of them holds it, so two that hold one must agree.
 
 Left out: pickled weights (`pytorch_model.bin`), which run code when they are read.
 """
 
 from __future__ import annotations
 
-import json
+import re
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
+
+from megatron_rpp.hf.json_object import JsonObject, is_file, shown
+from megatron_rpp.refusals import reading
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+# Files that transformers 5 prefers to all others: what its distributed saving writes.
+_DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
+_COMPARED = 64 * 2**20  # Bytes of a tensor that are held at once to compare it with another.
 
 
 class Weights:
     """The tensors of a Hugging Face model directory."""
 
     def __init__(self, directory: str | Path):
-        """Raises ValueError where the weights are missing, incomplete or of an unknown kind."""
-        self.directory = Path(directory)
+        """Raises ValueError where the weights are missing, incomplete or of an unknown kind, or two
+        files hold one tensor with different values."""
+        self.directory = Path(directory).absolute()
         self._open: tuple[Path, object] | None = None
-        self.files = self._files()
+        self.files: dict[str, Path] = {}
+        """The file of each tensor."""
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
-        for file in sorted(set(self.files.values())):
+        listed = self._listed()
+        for file in sorted(set(listed.values())):
             self._read_header(file)
-
-    def _files(self) -> dict[str, Path]:
-        """The file of each tensor."""
-        index, single = self.directory / INDEX, self.directory / SINGLE
-        if index.is_file():
-            names = json.loads(index.read_text())["weight_map"]
-            return {name: self._inside(file) for name, file in names.items()}
-        if not single.is_file():
+        for name in sorted(listed.keys() - self.files.keys()):
             raise ValueError(
-                f"{self.directory} holds neither {INDEX} nor {SINGLE}: give the directory of a "
-                f"model saved as safetensors (save_pretrained writes them)"
+                f"{listed[name]} does not hold {name}, which {INDEX} says it does: fetch both again"
             )
-        return {name: single for name in self._handle(single).keys()}
+        for name in sorted(self.files.keys() - listed.keys()):
+            # transformers 5 reads it, 4 does not.
+            raise ValueError(
+                f"{self.files[name]} holds {name}, which {INDEX} does not list: fetch both again"
+            )
 
-    def _inside(self, file: str) -> Path:
+    def _listed(self) -> dict[str, Path]:
+        """Names of tensors, each with its file; at least one for every file that counts."""
+        index, single = self.directory / INDEX, self.directory / SINGLE
+        with reading(f"{self.directory}", "correct the path, or its permissions"):
+            names = sorted(path.name for path in self.directory.iterdir())
+        distributed = [name for name in names if _DISTRIBUTED.fullmatch(name)]
+        if distributed:
+            raise ValueError(
+                f"{self.directory / distributed[0]} is of a distributed checkpoint, which is not "
+                f"read: load the model with transformers and save it with save_pretrained"
+            )
+        if is_file(single):
+            with reading(f"{single}", "fetch it again"):
+                return {name: single for name in self._handle(single).keys()}
+        if not is_file(index):
+            found = _instead(names)
+            raise ValueError(f"{self.directory} holds neither {SINGLE} nor {INDEX}{found}")
+        files = JsonObject.read(index).section("weight_map")
+        if files is None:
+            raise ValueError(f"{index} has no 'weight_map' that names files: fetch it again")
+        return {name: self._inside(files, name) for name in files.content}
+
+    def _inside(self, files: JsonObject, name: str) -> Path:
         """The index comes from elsewhere: it may not lead out of the directory."""
-        if Path(file).name != file:
-            raise ValueError(f"{self.directory / INDEX} names {file!r}, which is not a file name")
+        file = files[name]
+        if type(file) is not str or Path(file).name != file or "\0" in file:
+            files.refuse(name, f"is {shown(file)}, which is not a file name: fetch the index again")
         return self.directory / file
 
     def _handle(self, file: Path):
         if self._open is None or self._open[0] != file:
             self._open = None  # unmap the file before
-            try:
-                self._open = file, safe_open(file, framework="pt", device="cpu")
-            except (SafetensorError, OSError) as error:
-                raise ValueError(f"{file} cannot be read ({error}): fetch it again") from error
+            with file.open("rb"):
+                pass  # for safe_open every file that it may not read is missing
+            self._open = file, safe_open(file, framework="pt", device="cpu")
         return self._open[1]
 
     def _read_header(self, file: Path) -> None:
-        handle = self._handle(file)
-        there = set(handle.keys())
-        for name in (name for name, where in self.files.items() if where == file):
-            if name not in there:
-                raise ValueError(f"{file} does not hold {name}, which the index says it does")
-            tensor = handle.get_slice(name)
-            if tensor.get_dtype() not in DTYPES:
+        with reading(f"{file}", "fetch it again"):
+            handle = self._handle(file)
+            found = {name: handle.get_slice(name) for name in handle.keys()}
+            shapes = {name: tuple(tensor.get_shape()) for name, tensor in found.items()}
+            kinds = {name: tensor.get_dtype() for name, tensor in found.items()}
+        for name, kind in kinds.items():
+            if kind not in DTYPES:
                 raise ValueError(
-                    f"{name} in {file} is of type {tensor.get_dtype()}: only "
-                    f"{', '.join(DTYPES)} are read, dequantise the model first"
+                    f"{name} in {file} is of type {kind}: only {', '.join(DTYPES)} are read, "
+                    f"dequantise the model first"
                 )
-            self.shapes[name] = tuple(tensor.get_shape())
-            self.dtypes[name] = DTYPES[tensor.get_dtype()]
+            if name in self.files and not self.same(name, name, other=file):
+                raise ValueError(
+                    f"{self.files[name]} and {file} both hold {name}, with different values: "
+                    f"remove the one of another save"
+                )
+            self.files[name], self.shapes[name] = file, shapes[name]
+            self.dtypes[name] = DTYPES[kind]
 
     def read(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None):
         """`name`, or its part from `start` to `stop` along `dim`; a view of the file."""
-        tensor = self._handle(self.files[name]).get_slice(name)
-        # What was touched of a mapped file stays in memory as long as it is open.
-        self._open = None
-        return tensor[(slice(None),) * dim + (slice(start, stop),)]
+        return self._part(self.files[name], name, dim, start, stop)
+
+    def _part(self, file: Path, name: str, dim: int, start: int, stop: int | None):
+        with reading(f"{name} in {file}", "fetch the file again"):
+            tensor = self._handle(file).get_slice(name)
+            # What was touched of a mapped file stays in memory as long as it is open.
+            self._open = None
+            return tensor[(slice(None),) * dim + (slice(start, stop),)]
+
+    def same(self, one: str, two: str, other: Path | None = None) -> bool:
+        """Whether two tensors have the same shape and values, whatever their types.
+
+        other: the file in which `two` is, where it is not the one that counts for it.
+        """
+        files = self.files[one], other or self.files[two]
+        with reading(f"{two} in {files[1]}", "fetch the file again"):
+            shape = tuple(self._handle(files[1]).get_slice(two).get_shape())
+        if shape != self.shapes[one]:
+            return False
+        rows = max(1, _COMPARED // (4 * max(1, torch.Size(shape[1:]).numel())))
+        for start in range(0, shape[0] if shape else 1, rows):
+            own, their = (
+                self._part(file, name, 0, start, start + rows).float()
+                for file, name in zip(files, (one, two))
+            )
+            if not torch.equal(own, their):
+                return False
+        return True
 
     @property
     def largest_file(self) -> int:
         """Bytes."""
         return max(file.stat().st_size for file in set(self.files.values()))
+
+
+def _instead(names: list[str]) -> str:
+    """What to do about weights of another kind, in words."""
+    remedies = {
+        re.escape(SINGLE): "it is a link to nothing, or no file: fetch it again",
+        r".*-\d{5}-of-\d{5}\.safetensors": "fetch the index that belongs to it",
+        r".*\.safetensors": "only files named as save_pretrained names them are read: rename it",
+        r".*\.(bin|pt|pth|ckpt)": "pickled weights are not read: load the model with transformers "
+        "and save it with save_pretrained",
+        r".*\.gguf": "convert it with tools/gguf_to_hf.py",
+    }
+    for pattern, remedy in remedies.items():
+        for name in names:
+            if re.fullmatch(pattern, name):
+                return f", but {name}: {remedy}"
+    return ": give the directory of a model saved as safetensors (save_pretrained writes them)"

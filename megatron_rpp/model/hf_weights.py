@@ -6,19 +6,22 @@ A file is memory-mapped, so a rank touches the bytes of its own layers and tenso
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from megatron_rpp.hf.architecture import read_architecture
-from megatron_rpp.hf.families import EMBEDDING, OUTPUT, Row, canonical, check_tensors, rows_of
+from megatron_rpp.hf.families import EMBEDDING, OUTPUT, Row, canonical
+from megatron_rpp.hf.ranks import agreed
 from megatron_rpp.hf.safetensors_in import Weights
+from megatron_rpp.hf.source import check_source
 from megatron_rpp.model import initialization
 from megatron_rpp.model.language_model import LanguageModel, chunks
 
 
-def fits(stage: torch.nn.Module, directory: str | Path) -> None:
-    """Raises ValueError where the directory holds another model than `stage`."""
-    ours, theirs = chunks(stage)[0].architecture, read_architecture(directory).settings
+def fits(stage: torch.nn.Module, theirs: dict[str, Any], directory: str | Path) -> None:
+    """Raises ValueError where the directory, a model of the settings `theirs`, is another than
+    `stage`."""
+    ours = chunks(stage)[0].architecture
     other = [
         f"{name} is {theirs[name]} there, {value} here"
         for name, value in ours.items()
@@ -37,18 +40,16 @@ def fits(stage: torch.nn.Module, directory: str | Path) -> None:
 def load_hf(stage: torch.nn.Module, directory: str | Path) -> None:
     """Fills every parameter of `stage`, cast to the stage's own type.
 
-    Raises ValueError, the same on every rank, where the directory holds another model.
+    Collective where there is a process group. Raises ValueError, the same on every rank, where the
+    directory holds another model, or none (hf/source.py).
     """
-    fits(stage, directory)
-    source = read_architecture(directory)
-    weights = Weights(directory)
-    rows = rows_of(source.name, source.settings)
-    check_tensors(rows, source.settings, weights.shapes, directory)
-    by_name = {row.megatron: row for row in rows}
+    source = agreed(lambda: check_source(directory))
+    fits(stage, source.settings, directory)
+    by_name = {row.megatron: row for row in source.rows}
     for chunk in chunks(stage):
         for name, parameter in chunk.named_parameters():
             row = by_name[canonical(initialization.global_name(chunk, name))]
-            parameter.copy_(own_part(chunk, row, parameter, weights))
+            parameter.copy_(own_part(chunk, row, parameter, source.weights))
 
 
 def own_part(

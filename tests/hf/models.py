@@ -6,9 +6,12 @@ one and zero: whatever is confused with something else changes the logits.
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 
 SIZES = {
     "vocab_size": 101,
@@ -31,6 +34,7 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+ABSENT = object()
 _PLAIN = {"rope_type": "default", "rope_theta": 500.0}
 # Family: its class in transformers, and what is special about it.
 FAMILIES = {
@@ -103,3 +107,18 @@ def greedy(directory: Path, prompt: torch.Tensor, count: int) -> list[int]:
     model.generation_config.eos_token_id = None
     found = model.generate(prompt, max_new_tokens=count, do_sample=False, pad_token_id=0)
     return found[0, prompt.shape[1] :].tolist()
+
+
+def set_config(directory: Path, **values) -> None:
+    """Puts keys into config.json; ABSENT takes one out."""
+    path = directory / "config.json"
+    content = json.loads(path.read_text()) | values
+    path.write_text(json.dumps({k: value for k, value in content.items() if value is not ABSENT}))
+
+
+def edit(directory: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    """Changes the tensors of a model in one file."""
+    file = directory / "model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file({n: value.contiguous() for n, value in tensors.items()}, file, {"format": "pt"})

@@ -147,10 +147,11 @@ def set_config(directory, **values):
         ({"use_sliding_window": True}, "use_sliding_window is True"),
         ({"quantization_config": {"bits": 4}}, "quantization_config is {'bits': 4}"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "rope scaling 'yarn' is not supported"),
-        ({"num_hidden_layers": 5}, r"lacks model.layers.4.*\(12 in all\)"),
-        ({"num_hidden_layers": 3}, r"has besides model.layers.3"),
+        ({"num_hidden_layers": 5, "layer_types": None}, r"lacks model.layers.4.*\(12 in all\)"),
+        ({"num_hidden_layers": 3, "layer_types": None}, r"has besides model.layers.3"),
         ({"hidden_size": 64}, "has in another shape lm_head.weight"),
-        ({"architectures": ["LlamaForCausalLM"]}, "has besides model.layers.0.self_attn.k_proj.bias"),
+        ({"architectures": ["LlamaForCausalLM"], "model_type": "llama"},
+         "has besides model.layers.0.self_attn.k_proj.bias"),
     ],
 )  # fmt: skip
 def test_what_would_be_lost_is_refused_by_name(copy, tmp_path, values, message):

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from megatron_rpp.hf.convert import to_megatron
 from megatron_rpp.hf.safetensors_in import INDEX, SINGLE, Weights
 from tests.distributed import run_ranks
+from tests.hf import odd
 from tests.hf.models import save
 from tools import convert_hf_to_megatron, convert_megatron_to_hf
 
@@ -52,6 +53,7 @@ def on_two_ranks(rank: int, folder: Path) -> dict:
     dist.barrier()
     found["damaged"] = to_hf(folder, "damaged", "from damaged")
     found["mixed"] = refusal(folder / "mixed", folder / "from mixed")
+    found["head"] = refusal(folder / "smollm2", folder / "from head")
     # A directory that one node alone does not see.
     found["unseen"] = refusal(folder / ("qwen2" if rank == 0 else "gone"), folder / "from unseen")
     return found
@@ -65,7 +67,8 @@ def flip_a_byte(path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """`qwen2` in several files, and `mixed`: one of its tensors is stored in another type."""
+    """`qwen2` in several files, and `mixed`: one of its tensors is stored in another type;
+    `smollm2`, tied, with a head that differs."""
     folder = tmp_path_factory.mktemp("ranks")
     source = save(folder, "qwen2")
     shutil.copytree(source, folder / "mixed", ignore=shutil.ignore_patterns("model*", INDEX))
@@ -73,6 +76,7 @@ def folder(tmp_path_factory) -> Path:
     for file in source.glob("*.safetensors"):
         tensors |= load_file(file)
     save_file(tensors | {MIXED: tensors[MIXED].bfloat16()}, folder / "mixed" / SINGLE)
+    odd.made(folder, "smollm2", odd.tensors(lambda t: t.update({odd.HEAD: t[odd.EMBEDDING] + 1})))
     return folder
 
 
@@ -94,7 +98,11 @@ def test_two_ranks_share_the_work_and_give_the_same_bits(found, folder):
 
 
 def test_refusals_are_the_same_on_every_rank(found, folder):
-    messages = {"mixed": "are one tensor in Megatron", "unseen": "gone has no config.json"}
+    messages = {
+        "mixed": "are one tensor in Megatron",
+        "head": "differs from model.embed_tokens.weight",
+        "unseen": "gone has no config.json",
+    }
     for kind, message in messages.items():
         assert found[0][kind] == found[1][kind]
         assert message in found[0][kind]

@@ -27,6 +27,7 @@ from megatron_rpp.parallel import groups, pipeline
 from megatron_rpp.records import Request, Sampling
 from megatron_rpp.rollout.engine import MegatronEngine
 from tests.distributed import run_ranks
+from tests.hf import odd
 from tests.hf.models import FAMILIES, LLAMA3, greedy, logits, positions, save
 
 TOKENS = torch.randint(101, (2, 80), generator=torch.Generator().manual_seed(1))
@@ -48,6 +49,8 @@ def directories(tmp_path_factory):
     """Family: its Hugging Face directory, next to which lies the converted one."""
     folder = tmp_path_factory.mktemp("hf")
     paths = {family: save(folder, family) for family in FAMILIES}
+    change = odd.tensors(lambda t: t.update({odd.HEAD: t[odd.EMBEDDING] + 1}))
+    odd.made(folder / "odd", "smollm2", change)
     for family in CHECKPOINTS:
         to_megatron(paths[family], megatron_path(paths[family]))
     return paths
@@ -113,8 +116,20 @@ def on_every_layout(rank, directories):
             if layout == "TP2xPP2":
                 results[layout, family, "answer"] = our_answer(stage)
                 results[family, "read"] = elements_read(stage, directory)
+        if layout == "TP2":
+            results["refused"] = refusals(rank, stage, directories["llama2"])
         groups.split_again()
     return results
+
+
+def refusals(rank, stage, directory):
+    """Of a tied model whose files hold another head; of a directory that one rank does not see."""
+    messages = []
+    for folder in (directory.parent / "odd/smollm2", directory if rank else directory / "gone"):
+        with pytest.raises(ValueError) as refused:
+            load_hf(stage, folder)
+        messages.append(str(refused.value))
+    return messages
 
 
 def elements_read(stage, directory):
@@ -142,8 +157,11 @@ def found(directories, tmp_path_factory):
     groups.stop()
     folder = tmp_path_factory.mktemp("ranks")
     ranks = run_ranks(on_every_layout, 4, folder, directories, timeout=300)
-    read = {(family, "read"): [rank[family, "read"] for rank in ranks] for family in directories}
-    return alone | ranks[3] | read  # logits of the last stage on every layout
+    gathered = {
+        (family, "read"): [rank[family, "read"] for rank in ranks] for family in directories
+    }
+    gathered["refused"] = [rank["refused"] for rank in ranks]
+    return alone | ranks[3] | gathered  # logits of the last stage on every layout
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -168,6 +186,13 @@ def test_a_rank_reads_what_it_holds(found, family):
     padding = (padded_vocab_size(101, 2) - 101) * 32
     for read, held in found[family, "read"]:
         assert held - read in (0, padding, 2 * padding)
+
+
+def test_a_refusal_is_the_same_on_every_rank(found):
+    first, *others = found["refused"]
+    assert all(messages == first for messages in others)
+    assert "lm_head.weight" in first[0] and "differs from model.embed_tokens.weight" in first[0]
+    assert "gone has no config.json" in first[1]
 
 
 @pytest.mark.parametrize("dim", [16, 64, 128])

@@ -1,0 +1,82 @@
+"""A Hugging Face directory as a source of weights, checked before any model is built.
+
+The same directory is the same function as transformers makes of it, or it is refused by name.
+Headers and small files are read, and whole tensors only where two of them claim one place.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_rpp.hf.architecture import ADAPTER, CONFIG, read_architecture
+from megatron_rpp.hf.families import Row, check_tensors, rows_of
+from megatron_rpp.hf.json_object import is_file, read_json
+from megatron_rpp.hf.safetensors_in import INDEX, SINGLE, Weights
+
+GENERATION = "generation_config.json"
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A directory whose files and config.json fit each other."""
+
+    settings: dict[str, Any]
+    """As ModelConfig.architecture gives it."""
+    rows: list[Row]
+    weights: Weights
+    notes: list[str]
+    """What is done otherwise than the user may expect, in sentences."""
+
+
+def check_source(directory: str | Path) -> Source:
+    """The model of a Hugging Face directory.
+
+    Raises ValueError where it is not a whole model of a known architecture, or what transformers
+    makes of it depends on its version or on what else is installed.
+    """
+    architecture = read_architecture(directory)
+    folder = Path(directory).absolute()
+    if is_file(folder / ADAPTER):
+        raise ValueError(
+            f"{folder / ADAPTER}: with peft installed transformers loads this adapter on top of "
+            f"the weights: merge it into them, or move it out of the directory"
+        )
+    if is_file(folder / GENERATION):
+        read_json(folder / GENERATION)
+    weights = Weights(folder)
+    rows = rows_of(architecture.name, architecture.settings)
+    check_tensors(rows, architecture.settings, weights.shapes, folder)
+    if architecture.settings["tied_embeddings"]:
+        _check_tied(weights, folder)
+    return Source(architecture.settings, rows, weights, _notes(architecture.dtype, weights))
+
+
+def _notes(dtype: str | None, weights: Weights) -> list[str]:
+    notes = []
+    stored = sorted({str(kind).removeprefix("torch.") for kind in weights.dtypes.values()})
+    if dtype is not None and stored != [dtype]:
+        notes.append(
+            f"{weights.directory / CONFIG} says {dtype}, the files hold {', '.join(stored)}: each "
+            f"weight keeps the type it is stored in"
+        )
+    if set(weights.files.values()) == {weights.directory / SINGLE}:
+        if is_file(weights.directory / INDEX):
+            notes.append(
+                f"{weights.directory / SINGLE} is read, as transformers does, and not the files "
+                f"that {INDEX} beside it names"
+            )
+    return notes
+
+
+def _check_tied(weights: Weights, folder: Path) -> None:
+    """A head that is stored is the embedding: transformers 4 drops it, 5 keeps it where it
+    differs."""
+    if _HEAD in weights.files and not weights.same(_EMBEDDING, _HEAD):
+        raise ValueError(
+            f"{folder / CONFIG} ties the embeddings, but {_HEAD} in {weights.files[_HEAD]} differs "
+            f"from {_EMBEDDING}: set tie_word_embeddings to false to keep both, or save the model "
+            f"without {_HEAD}"
+        )
