@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs without an 
 from megatron_rpp.hf.architecture import CONFIG
 from megatron_rpp.hf.convert import DTYPES
 from megatron_rpp.hf.output import appearing, check_output
+from megatron_rpp.refusals import reading
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -63,8 +64,9 @@ def convert(file: Path, output: Path, dtype: str) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     place = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
-    model = AutoModelForCausalLM.from_pretrained(**place, dtype=DTYPES[dtype])
-    tokenizer = AutoTokenizer.from_pretrained(**place)
+    with reading(f"{file.absolute()}", "give a GGUF file of a kind that transformers reads"):
+        model = AutoModelForCausalLM.from_pretrained(**place, dtype=DTYPES[dtype])
+        tokenizer = AutoTokenizer.from_pretrained(**place)
     # The weights are dequantised; without this transformers refuses to save them.
     model.hf_quantizer = None
     del model.config.quantization_config

@@ -39,9 +39,12 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs without an installation
 
+from megatron_rpp import checkpoint_store
 from megatron_rpp.config import ModelConfig, ParallelConfig
+from megatron_rpp.config_checks import check_layout
 from megatron_rpp.config_model import RopeScalingConfig
-from megatron_rpp.hf.convert import HfModel, MegatronModel
+from megatron_rpp.hf.models import HfModel, MegatronModel, in_force
+from megatron_rpp.refusals import reading
 
 TOLERANCES = {"fp32": 1e-5, "bf16": 5e-2}
 SEQUENCES, LENGTH, PROMPT, ANSWER = 2, 48, 16, 64
@@ -79,17 +82,21 @@ def main(argv: list[str] | None = None) -> int:
     console = Console(highlight=False, soft_wrap=True, width=width)
     try:
         parallel = ParallelConfig(tensor=options.tp, pipeline=options.pp)
-        source, checkpoint = HfModel(options.hf_path), MegatronModel.open(options.megatron_path)
+        source = HfModel(options.hf_path)
+        checkpoint_store.require(in_force(options.megatron_path))
+        checkpoint = MegatronModel.open(options.megatron_path)
         if source.settings != checkpoint.settings:
             console.print(f"the architectures differ: {difference(source, checkpoint)}")
             return 1
+        check_layout(model_config(source.settings, options.dtype), parallel)
         sound = compare_weights(source, checkpoint, console)
+        vocab_size = source.settings["vocab_size"]
+        with reading(f"{source.directory}", "transformers has to load it, to be compared with"):
+            theirs = transformers_outputs(options.hf_path, vocab_size, options.dtype)
         ours = on_ranks(options.megatron_path, source.settings, parallel, options.dtype)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    vocab_size = source.settings["vocab_size"]
-    theirs = transformers_outputs(options.hf_path, vocab_size, options.dtype)
     tolerance = options.tolerance or TOLERANCES[options.dtype]
     exact = options.dtype == "fp32"
     sound &= compare_outputs(ours, theirs, tolerance, exact, console)

@@ -5,6 +5,8 @@ Every family and layout against transformers is in tests/model/test_hf_weights.p
 
 from __future__ import annotations
 
+import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from megatron_rpp.hf.convert import to_hf, to_megatron
 from tests.distributed import fork
-from tests.hf.models import save
+from tests.hf import odd
+from tests.hf.models import save, set_config
 from tools import verify_conversion
 
 VLLM = Path(__file__).resolve().parents[2] / "runs/vllm/bin/python"
@@ -70,6 +73,47 @@ def test_bf16_stays_within_its_stated_tolerance(converted, capfd):
 def test_a_model_of_another_shape_fails_before_anything_is_computed(converted, tmp_path, capfd):
     assert verify(save(tmp_path, "llama2"), converted[1]) == 1
     assert "head_dim is 8 in Hugging Face, 12 in Megatron" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("family", "change"),
+    [
+        ("llama2", odd.older_save),
+        ("llama2", odd.older_index),
+        ("smollm2", odd.tensors(odd.stored_head)),
+        ("llama2", partial(set_config, dtype="bfloat16", sliding_window=100)),
+    ],
+)
+def test_odd_directories_that_are_converted_are_the_same_model(
+    forked, tmp_path, capfd, family, change
+):
+    directory = odd.made(tmp_path, family, change)
+    to_megatron(directory, tmp_path / "megatron")
+    assert verify(directory, tmp_path / "megatron") == 0
+    assert "verdict: the same model" in capfd.readouterr().out
+
+
+def test_what_cannot_be_compared_is_refused_in_one_line(converted, tmp_path, capfd):
+    """A layout, a damaged checkpoint, a directory that transformers does not load."""
+    whole, megatron = converted
+    lacking = shutil.copytree(whole, tmp_path / "hf")
+    set_config(lacking, rms_norm_eps=10**30)  # not a float for transformers
+    to_megatron(lacking, tmp_path / "huge")
+    torn = shutil.copytree(megatron, tmp_path / "torn")
+    (torn / "release/manifest.json").write_text("{")
+    unsealed = shutil.copytree(megatron, tmp_path / "unsealed")
+    (unsealed / "release/manifest.json").unlink()
+    next((unsealed / "release").glob("*.distcp")).write_bytes(b"")
+    capfd.readouterr()
+    for words, message in (
+        ((*converted, "--tp", "3"), "model.heads must be divisible by parallel.tensor = 3, got 4"),
+        ((lacking, tmp_path / "huge"), "transformers has to load it"),
+        ((whole, torn), "release is damaged (manifest.json is missing or unreadable)"),
+        ((whole, unsealed), "release cannot be read (EOFError"),
+    ):
+        assert verify(*words) == 2
+        errors = [line for line in capfd.readouterr().err.splitlines() if "error:" in line]
+        assert len(errors) == 1 and errors[0].startswith("error: ") and message in errors[0]
 
 
 @pytest.mark.parametrize("python", ["no/such/python", "false"])
