@@ -29,7 +29,9 @@ def is_refusal(error: BaseException) -> bool:
 
 
 def reason(error: BaseException) -> str:
-    """What a library raised, in one line."""
+    """What a library raised, in one line; where it names a cause, that tells more."""
+    while error.__cause__ is not None:
+        error = error.__cause__
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 

@@ -8,6 +8,7 @@ streaming of sources that are not on this machine; numbers as they are written i
 from __future__ import annotations
 
 import glob
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from megatron_rpp.refusals import reading
 
 HUB = "hub:"
 _LINES = {".jsonl", ".ndjson"}
+"""Suffixes of JSON Lines in a directory; a .json file may be that or one array."""
 
 
 def open_rows(
@@ -36,19 +38,28 @@ def open_rows(
     Raises:
         ValueError: there is no such source, it is empty, or it cannot be read.
     """
-    path, split = Path(source), ""
-    if not path.exists():
-        if source.startswith(HUB):
-            return _opened(source, lambda folder: _hub(source, folder), cache_dir, say)
-        folder, _, split = source.rpartition("@")
-        path = Path(folder) if folder and Path(folder).is_dir() else path
+    with reading(f"data set {source[:200]!r}", "correct the path"):
+        path, split = _place(source)
+    if not path.exists() and source.startswith(HUB):
+        return _opened(source, lambda folder: _hub(source, folder), cache_dir, say)
     name = str(path.absolute())
     if path.is_dir():
         name += split and f"@{split}"
         return _opened(name, lambda folder: _directory(path, split, name, folder), cache_dir, say)
-    if path.suffix in tables.FORMATS and path.is_file():
+    if path.suffix.lower() in tables.FORMATS and path.is_file():
         return _opened(name, lambda folder: _table(path, name, folder), cache_dir, say)
     return JsonLines(path)
+
+
+def _place(source: str) -> tuple[Path, str]:
+    """The path of a source, and the split behind it."""
+    if not source:
+        raise ValueError("a data set has no name: correct data.train or data.eval")
+    path = Path(source)
+    folder, _, split = source.rpartition("@")
+    if not path.exists() and folder and Path(folder).is_dir():
+        return Path(folder), split
+    return path, ""
 
 
 def _opened(
@@ -64,7 +75,7 @@ def _opened(
 
 def _table(path: Path, name: str, cache_dir: str | None) -> Rows:
     files = {"train": [path]}
-    return tables.open_files(files, "train", path.suffix, name=name, cache_dir=cache_dir)
+    return tables.open_files(files, "train", path.suffix.lower(), name=name, cache_dir=cache_dir)
 
 
 def _directory(path: Path, split: str, name: str, cache_dir: str | None) -> Rows:
@@ -73,15 +84,37 @@ def _directory(path: Path, split: str, name: str, cache_dir: str | None) -> Rows
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         saved = datasets.load_from_disk(str(path))
         return tables.ArrowRows(saved[split] if split else saved, name)
+    _check_one_format(path)
     files = {key: list(map(Path, found)) for key, found in _files(path, cache_dir).items()}
     split = split or "train"
-    suffixes = {file.suffix for found in files.values() for file in found}
-    if split in files and suffixes <= _LINES:
+    suffixes = {file.suffix.lower() for found in files.values() for file in found}
+    if split in files and all(map(_holds_lines, files[split])):
         return ChainedRows([JsonLines(file) for file in files[split]])
     if len(suffixes) == 1 and suffixes <= tables.FORMATS.keys():
         return tables.open_files(files, split, suffixes.pop(), name=name, cache_dir=cache_dir)
     table = datasets.load_dataset(str(path), split=split, cache_dir=cache_dir)
     return tables.ArrowRows(table, name)
+
+
+def _check_one_format(directory: Path) -> None:
+    """Raises ValueError for files of several formats, of which the library would read only one."""
+    known = {*_LINES, *tables.FORMATS}
+    found = {file.suffix.lower() for file in directory.rglob("*")} & known
+    if len(found) > 1:
+        raise ValueError(
+            f"data set {directory.absolute()} holds files of the formats {', '.join(sorted(found))}: "
+            "name the files that you mean, or keep one format in a directory"
+        )
+
+
+def _holds_lines(file: Path) -> bool:
+    if file.suffix.lower() != ".json":
+        return file.suffix.lower() in _LINES
+    with open(file, "rb") as content:
+        try:
+            return isinstance(json.loads(content.readline()), dict)
+        except ValueError:  # an array, or an object over several lines
+            return False
 
 
 def _files(directory: Path, cache_dir: str | None) -> dict[str, list[str]]:

@@ -7,9 +7,11 @@ where it is asked for as it was written.
 
 from __future__ import annotations
 
+import csv
 import errno
 import math
 import tempfile
+import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal
@@ -97,6 +99,7 @@ def open_files(
     Raises whatever a file's reader raises.
     """
     import datasets
+    import pandas
     from datasets.data_files import DataFilesDict, DataFilesList
 
     listed = DataFilesDict(
@@ -106,9 +109,11 @@ def open_files(
         }
     )
     settings = _all_texts(files) if suffix == ".csv" else {}
-    table = datasets.load_dataset(
-        FORMATS[suffix], data_files=listed, split=split, cache_dir=cache_dir, **settings
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", pandas.errors.ParserWarning)  # a row with too many cells
+        table = datasets.load_dataset(
+            FORMATS[suffix], data_files=listed, split=split, cache_dir=cache_dir, **settings
+        )
     return ArrowRows(table, name)
 
 
@@ -142,7 +147,7 @@ def _problem_of_the_disk(error: BaseException | None) -> OSError | None:
     while error is not None:
         if isinstance(error, OSError) and error.errno in _UNWRITABLE:
             return error
-        error = error.__cause__ or error.__context__
+        error = error.__cause__
     return None
 
 
@@ -152,9 +157,13 @@ def _all_texts(files: Files) -> dict[str, Any]:
     import pandas
 
     first = next(path for paths in files.values() for path in paths)
+    with open(first, newline="", encoding="utf-8-sig") as file:
+        header = next(csv.reader(file), [])
+    if len(set(header)) < len(header):
+        raise ValueError(f"{first.absolute()} names a column twice in {header}: rename one of them")
     names = pandas.read_csv(first, nrows=0).columns
     features = datasets.Features({name: datasets.Value("string") for name in names})
-    return {"features": features, "keep_default_na": False, "na_values": [""]}
+    return {"features": features, "keep_default_na": False, "na_values": [""], "index_col": False}
 
 
 def _stamp(path: Path) -> tuple[str, str]:

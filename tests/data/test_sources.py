@@ -74,6 +74,44 @@ def test_a_relative_path_is_shown_as_an_absolute_one(tmp_path, monkeypatch):
         assert str(tmp_path / name) in str(error.value)
 
 
+def test_a_suffix_may_be_in_capitals(tmp_path):
+    write(tmp_path / "a.parquet", ["one"])
+    (tmp_path / "a.parquet").rename(tmp_path / "B.PARQUET")
+    assert prompts_of(tmp_path / "B.PARQUET", tmp_path / "cache") == ["one"]
+
+
+def test_a_directory_of_several_formats_is_refused(tmp_path):
+    """The library would read the files of one format and leave out the others without a word."""
+    for name in ("train-0.jsonl", "train-1.parquet"):
+        write(tmp_path / "d" / name, ["one"])
+    with pytest.raises(ValueError, match=r"/d holds files of the formats .jsonl, .parquet: name"):
+        open_rows(str(tmp_path / "d"), str(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ("prompt,label\np,1,2,3\nq,1\n", "Length of header or names does not match"),
+        ("prompt,label\np,1\nq,1,2,3\n", "Expected 2 fields in line 3, saw 4"),
+        ("prompt,label,label\np,1,2\n", "names a column twice in ['prompt', 'label', 'label']"),
+        ('prompt,label\n"p,1\n', "EOF inside string"),
+        ("", "No columns to parse from file"),
+        ("prompt,label\ncaf\udce9,1\n", "'utf-8' codec can't decode byte 0xe9"),
+    ],
+)
+def test_csv_whose_cells_have_no_place_is_refused(tmp_path, content, problem):
+    (tmp_path / "a.csv").write_bytes(content.encode(errors="surrogateescape"))
+    with pytest.raises(ValueError) as error:
+        open_rows(str(tmp_path / "a.csv"), str(tmp_path / "cache"))
+    assert str(tmp_path / "a.csv") in str(error.value) and problem in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["", "a" * 5000, "nul\0.jsonl", "file:///a.jsonl"])
+def test_what_can_be_no_path_is_refused(name):
+    with pytest.raises(ValueError, match="correct"):
+        open_rows(name)
+
+
 def test_a_link_that_leads_nowhere_is_refused(tmp_path):
     for suffix in (".jsonl", ".parquet"):
         os.symlink(tmp_path / "gone", tmp_path / f"link{suffix}")
