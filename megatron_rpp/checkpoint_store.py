@@ -32,7 +32,7 @@ def _pointed(directory: Path) -> str | None:
     """The checkpoint that the pointer names; None where there is none, or it is empty."""
     pointer = directory / POINTER
     text = pointer.read_text().strip() if pointer.exists() else ""
-    return f"iter_{int(text):07d}" if text.isdigit() else text or None
+    return f"iter_{int(text[:20]):07d}" if text.isdigit() else text or None
 
 
 def _candidates(directory: Path) -> list[str]:

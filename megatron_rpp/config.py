@@ -18,14 +18,13 @@ from megatron_rpp.config_checks import (
     check_range,
     check_rollout,
 )
+from megatron_rpp.config_data import DataConfig, TaskConfig
 from megatron_rpp.config_learning import (
     AlgorithmConfig,
-    DataConfig,
     EvaluationConfig,
     ReferenceConfig,
     RewardConfig,
     RolloutConfig,
-    TaskConfig,
 )
 from megatron_rpp.config_model import ModelConfig
 

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
+from itertools import chain
 from pathlib import Path
 
 from megatron_rpp import checkpoint_store
@@ -51,6 +52,11 @@ class Inputs:
             f"{len(self.train)} prompts, {len(self.held_out)} held out, {self.dropped} dropped as "
             f"too long"
         )
+
+    def note_on_labels(self) -> str | None:
+        """What the rewards will make of the labels otherwise than expected; None: nothing."""
+        held_out = (prompt.example.label for prompt in self.held_out)
+        return self.rewards.note_on(chain(held_out, self.train.labels()))
 
 
 def check_writable(setting: str, directory: str) -> None:

@@ -159,6 +159,8 @@ def _announce(run: Run) -> None:
         f"data: {inputs.counts}; rewards: {', '.join(shaping.functions)}; normalised "
         f"{shaping.normalize}, scale {shaping.scale}, clip {shaping.clip}"
     )
+    if groups.is_main() and (note := inputs.note_on_labels()) is not None:
+        say(note)
     say(f"algorithm {config.algorithm.name}; {config.algorithm.kl_summary}")
     start = f"resumed at step {run.state.step}" if run.state.step else "starts at step 0"
     if run.underway.buffer is not None:

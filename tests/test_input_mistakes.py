@@ -31,6 +31,7 @@ def data(tmp_path_factory) -> Path:
         "latin": '{"prompt": "caf\xe9", "label": "2"}'.encode("latin-1"),
         "digits": b'{"prompt": "1 + 1 =", "label": ' + b"7" * 5000 + b"}",
         "deep": b'{"prompt": "1 + 1 =", "x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+        "blank": b'{"prompt": "1 + 1 =", "label": " "}',
         "no_label": b'{"prompt": "1 + 1 ="}',
     }
     for name, line in lines.items():
@@ -76,6 +77,10 @@ MISTAKES = {
     "no label held out": (
         {"data__eval": "DATA/no_label.jsonl", "reward__functions": "[math_verify]"},
         "DATA/no_label.jsonl, line 3: reward function 'math_verify' needs a label",
+    ),
+    "a blank gold": (
+        {"data__train": "DATA/blank.jsonl", "reward__functions": "[math_verify]"},
+        "DATA/blank.jsonl, line 3: reward function 'math_verify' needs an answer in the label, but",
     ),
     "no entry": (
         {"data__train": "DATA/no_label.jsonl", "reward__functions": "[reasoning_gym]"},

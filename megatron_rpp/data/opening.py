@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_rpp.config_learning import DataConfig
+from megatron_rpp.config_data import DataConfig
 from megatron_rpp.data.chat import PromptFormat
 from megatron_rpp.data.examples import Example, open_examples
 from megatron_rpp.data.kept import Pass, cached, stamp

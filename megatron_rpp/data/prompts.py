@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
@@ -80,6 +80,10 @@ class PromptSet(Sequence[Prompt]):
             raise IndexError(index)
         part = bisect_right(self._ends, index)
         return self.parts[part][index - self._ends[part] + len(self.parts[part])]
+
+    def labels(self) -> Iterator[str | None]:
+        """Of all prompts, read as they are asked for."""
+        return (part.examples[int(row)].label for part in self.parts for row in part.rows)
 
     def with_parts(self, parts: Sequence[PromptFile]) -> PromptSet:
         """The same set with other rows of its sources."""

@@ -10,13 +10,14 @@ scale and clip of the total (algorithms/).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, NoReturn
 
 from megatron_rpp.failures import RunFailure
 from megatron_rpp.rewards.checks import SampleError, numbers, short
+from megatron_rpp.rewards.golds import unread
 from megatron_rpp.rewards.loading import RewardFunction, load_reward, needs_worker, row_problem
 from megatron_rpp.rewards.pool import WorkerPool
 
@@ -89,6 +90,12 @@ class RewardSet:
         of the functions knows a reason."""
         problems = (row_problem(*named, label, metadata) for named in self._functions.items())
         return next(filter(None, problems), None)
+
+    def note_on(self, labels: Iterable[str | None]) -> str | None:
+        """What a user should know of the labels before the run, in words; None: nothing."""
+        if "math_verify" not in self._functions:
+            return None
+        return unread(label for label in labels if label is not None)
 
     def score(
         self,

@@ -5,8 +5,15 @@ Left out: reading the data (data/), and when to ask.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from itertools import islice
+
 from megatron_rpp.rewards.answers import final_answer, is_blank
 from megatron_rpp.rewards.checks import short
+
+EXAMINED = 5000
+"""Labels that are parsed at the start of a run: numbers in no time, LaTeX in seconds."""
+SHOWN = 3
 
 
 def gold_problem(label: str) -> str | None:
@@ -20,6 +27,21 @@ def gold_problem(label: str) -> str | None:
     return (
         f"needs an answer in the label, but this row's label {what} ({short(label)}): correct or "
         "remove the row, or check data.label_key"
+    )
+
+
+def unread(labels: Iterable[str]) -> str | None:
+    """Which of the first `EXAMINED` labels are compared as texts, in words; None if all are read as
+    mathematics."""
+    first = list(islice(labels, EXAMINED))
+    different = dict.fromkeys(first)
+    found = [label for label in different if not is_parsed(label)]
+    if not found:
+        return None
+    shown = ", ".join(map(short, found[:SHOWN])) + ", ..." * (len(found) > SHOWN)
+    return (
+        f"math_verify reads {len(found)} of the {len(different)} different labels in the first "
+        f"{len(first)} rows as words and not as mathematics; only the same words equal them: {shown}"
     )
 
 

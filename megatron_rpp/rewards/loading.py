@@ -15,7 +15,7 @@ from typing import Any
 from megatron_rpp.rewards.http import HttpReward
 from megatron_rpp.rewards.checks import SampleError
 from megatron_rpp.rewards.rules import exact_match, reasoning_gym, require_entry
-from megatron_rpp.rewards.terms import Length, MathVerify, Regex, require_labels
+from megatron_rpp.rewards.terms import Length, MathVerify, Regex, require_golds, require_labels
 
 RewardFunction = Callable[
     [list[str], list[str], list[str | None], list[dict[str, Any]]], Sequence[float]
@@ -31,7 +31,7 @@ of which evaluate the response as an expression."""
 
 _ROW_CHECKS: dict[str, Callable[[Any, str | None, dict[str, Any]], None]] = {
     "exact_match": lambda function, label, metadata: require_labels([label]),
-    "math_verify": lambda function, label, metadata: require_labels([label]),
+    "math_verify": lambda function, label, metadata: require_golds([label]),
     "reasoning_gym": lambda function, label, metadata: require_entry(0, metadata),
     "regex": lambda function, label, metadata: function.equals_label and require_labels([label]),
 }

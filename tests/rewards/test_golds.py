@@ -7,7 +7,7 @@ import time
 import pytest
 
 from megatron_rpp.rewards import RewardError, RewardSet
-from megatron_rpp.rewards.golds import gold_problem, is_parsed
+from megatron_rpp.rewards.golds import gold_problem, is_parsed, unread
 
 BLANK = ["", " ", "\t\n", "\u200b", "\u00a0", "$$", "\\boxed{}", "\\text{}", "\\[ \\]", "####", "."]
 
@@ -65,3 +65,19 @@ def test_hostile_golds_end():
         gold_problem(label)
         is_parsed(label)
     assert time.monotonic() - start < 60  # each of them takes below a second
+
+
+def test_labels_that_are_no_mathematics_are_counted_and_shown():
+    assert unread(["7", "\\frac{1}{2}", "7"]) is None
+    assert unread(["7", "Paris", "1/2", "Rome", "Paris", "72 clips", "Oslo"]) == (
+        "math_verify reads 4 of the 6 different labels in the first 7 rows as words and not as "
+        "mathematics; only the same words equal them: 'Paris', 'Rome', '72 clips', ..."
+    )
+    assert RewardSet(["exact_match"]).note_on(["Paris"]) is None
+    assert "1 of the 1 different" in RewardSet(["math_verify"], workers=1).note_on([None, "Paris"])
+
+
+def test_a_large_data_set_is_examined_in_part():
+    asked = []
+    assert unread(asked.append(number) or str(number) for number in range(10_000)) is None
+    assert len(asked) == 5000
