@@ -7,13 +7,16 @@
 #                         goes on
 #   NPROC=2               processes; the layout is the recipe's parallel section, so for example
 #                         NPROC=1 RUN=runs/tp1 bash launch/quickstart.sh --parallel.tensor 1
+#
+# Relative paths are those of the directory where it is called.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+repository=$(dirname -- "$(dirname -- "$(readlink -f -- "$0")")")
+python=$repository/.venv/bin/python
 RUN=${RUN:-runs/quickstart}
+[[ $RUN == /* ]] || RUN=$PWD/$RUN
 NPROC=${NPROC:-2}
-recipe=launch/recipes/quickstart.yaml
 settings=(
-  --config "$recipe"
+  --config "$repository/launch/recipes/quickstart.yaml"
   --data.train "$RUN/data/train.jsonl" --data.eval "$RUN/data/eval.jsonl"
   --data.tokenizer "$RUN/data/tokenizer.model"
   --sft.dir "$RUN/sft" --checkpoint.dir "$RUN/checkpoints" --logging.dir "$RUN/logs"
@@ -22,13 +25,13 @@ settings=(
 say() { printf '\n[%s] %s\n' "$(printf '%d:%02d' $((SECONDS / 60)) $((SECONDS % 60)))" "$*"; }
 
 say "1/5  environment"
-bash launch/install.sh
+bash "$repository/launch/install.sh"
 say "2/5  task and tokenizer"
-.venv/bin/python tools/make_task.py "${settings[@]}"
+"$python" "$repository/tools/make_task.py" "${settings[@]}"
 say "3/5  supervised warm start, $NPROC processes"
-bash launch/torchrun.sh --nproc-per-node "$NPROC" sft "${settings[@]}"
+bash "$repository/launch/torchrun.sh" --nproc-per-node "$NPROC" sft "${settings[@]}"
 say "4/5  REINFORCE++, $NPROC processes"
-bash launch/torchrun.sh --nproc-per-node "$NPROC" train "${settings[@]}" \
+bash "$repository/launch/torchrun.sh" --nproc-per-node "$NPROC" train "${settings[@]}" \
   --model.init_path "$RUN/sft"
 say "5/5  result"
-.venv/bin/python tools/report.py "${settings[@]}"
+"$python" "$repository/tools/report.py" "${settings[@]}"

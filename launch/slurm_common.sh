@@ -1,5 +1,7 @@
 # Sourced by slurm.sbatch and slurm_per_gpu.sbatch: settings, what runs, and when it runs again.
-# shellcheck shell=bash disable=SC2034  # what the two scripts read
+# `launch` is the directory of this file. Relative paths are those of the job's working directory:
+# where sbatch was called, or its --chdir.
+# shellcheck shell=bash disable=SC2034,SC2154  # what the two scripts read and have set
 #
 # From the environment (sbatch hands it on), all optional:
 #   RUN=DIR               checkpoints, logs and this script's notes (default runs/<job name>)
@@ -7,7 +9,7 @@
 #   MODULES="A B"         modules to load
 #   VENV=DIR              virtual environment (default .venv of the repository, else python3)
 #   CONTAINER_IMAGE=IMG   runs in this image (needs SLURM's pyxis plugin)
-#   CONTAINER_MOUNTS=A:B  further mounts; the repository is mounted where it is
+#   CONTAINER_MOUNTS=A:B  further mounts; working directory and repository are where they are
 #   SECRETS="A B"         names of variables that must be set and reach the ranks; never printed
 #   MAX_STALLED=3         requeues without a newer checkpoint before the job gives up
 #   MASTER_PORT=N         (default: from the job's number)
@@ -34,6 +36,7 @@ prepare() {
     export "${name?}"
   done
   RUN=${RUN:-runs/${SLURM_JOB_NAME:-megatron_rpp}}
+  [[ $RUN != -* ]] || RUN=./$RUN # or it would be an option
   local seed=()
   if [[ -n ${SLURM_ARRAY_TASK_ID:-} ]]; then
     RUN=$RUN/seed-$SLURM_ARRAY_TASK_ID
@@ -52,8 +55,12 @@ prepare() {
   export MASTER_ADDR MASTER_PORT VENV
 }
 
-# The address of the job's first node, as SLURM itself reaches it.
+# The address of the job's first node, as SLURM itself reaches it; one node needs no network.
 first_node() {
+  if [[ $nodes == 1 ]]; then
+    echo 127.0.0.1
+    return
+  fi
   if [[ -z ${SLURM_JOB_NODELIST:-} ]]; then
     echo FIRST_NODE
     return
@@ -69,8 +76,11 @@ step_options() {
   step=(srun --kill-on-bad-exit=0 --wait=120 --cpu-bind=none --export=ALL
     --output="$steplog/node%n.%N.task%t.log" "$@")
   if [[ -n ${CONTAINER_IMAGE:-} ]]; then
+    local mounts=$PWD:$PWD repository
+    repository=$(readlink -f -- "$launch/..")
+    [[ $repository == "$PWD" ]] || mounts+=,$repository:$repository
     step+=(--container-image="$CONTAINER_IMAGE" --container-workdir="$PWD"
-      --container-mounts="$PWD:$PWD${CONTAINER_MOUNTS:+,$CONTAINER_MOUNTS}")
+      --container-mounts="$mounts${CONTAINER_MOUNTS:+,$CONTAINER_MOUNTS}")
     local names="MASTER_ADDR MASTER_PORT ${SECRETS:-}"
     step+=(--container-env="$(tr -s ' ' , <<<"${names% }")")
   fi

@@ -1,13 +1,12 @@
 #!/usr/bin/env bash
 # One rank, started by srun: torchrun's variables from SLURM's, then the program.
 set -euo pipefail
-cd "$(dirname "$0")/.."
-program=$1
-shift
+repository=$(dirname -- "$(dirname -- "$(readlink -f -- "$0")")")
 export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID
 export LOCAL_WORLD_SIZE=$((SLURM_NTASKS / SLURM_NNODES)) GROUP_WORLD_SIZE=$SLURM_NNODES
-# As in torchrun.sh.
-export CUDA_DEVICE_MAX_CONNECTIONS=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-python=python3
-[[ -x ${VENV:=.venv}/bin/python ]] && python=$VENV/bin/python
-exec "$python" -m "megatron_rpp.$program" "$@"
+if [[ $SLURM_NNODES == 1 ]]; then # else gloo asks for this machine's name
+  export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-lo}
+fi
+# shellcheck source=launch/environment.sh
+source "$repository/launch/environment.sh"
+exec "$python" -P -m megatron_rpp.rank "$@"

@@ -1,0 +1,30 @@
+"""One rank: the program that its first argument names, from wherever the user stands.
+
+    python -P -m megatron_rpp.rank train --config FILE ...        (started by launch/*.sh)
+
+``python -m megatron_rpp.train`` would look for every module in the user's directory first: a file
+`datasets.py` there would be taken for the library. Here that directory comes last, so that a reward
+`my_package.rewards:score` is found there.
+"""
+
+from __future__ import annotations
+
+import os
+import runpy
+import signal
+import sys
+
+from megatron_rpp.parentage import end_with
+
+
+def main() -> None:
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        # Should the launcher be killed, this rank saves and ends: nobody would end it any more.
+        end_with(os.getppid(), signal.SIGTERM)
+    sys.path.append(os.getcwd())
+    program = sys.argv.pop(1)
+    runpy.run_module(f"megatron_rpp.{program}", run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+"""The launcher's part on one node: it starts the ranks, watches them, and learns how others ended."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import time
+from contextlib import suppress
+
+from torch.distributed import DistError
+from torch.distributed.elastic.agent.server.api import DEFAULT_ROLE, RunResult, WorkerState
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.rendezvous import RendezvousError
+
+from megatron_rpp.failures import FAILED, PREEMPTED, REFUSED
+from megatron_rpp.torchrun_ending import Signals, exit_code, with_signals
+
+FINAL = (REFUSED, PREEMPTED)
+"""Codes after which another start would do the same, or is for the scheduler to make."""
+PEER_SECONDS = 60.0
+"""How long a failed node waits for the codes of the others: they have 30 seconds to stop ranks."""
+READ_SECONDS = 10.0
+"""How long it waits until they have read its own."""
+GOODBYE_SECONDS = 30.0
+"""How long it may take to leave the rendezvous."""
+
+
+def _report(failed: dict[int, int]) -> None:
+    """A line per rank; refused and preempted ones have said it themselves."""
+    for rank, code in failed.items():
+        how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        print(f"launcher: rank {rank} failed, {how}", file=sys.stderr, flush=True)
+
+
+class Agent(LocalElasticAgent):
+    """torch's agent of one node, which starts and watches its ranks; private hooks of torch 2.11+.
+
+    `run` raises SystemExit with the launcher's code where that is not 0.
+    """
+
+    def __init__(self, signals: Signals, *args, **settings):
+        super().__init__(*args, **settings)
+        self._signals = signals
+        self._codes: list[int] = []
+
+    def _rendezvous(self, worker_group) -> None:
+        self._signals.idle()
+        # torch would give ranks that it starts again the store of those before, where they read
+        # the dead ones' addresses.
+        worker_group.spec.rdzv_handler._bootstrap_store_info = None
+        worker_group.spec.rdzv_handler._shared_tcp_store_server = None
+        super()._rendezvous(worker_group)
+
+    def _start_workers(self, worker_group) -> dict[int, int]:
+        self._signals.starting()
+        started = super()._start_workers(worker_group)
+        ranks = self._pcontext.subprocess_handlers.values()
+        self._signals.running([rank.proc for rank in ranks])
+        return started
+
+    def _monitor_workers(self, worker_group) -> RunResult:
+        if number := self._signals.abort():
+            raise SignalException("", number)
+        failed = self._failed()  # before torch stops the other ranks, which then fail for that
+        result = super()._monitor_workers(worker_group)
+        if result.state == WorkerState.HEALTHY and worker_group.store.check(["failed"]):
+            self._stop_workers(worker_group)
+            self._remaining_restarts = 0
+            return RunResult(state=WorkerState.FAILED)
+        failed = failed or {rank: failure.exitcode for rank, failure in result.failures.items()}
+        self._codes = with_signals(list(failed.values()), self._signals.came)
+        if self._signals.came or set(self._codes) & set(FINAL):
+            self._remaining_restarts = 0
+        elif failed:
+            _report(failed)
+        return result
+
+    def _failed(self) -> dict[int, int]:
+        """The codes of this node's ranks that have failed by now, by rank."""
+        codes = {
+            worker.global_rank: self._pcontext.subprocess_handlers[worker.local_rank].proc.poll()
+            for worker in self._worker_group.workers
+        }
+        return {rank: code for rank, code in codes.items() if code}
+
+    def run(self, role: str = DEFAULT_ROLE) -> RunResult:
+        try:
+            result = self._run(role)
+        except SystemExit as ended:
+            self._signals.over(ended.code, GOODBYE_SECONDS)
+            raise
+        self._signals.over(0, GOODBYE_SECONDS)
+        return result
+
+    def _run(self, role: str) -> RunResult:
+        try:
+            result = super().run(role)
+        except SignalException as stopped:
+            raise SystemExit(128 + stopped.sigval) from None
+        except (RendezvousError, DistError) as error:
+            print(f"launcher: the other nodes are lost: {error}", file=sys.stderr, flush=True)
+            raise SystemExit(FAILED) from None
+        if result is None:  # another node closed the rendezvous
+            raise SystemExit(FAILED)
+        code = exit_code(self._codes)
+        if result.is_failed():
+            self._share_codes(PEER_SECONDS)
+            code = exit_code(self._codes) or FAILED  # 0: another node has failed, and is gone
+        if code:
+            raise SystemExit(code)
+        return result
+
+    def _exit_barrier(self) -> None:
+        """torch calls it where all ranks of this node succeeded."""
+        self._share_codes(self._exit_barrier_timeout)
+
+    def _share_codes(self, seconds: float) -> None:
+        """Leaves the codes of all nodes in `_codes`; one that is silent for `seconds` is left out.
+
+        A node that leaves early would take the rendezvous, and with it the others' news, along.
+        """
+        latest = seconds + READ_SECONDS + GOODBYE_SECONDS  # torch would wait longer for a dead node
+        self._signals.over(exit_code(self._codes) or PREEMPTED, latest)
+        group = self._worker_group
+        nodes = range(group.group_world_size)
+        with suppress(DistError):
+            group.store.set(f"codes/{group.group_rank}", json.dumps(self._codes))
+            if self._codes:
+                group.store.set("failed", "")
+            self._wait_for([f"codes/{node}" for node in nodes], seconds)
+            present = [node for node in nodes if group.store.check([f"codes/{node}"])]
+            known = [json.loads(group.store.get(f"codes/{node}")) for node in present]
+            self._codes = [code for codes in known for code in codes]
+            group.store.set(f"read/{group.group_rank}", "")
+            self._wait_for([f"read/{node}" for node in present], READ_SECONDS)
+
+    def _wait_for(self, keys: list[str], seconds: float) -> None:
+        """Until the store has them all, or it is time to leave.
+
+        Asks again and again: what waits inside torch hears no signal.
+        """
+        end = time.monotonic() + seconds
+        while not self._worker_group.store.check(keys):
+            # The last second is for what is left to do.
+            if time.monotonic() >= min(end, self._signals.leave_at - 1):
+                return
+            time.sleep(0.1)

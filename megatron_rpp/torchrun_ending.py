@@ -1,0 +1,177 @@
+"""How the launcher ends: with the code of its ranks, and at once where it is told to and none runs.
+
+Python runs a signal's handler in the main thread, between two of its instructions. There, torch's
+C++ may wait for minutes for a name server or for another node. So a second thread looks after every
+signal: it passes on what ranks are to hear, and ends the process where the main thread does not.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import select
+import signal
+import subprocess
+import threading
+import time
+from contextlib import suppress
+
+from megatron_rpp.failures import FAILED, PREEMPTED
+
+FORWARDED = (signal.SIGTERM, signal.SIGUSR1)
+"""Ask the ranks to save; the launcher passes them on and waits."""
+ABORTING = (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+"""End the ranks, within torch's --shutdown-timeout."""
+
+IDLE_SECONDS = 1.0
+"""How long the main thread may take to end the launcher when a signal comes and no rank runs."""
+OVER_SECONDS = 6.0
+"""The same after the ranks have ended: other nodes may be about to hear of it from this one."""
+UNNOTICED_SECONDS = 60.0
+"""How long it may take to notice that they have, without a signal."""
+
+
+def exit_code(codes: list[int]) -> int:
+    """The code of a launcher whose ranks failed with `codes` (below 0: killed by that signal).
+
+    What a rank chose to say (refused, preempted, hung) comes first, then the signal that killed
+    one, as 128 + signal; its peers fail with 1 for it. SIGTERM is last: launchers send it to stop
+    the rest.
+    """
+
+    def rank(code: int) -> int:
+        return 0 if code > FAILED else 3 if code == -signal.SIGTERM else 2 if code > 0 else 1
+
+    first = min(codes, key=rank, default=0)
+    return first if first >= 0 else 128 - first
+
+
+def with_signals(codes: list[int], came: set[int]) -> list[int]:
+    """A rank that a signal to the launcher killed was not ready to save: it had nothing to."""
+    return [PREEMPTED if -code in came & set(FORWARDED) else code for code in codes if code]
+
+
+def stopped_by(numbers: set[int]) -> int:
+    """The code of a launcher that these signals ended while no rank ran: nothing is lost."""
+    return PREEMPTED if numbers & set(FORWARDED) else 128 + min(numbers)
+
+
+class Signals:
+    """The signals that came, and what the launcher does about them: no rank runs, some do, or all
+    have ended. The methods are for the main thread."""
+
+    def __init__(self):
+        self.came: set[int] = set()
+        self.leave_at = math.inf
+        """When the process ends, by time.monotonic(), whatever the main thread waits for."""
+        self._idle = True
+        self._code: int | None = None  # once the ranks have ended
+        self._ranks: list[subprocess.Popen] = []
+        self._untold: list[int] = []  # signals that no rank has been sent yet
+        self._aborted_at = math.inf
+        self._kill_at = math.inf  # when to kill ranks that the main thread does not end
+        self._lock = threading.Lock()
+
+    def listen(self) -> None:
+        """Takes the signals from now on."""
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        for number in FORWARDED + ABORTING:
+            ignored = signal.getsignal(number) is signal.SIG_IGN
+            if not (number == signal.SIGHUP and ignored):  # nohup
+                signal.signal(number, self.receive)
+        threading.Thread(target=self._watch, args=(reader,), daemon=True).start()
+
+    def receive(self, number: int, frame: object) -> None:
+        """The handler of all signals."""
+        self.came.add(number)
+        if self._idle:
+            raise SystemExit(stopped_by(self.came))
+
+    def idle(self) -> None:
+        """No rank runs: a signal, also one that came earlier, ends the launcher."""
+        with self._lock:
+            self._idle, self._ranks, self.leave_at = True, [], math.inf
+            if self.came:
+                self._leave_in(IDLE_SECONDS)
+        if self.came:
+            raise SystemExit(stopped_by(self.came))
+
+    def starting(self) -> None:
+        """Ranks are about to run; what comes until `running` is kept for them."""
+        with self._lock:
+            self._idle, self.leave_at = False, math.inf
+
+    def running(self, ranks: list[subprocess.Popen]) -> None:
+        """These run, and hear what was kept for them and what comes."""
+        with self._lock:
+            self._ranks = ranks
+            self._tell()
+
+    def abort(self) -> signal.Signals | None:
+        """The signal, where one came, with which the caller is to end the ranks."""
+        if not (aborting := self.came & set(ABORTING)):
+            return None
+        with self._lock:
+            self._kill_at = math.inf
+        return signal.Signals(min(aborting))
+
+    def over(self, code: int, seconds: float) -> None:
+        """The ranks have ended; the launcher is to leave with `code`, in `seconds` at the latest."""
+        with self._lock:
+            self._idle, self._ranks, self._code = False, [], code
+            self.leave_at = time.monotonic() + seconds
+
+    def _watch(self, reader: int) -> None:
+        while True:
+            number = os.read(reader, 1)[0] if select.select([reader], [], [], 0.2)[0] else None
+            with self._lock:
+                if number is not None:
+                    self._take(number)
+                if self._ranks and all(rank.poll() is not None for rank in self._ranks):
+                    self._leave_in(OVER_SECONDS if self.came else UNNOTICED_SECONDS)
+                if time.monotonic() >= self._kill_at:
+                    self._kill()
+                if time.monotonic() >= self.leave_at:
+                    os._exit(self._last_code())
+
+    def _take(self, number: int) -> None:
+        self.came.add(number)
+        if self._code is not None:
+            self._leave_in(OVER_SECONDS)
+        elif self._idle:
+            self._leave_in(IDLE_SECONDS)
+            name = signal.Signals(number).name
+            os.write(2, f"launcher: {name} came while no rank ran\n".encode())
+        elif number in FORWARDED:
+            self._untold.append(number)
+            self._tell()
+        else:  # who asks twice cannot wait; but one key press may come on two ways
+            again = time.monotonic() > self._aborted_at + IDLE_SECONDS
+            self._kill_at = time.monotonic() + (0 if again else IDLE_SECONDS)
+            self._aborted_at = min(self._aborted_at, time.monotonic())
+
+    def _leave_in(self, seconds: float) -> None:
+        self.leave_at = min(self.leave_at, time.monotonic() + seconds)
+
+    def _tell(self) -> None:
+        while self._ranks and self._untold:
+            number = self._untold.pop(0)
+            for rank in self._ranks:
+                with suppress(ProcessLookupError):
+                    rank.send_signal(number)
+
+    def _kill(self) -> None:
+        self._kill_at = math.inf
+        for rank in self._ranks:
+            with suppress(ProcessLookupError):
+                os.killpg(rank.pid, signal.SIGKILL)
+
+    def _last_code(self) -> int:
+        if self._code is not None:
+            return self._code
+        if self._ranks and not self.came & set(ABORTING):
+            codes = with_signals([rank.poll() for rank in self._ranks], self.came)
+            return exit_code(codes) or PREEMPTED
+        return stopped_by(self.came)
