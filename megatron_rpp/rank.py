@@ -14,7 +14,7 @@ import runpy
 import signal
 import sys
 
-from megatron_rpp.parentage import end_with
+from megatron_rpp.lifecycle.parent_death import end_with
 
 
 def main() -> None:

@@ -22,10 +22,16 @@ import psutil
 from torch.distributed import DistError, TCPStore
 from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import DEFAULT_PORT
 from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
-from torch.distributed.run import config_from_args, determine_local_world_size
-from torch.distributed.run import get_args_parser, parse_args, parse_min_max_nnodes
+from torch.distributed.run import (
+    config_from_args,
+    determine_local_world_size,
+    get_args_parser,
+    parse_args,
+    parse_min_max_nnodes,
+)
 
-from megatron_rpp.failures import REFUSED
+from megatron_rpp.lifecycle.config_error import ConfigError
+from megatron_rpp.lifecycle.exit_codes import REFUSED
 
 LOOPBACK = ("127.0.0.1", "::1")
 MEETING = (
@@ -52,7 +58,7 @@ def options(argv: list[str] | None) -> Namespace:
         _meet_others(args) if several else _meet_alone(args)
         where = f"--nproc-per-node {args.nproc_per_node}"
         if determine_local_world_size(args.nproc_per_node) < 1:
-            raise ValueError("a node has one rank or more")
+            raise ConfigError("a node has one rank or more")
         where = f"--log-dir {args.log_dir}"
         if args.log_dir:
             os.makedirs(args.log_dir, exist_ok=True)

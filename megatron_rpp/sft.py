@@ -18,25 +18,28 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_rpp import cli, export, launching, phases, saving
-from megatron_rpp.config import Config, LoggingConfig, count_replicas
-from megatron_rpp.console import Console
+from megatron_rpp.checkpoint.run_state import RunState
+from megatron_rpp.config import Config, LoggingConfig, cli, count_replicas
 from megatron_rpp.data.chat import PromptFormat
-from megatron_rpp.data.kept import Pass, cached
-from megatron_rpp.data.opening import cache_dir, pass_key
+from megatron_rpp.data.loading import cache_dir, pass_key
 from megatron_rpp.data.prompts import Prompt, PromptFile
-from megatron_rpp.data.supervised import lesson
-from megatron_rpp.inputs import Inputs, check_writable, load_inputs, once_a_node
+from megatron_rpp.data.row_cache import Pass, cached
+from megatron_rpp.data.supervised import sft_example
+from megatron_rpp.lifecycle import entrypoint, heartbeat
+from megatron_rpp.lifecycle.config_error import ConfigError
 from megatron_rpp.parallel import device as devices
 from megatron_rpp.parallel import groups
 from megatron_rpp.parallel.device import describe
-from megatron_rpp.policy import Policy, build_policy
 from megatron_rpp.records import Generation, MicroBatch, Request
+from megatron_rpp.reporting.console import Console
 from megatron_rpp.rollout.buffer import RolloutBuffer, from_generations
-from megatron_rpp.run import Run, assemble
-from megatron_rpp.run_state import RunState
-from megatron_rpp.session import carry_out, session
-from megatron_rpp.stages import finite, scoring
+from megatron_rpp.runtime import checkpointing, export
+from megatron_rpp.runtime.inputs import Inputs, check_writable, load_inputs, once_a_node
+from megatron_rpp.runtime.policy import Policy, build_policy
+from megatron_rpp.runtime.run import Run, assemble
+from megatron_rpp.runtime.session import run_to_completion, session
+from megatron_rpp.stages import nonfinite
+from megatron_rpp.stages.logprobs import make_micro_batches, token_logprobs
 from megatron_rpp.stages.rollout import shard
 from megatron_rpp.stages.update import optimizer_step
 
@@ -55,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
 def fitting_lessons(config: Config, inputs: Inputs) -> Inputs:
     """The inputs without the rows that are too long with their labels, if those are to be dropped.
 
-    Raises ValueError where a row has nothing to learn from, or is too long and not to be dropped.
+    Raises ConfigError where a row has nothing to learn from, or is too long and not to be dropped.
     The first start on a source reads all of it, on one rank of each node.
     """
     context, parts = config.model.max_length, []
@@ -70,7 +73,7 @@ def fitting_lessons(config: Config, inputs: Inputs) -> Inputs:
         found = cached(cache_dir(config.data), key, find, once_a_node())
         parts.append(replace(part, rows=found.rows))
         if not len(parts[-1]):
-            raise ValueError(
+            raise ConfigError(
                 f"from {part.where(0)} on, no row fits model.max_length {context} with its label: "
                 "raise it"
             )
@@ -84,18 +87,18 @@ def _fitting_rows(prompts: PromptFile, form: PromptFormat, context: int, drop: b
     fits = np.ones(len(prompts), bool)
     for index, prompt in enumerate(prompts):
         if not prompt.example.label:
-            raise ValueError(
+            raise ConfigError(
                 f"{prompts.where(index)}: the row has no label, which is the response to learn: "
                 "add it, or set data.label_key to the field that holds it"
             )
         try:
-            learned = lesson(prompt, form)
-        except ValueError as error:
-            raise ValueError(f"{prompts.where(index)}: {error}") from error
+            learned = sft_example(prompt, form)
+        except ConfigError as error:
+            raise ConfigError(f"{prompts.where(index)}: {error}") from error
         tokens = len(learned.prompt) + len(learned.response)
         fits[index] = tokens <= context
         if not fits[index] and not drop:
-            raise ValueError(
+            raise ConfigError(
                 f"{prompts.where(index)}: prompt and label have {tokens} tokens, model.max_length "
                 f"is {context}: raise it, remove the row, or set data.overlong_prompts to drop"
             )
@@ -104,7 +107,7 @@ def _fitting_rows(prompts: PromptFile, form: PromptFormat, context: int, drop: b
 
 def batch_of(prompts: list[Prompt], form: PromptFormat) -> RolloutBuffer:
     """The prompts with what is learned of them as responses; the mask leaves out the rest."""
-    lessons = [lesson(prompt, form) for prompt in prompts]
+    lessons = [sft_example(prompt, form) for prompt in prompts]
     requests = [Request(part.prompt, index) for index, part in enumerate(lessons)]
     generations = [
         Generation(part.response, [0.0] * len(part.response), False) for part in lessons
@@ -138,10 +141,10 @@ def finetune(config: Config, inputs: Inputs, dry_run: bool = False) -> None:
         policy = build_policy(config, config.optimizer, inputs.vocab_size)
         run = assemble(config, inputs, console, policy, None, config.logging.dir)
         run.stop = stop
-        saving.resume(run, repair=not dry_run)
+        checkpointing.resume(run, repair=not dry_run)
         console.say(describe())
         console.say(f"data: {inputs.counts}")
-        carry_out(run, _loop, "sft.steps", dry_run)
+        run_to_completion(run, _loop, "sft.steps", dry_run)
 
 
 def _loop(run: Run) -> None:
@@ -150,10 +153,10 @@ def _loop(run: Run) -> None:
     with run.console.stage("supervised steps", config.train.steps) as progress:
         progress(state.step)
         while not run.finished:
-            saving.pause(run)
+            checkpointing.stop_if_requested(run)
             row = _step(config, run.inputs, run.policy, state)
             run.saved_as = None
-            saving.finish_step(run, row)
+            checkpointing.finish_step(run, row)
             if "eval/accuracy" in row:
                 run.console.row({"step": str(state.step)} | {t: f"{row[t]:.4g}" for t in row})
             progress(1)
@@ -166,7 +169,7 @@ def _step(config: Config, inputs: Inputs, policy: Policy, state: RunState) -> di
 
     Raises RunFailure where too many in a row were skipped (stages/finite.py).
     """
-    phases.enter("supervised step")
+    heartbeat.enter("supervised step")
     start = time.perf_counter()
     size = config.sft.batch_size
     rows = inputs.train.order(state.prompts_seen, size, config.seed)
@@ -174,16 +177,16 @@ def _step(config: Config, inputs: Inputs, policy: Policy, state: RunState) -> di
     buffer = batch_of(own, inputs.form)
 
     def loss(batch: MicroBatch, hidden: torch.Tensor):
-        logprobs, _ = scoring.token_logprobs(policy.model, batch, hidden, temperature=1.0)
+        logprobs, _ = token_logprobs(policy.model, batch, hidden, temperature=1.0)
         mask = buffer.mask[batch.column].to(logprobs.device)
         total = -torch.where(mask, logprobs, 0.0).sum()
         count = mask.sum().int()
         return total, count, torch.stack([total.detach().double(), count.double()])
 
     budget = config.train.max_tokens_per_microbatch
-    batches = scoring.cut(policy.model, buffer, list(range(len(buffer))), budget)
+    batches = make_micro_batches(policy.model, buffer, list(range(len(buffer))), budget)
     done = optimizer_step(policy.model, policy.optimizer, policy.scheduler, batches, loss)
-    finite.count(state, done.fault, config.train.max_skipped_updates)
+    nonfinite.count(state, done.fault, config.train.max_skipped_updates)
     state.step += 1
     state.prompts_seen += size
     row = {"sft/skipped_updates": 0, "sft/grad_norm": done.grad_norm}
@@ -204,4 +207,4 @@ def _mean_loss(reports: list[torch.Tensor]) -> float:
 
 
 if __name__ == "__main__":
-    launching.run(main)
+    entrypoint.run(main)

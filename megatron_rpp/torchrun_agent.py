@@ -14,7 +14,7 @@ from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElas
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.rendezvous import RendezvousError
 
-from megatron_rpp.failures import FAILED, PREEMPTED, REFUSED
+from megatron_rpp.lifecycle.exit_codes import FAILED, PREEMPTED, REFUSED
 from megatron_rpp.torchrun_ending import Signals, exit_code, with_signals
 
 FINAL = (REFUSED, PREEMPTED)

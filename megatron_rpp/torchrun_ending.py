@@ -16,7 +16,7 @@ import threading
 import time
 from contextlib import suppress
 
-from megatron_rpp.failures import FAILED, PREEMPTED
+from megatron_rpp.lifecycle.exit_codes import FAILED, PREEMPTED
 
 FORWARDED = (signal.SIGTERM, signal.SIGUSR1)
 """Ask the ranks to save; the launcher passes them on and waits."""

@@ -14,7 +14,7 @@ from torch.distributed.elastic.rendezvous import RendezvousError, c10d_rendezvou
 from torch.distributed.run import run as run_torchrun
 
 from megatron_rpp import rendezvous
-from megatron_rpp.failures import FAILED
+from megatron_rpp.lifecycle.exit_codes import FAILED
 from megatron_rpp.torchrun_agent import Agent
 from megatron_rpp.torchrun_ending import Signals
 

@@ -15,23 +15,24 @@ from __future__ import annotations
 
 from functools import partial
 
-from megatron_rpp import cli, export, launching, preflight, saving
-from megatron_rpp import run as runs
-from megatron_rpp.config import Config, check_world_size
-from megatron_rpp.console import Console
-from megatron_rpp.inputs import Inputs, check_writable, load_inputs
-from megatron_rpp.metrics import step_metrics
+from megatron_rpp.config import Config, check_world_size, cli
+from megatron_rpp.lifecycle import entrypoint
 from megatron_rpp.model.build import parameter_count
-from megatron_rpp.model.flops import step_flops
 from megatron_rpp.parallel import groups
 from megatron_rpp.parallel.device import describe
+from megatron_rpp.reporting.console import Console
+from megatron_rpp.reporting.flops import step_flops
+from megatron_rpp.reporting.metrics import step_metrics
 from megatron_rpp.rollout.buffer import RolloutBuffer
-from megatron_rpp.run import Run, evaluate_held_out
-from megatron_rpp.session import carry_out, session
-from megatron_rpp.stages import advantage, kl_control, reward, rollout, scoring, update
-from megatron_rpp.underway import Underway
+from megatron_rpp.runtime import checkpointing, export, preflight
+from megatron_rpp.runtime import run as runs
+from megatron_rpp.runtime.inputs import Inputs, check_writable, load_inputs
+from megatron_rpp.runtime.run import Run, evaluate_held_out
+from megatron_rpp.runtime.session import run_to_completion, session
+from megatron_rpp.runtime.step_progress import StepProgress
+from megatron_rpp.stages import advantage, kl_control, logprobs, reward, rollout, update
 
-SHOWN = ("reward/mean", "kl/k1", "policy/entropy", "policy/clip_fraction", "policy/grad_norm",
+CONSOLE_METRICS = ("reward/mean", "kl/k1", "policy/entropy", "policy/clip_fraction", "policy/grad_norm",
          "response/length_mean", "throughput/tokens_per_second", "time/step")  # fmt: skip
 
 
@@ -55,9 +56,9 @@ def train(config: Config, inputs: Inputs, dry_run: bool = False) -> None:
     with session(config, console) as stop:
         run = runs.build(config, inputs, console)
         run.stop = stop
-        saving.resume(run, repair=not dry_run)
+        checkpointing.resume(run, repair=not dry_run)
         _announce(run)
-        carry_out(run, _loop, "train.steps", dry_run)
+        run_to_completion(run, _loop, "train.steps", dry_run)
 
 
 def _loop(run: Run) -> None:
@@ -66,7 +67,7 @@ def _loop(run: Run) -> None:
     if not run.begun:
         evaluate_held_out(run)
     while not run.finished:
-        saving.pause(run)
+        checkpointing.stop_if_requested(run)
         row, buffer = rl_step(run)
         log.histograms(state.step + 1, buffer)
         run.saved_as = None
@@ -75,8 +76,8 @@ def _loop(run: Run) -> None:
         state.kl_factor = kl_control.next_factor(
             config.algorithm, state.kl_factor, row, config.rollout.samples_per_step
         )
-        saving.finish_step(run, row)
-        console.row({"step": str(state.step)} | {t: f"{row[t]:.4g}" for t in SHOWN if t in row})
+        checkpointing.finish_step(run, row)
+        console.row({"step": str(state.step)} | {t: f"{row[t]:.4g}" for t in CONSOLE_METRICS if t in row})
     log.close()
     if state.step:
         console.say(f"checkpoint: {config.checkpoint.dir}; metrics: {log.rows}")
@@ -88,13 +89,13 @@ def _loop(run: Run) -> None:
 def rl_step(run: Run) -> tuple[dict[str, float], RolloutBuffer]:
     """One step of REINFORCE++: rollout, reward, score, advantage, update. Collective.
 
-    Goes on where `run.underway` stands. Returns the step's row of metrics (the same on every rank)
+    Goes on where `run.step_progress` stands. Returns the step's row of metrics (the same on every rank)
     and this replica's shard of the rollouts.
     """
     config, inputs, policy, state = run.config, run.inputs, run.policy, run.state
     temperature, count = config.rollout.temperature, config.rollout.prompts_per_step
     algorithm = kl_control.scaled(config.algorithm, state.kl_factor)
-    work = saving.begin_step(run)
+    work = checkpointing.begin_step(run)
     if work.buffer is None:
         with run.stage("rollout", runs.own_samples(config)) as progress:
             work.buffer = rollout.collect(
@@ -102,11 +103,11 @@ def rl_step(run: Run) -> tuple[dict[str, float], RolloutBuffer]:
                 groups.data_rank(), groups.data_size(), config.seed, state.step,
                 state.prompts_seen, progress,
             )  # fmt: skip
-        saving.keep(run, "rollout")
+        checkpointing.keep(run, "rollout")
     if work.buffer.scores is None:
         with run.stage("reward"):
             work.scores = reward.score(work.buffer, inputs.rewards, inputs.response_form)
-        saving.keep(run, "reward")
+        checkpointing.keep(run, "reward")
     if work.buffer.old_logprobs is None:
         with run.stage("score"):
             _score(run, work.buffer)
@@ -115,13 +116,13 @@ def rl_step(run: Run) -> tuple[dict[str, float], RolloutBuffer]:
         updated = update.run(
             policy.model, policy.optimizer, policy.scheduler, work.buffer, algorithm,
             config.train, temperature, config.rollout.samples_per_step, config.seed, state,
-            work.update, partial(saving.pause_inside_step, run),
+            work.update, partial(checkpointing.stop_if_requested_inside_step, run),
         )  # fmt: skip
     for fault in updated.faults:
         run.console.say(f"step {state.step + 1}: update skipped, {fault}")
     scored = (algorithm.old_logprobs == "recompute") + (run.reference is not None)
     flops = step_flops(config.model, inputs.vocab_size, work.buffer, config.train.epochs, scored)
-    run.underway = Underway()
+    run.step_progress = StepProgress()
     return (
         step_metrics(work.buffer, algorithm, work.scores, stats, updated, work.times, flops),
         work.buffer,
@@ -130,16 +131,16 @@ def rl_step(run: Run) -> tuple[dict[str, float], RolloutBuffer]:
 
 def _score(run: Run, buffer: RolloutBuffer) -> None:
     """Fills `old_logprobs` and, with a reference, `ref_logprobs`."""
-    logprobs = partial(
-        scoring.response_logprobs, buffer=buffer,
+    compute = partial(
+        logprobs.response_logprobs, buffer=buffer,
         max_tokens=run.config.train.max_tokens_per_microbatch,
         temperature=run.config.rollout.temperature,
     )  # fmt: skip
     recompute = run.config.algorithm.old_logprobs == "recompute"
-    old = logprobs(run.policy.model) if recompute else buffer.behaviour_logprobs
+    old = compute(run.policy.model) if recompute else buffer.rollout_logprobs
     if run.reference is not None:
         with run.reference.active() as model:
-            buffer.ref_logprobs = logprobs(model)
+            buffer.ref_logprobs = compute(model)
     buffer.old_logprobs = old
 
 
@@ -163,10 +164,10 @@ def _announce(run: Run) -> None:
         say(note)
     say(f"algorithm {config.algorithm.name}; {config.algorithm.kl_summary}")
     start = f"resumed at step {run.state.step}" if run.state.step else "starts at step 0"
-    if run.underway.buffer is not None:
-        start += f" and {run.underway.update.done} mini-batches"
+    if run.step_progress.buffer is not None:
+        start += f" and {run.step_progress.update.done} mini-batches"
     say(f"{start} of {config.train.steps}, {run.state.prompts_seen} prompts seen")
 
 
 if __name__ == "__main__":
-    launching.run(main)
+    entrypoint.run(main)

@@ -20,7 +20,6 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-
 # Imported once by the server that ranks are forked from; the second by torch's optimizers anyway.
 PRELOADED = ["megatron_rpp.train", "torch._dynamo"]
 

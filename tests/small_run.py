@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_rpp import cli
+from megatron_rpp.config import cli
 from megatron_rpp.data.tasks import make_task, write_jsonl
 from megatron_rpp.data.tokenizer import train_sentencepiece
 

@@ -16,11 +16,12 @@ from typing import Callable, Iterator, NamedTuple
 import torch
 import torch.distributed as dist
 
-from megatron_rpp import checkpoint, train
+from megatron_rpp import train
+from megatron_rpp.checkpoint import state as checkpoint
 from megatron_rpp.config import Config, ParallelConfig
-from megatron_rpp.inputs import load_inputs
 from megatron_rpp.model.build import build_model
 from megatron_rpp.parallel import groups
+from megatron_rpp.runtime.inputs import load_inputs
 from tests.small_run import config_of, make_data
 
 # Measurements differ between any two runs; the last is itself the rounding between two kernels.
@@ -49,7 +50,7 @@ def layout(config: Config) -> Iterator[None]:
     try:
         yield
     finally:
-        groups.stop() if alone else groups.split_again()
+        groups.stop() if alone else groups.destroy()
 
 
 def train_run(data: Path, run: Path, **settings) -> Config:

@@ -73,15 +73,14 @@ def reference_run(settings: list[str]):
     """One rank's run of the reference work, changed by `settings`; starts the process groups."""
     import torch
 
-    from megatron_rpp import cli
-    from megatron_rpp.config import check_world_size
-    from megatron_rpp.console import Console
+    from megatron_rpp.config import check_world_size, cli
     from megatron_rpp.data.chat import PromptFormat
     from megatron_rpp.data.prompts import Example, Prompt, PromptSet
-    from megatron_rpp.inputs import Inputs, samplings
     from megatron_rpp.parallel import groups
+    from megatron_rpp.reporting.console import Console
     from megatron_rpp.rewards import RewardSet
-    from megatron_rpp.run import build
+    from megatron_rpp.runtime.inputs import Inputs, samplings
+    from megatron_rpp.runtime.run import build
 
     work = [f"--{name}={value}" for name, value in REFERENCE_WORK.items()]
     config = cli.parse([*work, *settings]).config

@@ -33,7 +33,7 @@ WIDE = {
 
 def measure(run, saves: int) -> dict:
     """`saves` steps, each followed by a save."""
-    from megatron_rpp import saving
+    from megatron_rpp.runtime import checkpointing
     from megatron_rpp.train import rl_step
 
     stalls, steps = [], []
@@ -48,11 +48,11 @@ def measure(run, saves: int) -> dict:
         run.state.step += 1
         run.state.prompts_seen += run.config.rollout.prompts_per_step
         run.saved_as = None
-        stall = saving.write_if_due(run, {})
-        saving.publish_if_written(run)
+        stall = checkpointing.write_if_due(run, {})
+        checkpointing.publish_if_written(run)
         while run.writing is not None:  # what a run would do meanwhile
             step()
-            saving.publish_if_written(run)
+            checkpointing.publish_if_written(run)
         stalls.append(stall + run.saves.seconds.pop("checkpoint", 0.0))
     return {"stall_seconds": statistics.median(stalls), "step_seconds": statistics.median(steps)}
 
@@ -61,7 +61,7 @@ def worker(saves: int, settings: list[str]) -> None:
     """One rank; the main rank prints the result."""
     from megatron_rpp.parallel import groups
     from megatron_rpp.parallel.device import describe
-    from megatron_rpp.session import frozen_heap
+    from megatron_rpp.runtime.session import frozen_heap
 
     folder = tempfile.TemporaryDirectory(prefix="checkpoints_")
     wide = [f"--{name}={value}" for name, value in WIDE.items()]

@@ -27,13 +27,13 @@ HIDDEN = 256
 
 
 def _logprobs(variant: str, hidden, weight, targets):
+    from megatron_rpp.model.logprobs import vocab_parallel_logprobs
+    from megatron_rpp.parallel import groups
+
     from megatron.core.tensor_parallel import (
         gather_from_tensor_model_parallel_region,
         vocab_parallel_cross_entropy,
     )
-
-    from megatron_rpp.model.logprobs import vocab_parallel_logprobs
-    from megatron_rpp.parallel import groups
 
     if variant == "ours":
         group = groups.tensor_group()

@@ -33,7 +33,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_rpp import phases, train  # noqa: E402
+from megatron_rpp import train  # noqa: E402
+from megatron_rpp.lifecycle import heartbeat  # noqa: E402
 from tests.small_run import arguments, make_data  # noqa: E402
 
 PHASES = (
@@ -91,7 +92,7 @@ def _armed(kill: Kill, rank: int) -> None:
                 act(target, signal.SIGKILL)
             threading.Timer(kill.delay, act, (target, signal.SIGKILL)).start()
 
-    phases.current.listeners.append(listen)
+    heartbeat.current.listeners.append(listen)
 
 
 def _rank(rank: int, ranks: int, port: int, argv: list[str], kill: Kill | None, log: Path) -> None:

@@ -15,8 +15,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs without an installation
 
-from megatron_rpp.hf import convert
-from megatron_rpp.hf.ranks import joined
+from megatron_rpp.conversion import convert
+from megatron_rpp.lifecycle.config_error import ConfigError
+from megatron_rpp.parallel.ranks import joined
 from tools.progress import counting_tensors, say, say_error
 
 
@@ -35,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
                 counting=counting_tensors,
                 say=lambda note: say(f"note: {note}"),
             )
-        except ValueError as error:
+        except ConfigError as error:
             say_error(error)
             return 2
         say(f"wrote {written}")

@@ -18,10 +18,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs without an installation
 
-from megatron_rpp import checkpoint_store
-from megatron_rpp.hf import convert
-from megatron_rpp.hf.models import in_force
-from megatron_rpp.hf.ranks import agreed, joined
+from megatron_rpp.checkpoint import store
+from megatron_rpp.conversion import convert
+from megatron_rpp.conversion.models import in_force
+from megatron_rpp.lifecycle.config_error import ConfigError
+from megatron_rpp.parallel.ranks import joined, raise_on_all_ranks
 from tools.progress import counting_tensors, say, say_error
 
 
@@ -36,13 +37,13 @@ def main(argv: list[str] | None = None) -> int:
     with joined():
         try:
             # The one in force or none: an older one in its place would go unnoticed in a file.
-            checkpoint = agreed(lambda: in_force(options.megatron_path))
-            checkpoint_store.require(checkpoint)
+            checkpoint = raise_on_all_ranks(lambda: in_force(options.megatron_path))
+            store.require(checkpoint)
             convert.to_hf(
                 options.megatron_path, options.hf_path, options.dtype, options.max_shard_size,
                 options.overwrite, counting_tensors,
             )  # fmt: skip
-        except ValueError as error:
+        except ConfigError as error:
             say_error(error)
             return 2
         say(f"wrote {options.hf_path}")

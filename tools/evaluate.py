@@ -22,13 +22,13 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs without an installation
 
-from megatron_rpp import cli, launching
-from megatron_rpp.config import count_replicas
-from megatron_rpp.data.files import write_atomic
-from megatron_rpp.inputs import check_writable, load_inputs
+from megatron_rpp.config import cli, count_replicas
+from megatron_rpp.lifecycle import entrypoint
+from megatron_rpp.lifecycle.atomic_files import write_atomic
 from megatron_rpp.parallel import groups
-from megatron_rpp.policy import build_start
 from megatron_rpp.rollout.engine import MegatronEngine
+from megatron_rpp.runtime.inputs import check_writable, load_inputs
+from megatron_rpp.runtime.policy import build_start
 from megatron_rpp.stages.evaluation import Evaluation, evaluate
 
 
@@ -69,4 +69,4 @@ def report(result: Evaluation, output: Path | None) -> None:
 
 
 if __name__ == "__main__":
-    launching.run(main)
+    entrypoint.run(main)

@@ -18,22 +18,22 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs without an installation
 
-from megatron_rpp import cli, launching
-from megatron_rpp.config import Config, count_replicas
+from megatron_rpp.config import Config, cli, count_replicas
 from megatron_rpp.data.json_lines import json_line
 from megatron_rpp.data.tokenizer import Tokenizer
-from megatron_rpp.inputs import (
+from megatron_rpp.lifecycle import entrypoint
+from megatron_rpp.lifecycle.config_error import reading
+from megatron_rpp.parallel import groups
+from megatron_rpp.records import Generation, Request, Sampling
+from megatron_rpp.rollout.engine import MegatronEngine
+from megatron_rpp.runtime.inputs import (
     check_start,
     model_vocabulary,
     open_tokenizer,
     response_format,
     samplings,
 )
-from megatron_rpp.parallel import groups
-from megatron_rpp.policy import build_start
-from megatron_rpp.records import Generation, Request, Sampling
-from megatron_rpp.refusals import reading
-from megatron_rpp.rollout.engine import MegatronEngine
+from megatron_rpp.runtime.policy import build_start
 from megatron_rpp.stages.rollout import shard
 
 
@@ -97,4 +97,4 @@ def generate(
 
 
 if __name__ == "__main__":
-    launching.run(main)
+    entrypoint.run(main)

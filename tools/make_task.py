@@ -23,12 +23,12 @@ from rich.markup import escape
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs without an installation
 
-from megatron_rpp import cli
-from megatron_rpp.config import Config, DataConfig
-from megatron_rpp.data.files import write_atomic
+from megatron_rpp.config import Config, DataConfig, cli
 from megatron_rpp.data.chat import prompt_tokens
 from megatron_rpp.data.tasks import Row, jsonl, make_task
 from megatron_rpp.data.tokenizer import load_tokenizer, train_sentencepiece
+from megatron_rpp.lifecycle.atomic_files import write_atomic
+from megatron_rpp.lifecycle.config_error import ConfigError
 
 console = Console(highlight=False)
 
@@ -62,13 +62,13 @@ def output_paths(data: DataConfig) -> tuple[tuple[Path, ...], Path]:
         del names["tokenizer"]
     for key, value in names.items():
         if not value:
-            raise ValueError(f"data.{key} is empty: set it to the file to write")
+            raise ConfigError(f"data.{key} is empty: set it to the file to write")
         if not isinstance(value, str):
-            raise ValueError(f"data.{key} must be one file to write, got {value}")
+            raise ConfigError(f"data.{key} must be one file to write, got {value}")
     settings_path = Path(data.train).parent / "task.json"
     paths = tuple(Path(value) for value in names.values())
     if len({path.absolute() for path in (*paths, settings_path)}) != len(names) + 1:
-        raise ValueError(
+        raise ConfigError(
             f"{', '.join(f'data.{key}' for key in names)} and {settings_path} must be different "
             f"files, got {names}"
         )
@@ -94,7 +94,7 @@ def is_made(paths: Sequence[Path], settings_path: Path, settings: dict[str, Any]
     if found == settings:
         return len(present) == len(paths)
     if present or found is not None:
-        raise ValueError(
+        raise ConfigError(
             f"{settings_path.parent} holds data made with other settings "
             f"({difference(found, settings)}): choose other paths, or add --overwrite"
         )
@@ -191,7 +191,7 @@ def make_tokenizer(rows: list[Row], vocab_size: int) -> bytes:
         tokenizer, model = load_tokenizer(path), path.read_bytes()
     for text in texts:
         if tokenizer.decode(tokenizer.encode(text)) != text:
-            raise ValueError(
+            raise ConfigError(
                 f"no tokenizer keeps the task's text {text!r} (NUL, U+2581 and the names of "
                 "special pieces, such as <s>, are lost): choose another task"
             )

@@ -17,7 +17,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs without an installation
 
-from megatron_rpp.refusals import reading  # noqa: E402
+from megatron_rpp.lifecycle.config_error import ConfigError, reading  # noqa: E402
 
 # Panel title -> (file, tag, unit of the vertical axis)
 PANELS = {
@@ -31,7 +31,7 @@ PANELS = {
 def rows_of(path: Path) -> list[dict]:
     """The rows of a JSONL file of a run. Raises ValueError where it is missing or empty."""
     if not path.is_file():
-        raise ValueError(f"{path} is missing: give the logging.dir of a run that took a step")
+        raise ConfigError(f"{path} is missing: give the logging.dir of a run that took a step")
     lines = path.read_bytes().splitlines(keepends=True)
     rows = []
     for number, line in enumerate(lines, 1):
@@ -39,7 +39,7 @@ def rows_of(path: Path) -> list[dict]:
             with reading(f"{path.absolute()}, line {number}", "remove the damaged line"):
                 rows.append(json.loads(line))
     if not rows:
-        raise ValueError(f"{path} is empty: the run has not finished a step")
+        raise ConfigError(f"{path} is empty: the run has not finished a step")
     return rows
 
 
@@ -67,7 +67,7 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         draw(arguments.log_dirs, arguments.out)
-    except (ValueError, OSError) as error:
+    except (ConfigError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     print(f"wrote {arguments.out}")

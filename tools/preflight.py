@@ -10,11 +10,12 @@ run too.
 
 from __future__ import annotations
 
-from megatron_rpp import cli, launching, preflight
-from megatron_rpp.config import check_world_size
-from megatron_rpp.console import Console
-from megatron_rpp.inputs import check_writable, load_inputs
+from megatron_rpp.config import check_world_size, cli
+from megatron_rpp.lifecycle import entrypoint
 from megatron_rpp.parallel import groups
+from megatron_rpp.reporting.console import Console
+from megatron_rpp.runtime import preflight
+from megatron_rpp.runtime.inputs import check_writable, load_inputs
 
 
 def main() -> None:
@@ -29,4 +30,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    launching.run(main)
+    entrypoint.run(main)

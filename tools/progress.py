@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from megatron_rpp.hf.ranks import rank
+from megatron_rpp.parallel.ranks import rank
 
 
 @contextlib.contextmanager

@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from megatron_rpp import cli
-from megatron_rpp.config import Config
+from megatron_rpp.config import Config, cli
+from megatron_rpp.lifecycle.config_error import ConfigError
 
 
 def mean(rows: list[dict], tag: str) -> float | None:
@@ -59,7 +59,7 @@ def main() -> None:
     try:
         tables = summary(config), answers(config)
         draw([log_dir], log_dir / "curves.png")
-    except (ValueError, OSError) as error:
+    except (ConfigError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     for table in tables:

@@ -39,12 +39,12 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs without an installation
 
-from megatron_rpp import checkpoint_store
+from megatron_rpp.checkpoint import store
 from megatron_rpp.config import ModelConfig, ParallelConfig
-from megatron_rpp.config_checks import check_layout
-from megatron_rpp.config_model import RopeScalingConfig
-from megatron_rpp.hf.models import HfModel, MegatronModel, in_force
-from megatron_rpp.refusals import reading
+from megatron_rpp.config.model import RopeScalingConfig
+from megatron_rpp.config.validation import check_layout
+from megatron_rpp.conversion.models import HfModel, MegatronModel, in_force
+from megatron_rpp.lifecycle.config_error import ConfigError, reading
 
 TOLERANCES = {"fp32": 1e-5, "bf16": 5e-2}
 SEQUENCES, LENGTH, PROMPT, ANSWER = 2, 48, 16, 64
@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         parallel = ParallelConfig(tensor=options.tp, pipeline=options.pp)
         source = HfModel(options.hf_path)
-        checkpoint_store.require(in_force(options.megatron_path))
+        store.require(in_force(options.megatron_path))
         checkpoint = MegatronModel.open(options.megatron_path)
         if source.settings != checkpoint.settings:
             console.print(f"the architectures differ: {difference(source, checkpoint)}")
@@ -94,7 +94,7 @@ def main(argv: list[str] | None = None) -> int:
         with reading(f"{source.directory}", "transformers has to load it, to be compared with"):
             theirs = transformers_outputs(options.hf_path, vocab_size, options.dtype)
         ours = on_ranks(options.megatron_path, source.settings, parallel, options.dtype)
-    except ValueError as error:
+    except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     tolerance = options.tolerance or TOLERANCES[options.dtype]
@@ -200,10 +200,10 @@ def model_config(settings: dict, dtype: str) -> ModelConfig:
 @torch.no_grad()
 def megatron_outputs(path: str, settings: dict, parallel: ParallelConfig, dtype: str) -> Outputs:
     """Collective; whole on the last pipeline stage, without logits on the others."""
-    from megatron_rpp import checkpoint
-    from megatron_rpp.model import build
+    from megatron_rpp.checkpoint import state as checkpoint
+    from megatron_rpp.model import build, pipeline
     from megatron_rpp.model.language_model import chunks
-    from megatron_rpp.parallel import device, groups, pipeline
+    from megatron_rpp.parallel import device, groups
     from megatron_rpp.records import Request, Sampling
     from megatron_rpp.rollout.engine import MegatronEngine
 

@@ -25,10 +25,10 @@ from megatron_rpp.algorithms.numerics import MAX_LOG_RATIO, at_least_fp32
 CORRECTIONS = ("cap", "mask")
 
 
-def importance_ratio(old_logprobs: Tensor, behaviour_logprobs: Tensor) -> Tensor:
+def importance_ratio(old_logprobs: Tensor, rollout_logprobs: Tensor) -> Tensor:
     """w of every token, before any bound; any one shape, at least fp32, no gradient."""
-    assert old_logprobs.shape == behaviour_logprobs.shape
-    log_ratio = at_least_fp32(old_logprobs.detach()) - at_least_fp32(behaviour_logprobs.detach())
+    assert old_logprobs.shape == rollout_logprobs.shape
+    log_ratio = at_least_fp32(old_logprobs.detach()) - at_least_fp32(rollout_logprobs.detach())
     return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from megatron_rpp.data.messages import Message
 from megatron_rpp.data.tokenizer import Tokenizer
-from megatron_rpp.refusals import reading
+from megatron_rpp.lifecycle.config_error import ConfigError, reading
 
 
 class Rendered(NamedTuple):
@@ -34,7 +34,7 @@ class PromptFormat:
     """A system message in front of conversations that have none; empty = none."""
 
     def render(self, prompt: str | Sequence[Message]) -> Rendered:
-        """What the model reads: ValueError where there is no template or it refuses the prompt."""
+        """What the model reads: ConfigError where there is no template or it refuses the prompt."""
         if isinstance(prompt, str):
             if not self.apply_chat_template:
                 return Rendered(prompt, begin=True)
@@ -46,7 +46,7 @@ class PromptFormat:
         """Token ids of each prompt."""
         encoded = self.tokenizer.encode_many([prompt.text for prompt in prompts])
         return [
-            begun(tokens, self.tokenizer) if prompt.begin else tuple(tokens)
+            prepend_bos(tokens, self.tokenizer) if prompt.begin else tuple(tokens)
             for prompt, tokens in zip(prompts, encoded)
         ]
 
@@ -58,15 +58,15 @@ class PromptFormat:
         """Token ids of a prompt that comes from no data set.
 
         Raises:
-            ValueError: it is blank, makes no tokens or more than `limit`, or cannot be rendered.
+            ConfigError: it is blank, makes no tokens or more than `limit`, or cannot be rendered.
         """
         if not prompt.strip():
-            raise ValueError(f"the prompt is {prompt!r}, it must hold a text")
+            raise ConfigError(f"the prompt is {prompt!r}, it must hold a text")
         with reading(f"the prompt {prompt[:80]!r}", "correct it"):
             tokens = self.tokens(prompt)
         problem = length_problem(len(tokens), limit)
         if problem is not None:
-            raise ValueError(
+            raise ConfigError(
                 f"{problem}: shorten {prompt[:80]!r}, raise model.max_length or lower "
                 "rollout.max_new_tokens, which share the context"
             )
@@ -81,10 +81,10 @@ class PromptFormat:
 
 def prompt_tokens(text: str, tokenizer: Tokenizer) -> tuple[int, ...]:
     """Token ids of a prompt that is a text."""
-    return begun(tokenizer.encode(text), tokenizer)
+    return prepend_bos(tokenizer.encode(text), tokenizer)
 
 
-def begun(tokens: Sequence[int], tokenizer: Tokenizer) -> tuple[int, ...]:
+def prepend_bos(tokens: Sequence[int], tokenizer: Tokenizer) -> tuple[int, ...]:
     """The tokens after begin-of-sequence: added where the tokenizer has one and they do not
     already begin with it."""
     if tokenizer.bos_id is None or tokens[:1] == [tokenizer.bos_id]:

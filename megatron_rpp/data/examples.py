@@ -19,7 +19,7 @@ from typing import Any
 from megatron_rpp.data.messages import Message, conversation, last_user_text
 from megatron_rpp.data.rows import Row, Rows, kind
 from megatron_rpp.data.sources import open_rows
-from megatron_rpp.refusals import reading
+from megatron_rpp.lifecycle.config_error import ConfigError, reading
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Examples(Sequence[Example]):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Example:
-        """Raises ValueError, naming the place, where the row is not one."""
+        """Raises ConfigError, naming the place, where the row is not one."""
         if not 0 <= index < len(self):
             raise IndexError(index)
         with reading(self.rows.where(index), "correct the row"):
@@ -56,7 +56,7 @@ class Examples(Sequence[Example]):
         row, where = self.rows[index], self.rows.where(index)
         path = _path(row, self.prompt_key)
         if path is None:
-            raise ValueError(
+            raise ConfigError(
                 f"{where} has no field {self.prompt_key!r}, only {sorted(row)}: set "
                 "data.prompt_key to the field that holds the prompt"
             )
@@ -76,7 +76,7 @@ class Examples(Sequence[Example]):
             return value
         if isinstance(value, (int, float, Decimal)) and not isinstance(value, bool):
             return self.rows.written(index, path)
-        raise ValueError(
+        raise ConfigError(
             f"{self.rows.where(index)}: {self.label_key!r} is {kind(value)}, it must be a string, "
             "a number or null: put anything else into 'metadata'"
         )
@@ -92,7 +92,7 @@ def open_examples(
     """The examples of a data set; see `sources.open_rows` for the source and the last two.
 
     Raises:
-        ValueError: no such source, or it has no rows.
+        ConfigError: no such source, or it has no rows.
     """
     return Examples(open_rows(str(source), cache_dir, say), prompt_key, label_key)
 
@@ -120,5 +120,5 @@ def _metadata(row: Row, where: str, used: set[str]) -> dict[str, Any]:
     if metadata is None:
         return {key: value for key, value in row.items() if key not in {"metadata", *used}}
     if not isinstance(metadata, dict):
-        raise ValueError(f"{where}: 'metadata' is {kind(metadata)}, it must be a JSON object")
+        raise ConfigError(f"{where}: 'metadata' is {kind(metadata)}, it must be a JSON object")
     return metadata

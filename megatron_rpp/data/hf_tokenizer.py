@@ -13,7 +13,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from megatron_rpp.refusals import reading, reason
+from megatron_rpp.lifecycle.config_error import ConfigError, reading, reason
 
 UNKNOWN = "\ufffd"
 """Text of an id that the tokenizer does not know: a model may have more rows than it has tokens."""
@@ -31,7 +31,7 @@ class HuggingFaceTokenizer:
         """``chat_template``: a file, in the place of the directory's own template.
 
         Raises:
-            ValueError: not a tokenizer directory, no such template, or no end-of-sequence token.
+            ConfigError: not a tokenizer directory, no such template, or no end-of-sequence token.
         """
         from transformers import AutoTokenizer  # here: runs on SentencePiece need not load it
 
@@ -40,7 +40,7 @@ class HuggingFaceTokenizer:
                 path, local_files_only=True, trust_remote_code=trust_remote_code
             )
         except Exception as error:  # the many formats of old and new files raise whatever they like
-            raise ValueError(
+            raise ConfigError(
                 f"tokenizer {Path(path).absolute()} is not a directory of Hugging Face tokenizer "
                 f"files ({reason(error)}): correct data.tokenizer"
             ) from error
@@ -83,10 +83,10 @@ class HuggingFaceTokenizer:
         """The conversation as the chat template writes it, special tokens included.
 
         Raises:
-            ValueError: there is no template, or it refuses the messages.
+            ConfigError: there is no template, or it refuses the messages.
         """
         if self._template is None and self._tokenizer.chat_template is None:
-            raise ValueError(
+            raise ConfigError(
                 f"tokenizer {self._path} has no chat template: name a template file with "
                 "data.chat_template, or use prompts that are texts without data.apply_chat_template"
             )
@@ -101,7 +101,7 @@ class HuggingFaceTokenizer:
                 tokenize=False,
             )
         except Exception as error:  # a template is a program: it raises whatever it likes
-            raise ValueError(
+            raise ConfigError(
                 f"the chat template refuses the messages {list(messages)} ({error}): correct them, "
                 "or name another template with data.chat_template"
             ) from error
@@ -127,13 +127,13 @@ class HuggingFaceTokenizer:
         for name in ("generation_config.json", "config.json"):
             ids += _named_ends(self._path / name)
         if not ids:
-            raise ValueError(
+            raise ConfigError(
                 f"tokenizer {self._path} has no end-of-sequence token: responses could never end; "
                 "set eos_token in its tokenizer_config.json"
             )
         unknown = sorted(set(ids) - self._known)
         if unknown:
-            raise ValueError(
+            raise ConfigError(
                 f"{self._path} names the end-of-sequence ids {unknown}, which its tokenizer does "
                 "not have: correct eos_token_id in its generation_config.json and config.json"
             )
@@ -148,7 +148,7 @@ def _named_ends(file: Path) -> list[int]:
         named = json.loads(file.read_bytes()).get("eos_token_id")
     ids = named if isinstance(named, list) else [] if named is None else [named]
     if any(type(number) is not int for number in ids):
-        raise ValueError(f"{file.absolute()}: eos_token_id is {named!r}, it must be a whole number")
+        raise ConfigError(f"{file.absolute()}: eos_token_id is {named!r}, it must be a whole number")
     return ids
 
 

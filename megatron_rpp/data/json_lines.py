@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from megatron_rpp.data.rows import Row, kind
-from megatron_rpp.refusals import reading
+from megatron_rpp.lifecycle.config_error import ConfigError, reading
 
 _READ = 1 << 22
 """Bytes of a file that are searched for line ends at once."""
@@ -39,11 +39,11 @@ class JsonLines:
         """name: of the file in messages; None = its absolute path.
 
         Raises:
-            ValueError: it is no file that can be read, or it is empty.
+            ConfigError: it is no file that can be read, or it is empty.
         """
         self._name = str(path.absolute()) if name is None else name
         if not path.is_file():
-            raise ValueError(
+            raise ConfigError(
                 f"data set {self._name} is not a file: correct the path, or make the file first"
             )
         with reading(f"data set {self._name}", "correct the file or its permissions"):
@@ -51,7 +51,7 @@ class JsonLines:
             self._ends = self._find_ends()
             stat = os.fstat(self._file)
         if len(self._ends) == 1 and self._ends[0] == 0:
-            raise ValueError(f"data set {self._name} is empty: it needs one JSON object a line")
+            raise ConfigError(f"data set {self._name} is empty: it needs one JSON object a line")
         self.identity = f"{path.absolute()} {stat.st_size} {stat.st_mtime_ns}"
 
     def _find_ends(self) -> np.ndarray:
@@ -81,9 +81,9 @@ class JsonLines:
                 row = json.loads(line)
             except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
                 message = f"{where} is not JSON ({error}): each line is one JSON object"
-                raise ValueError(message) from error
+                raise ConfigError(message) from error
         if not isinstance(row, dict):
-            raise ValueError(f"{where} is {kind(row)}: each line must be a JSON object {{...}}")
+            raise ConfigError(f"{where} is {kind(row)}: each line must be a JSON object {{...}}")
         if _SURROGATE.search(line):
             _check_characters(row, where)
         return row
@@ -101,13 +101,13 @@ class JsonLines:
 
 
 def _check_characters(row: Row, where: str) -> None:
-    """Raises ValueError where a string holds half of a surrogate pair: no tokenizer takes it and no
+    """Raises ConfigError where a string holds half of a surrogate pair: no tokenizer takes it and no
     file can be written with it."""
     try:
         json.dumps(row, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         half = error.object[error.start]
-        raise ValueError(
+        raise ConfigError(
             f"{where} holds {ascii(half)[1:-1]} alone, half of a surrogate pair and no character: "
             "write both halves, or remove it"
         ) from error

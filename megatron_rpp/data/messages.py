@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron_rpp.data.rows import kind
+from megatron_rpp.lifecycle.config_error import ConfigError
 
 Message = dict[str, Any]
 """``role`` and ``content``, a text (or None beside tool calls), and whatever else the template
@@ -20,12 +21,12 @@ def conversation(prompt: Any, where: str) -> tuple[Message, ...]:
     """The messages of a prompt, each content one text; empty where the prompt is a text.
 
     Raises:
-        ValueError: it is neither a text that is not blank nor a list of messages.
+        ConfigError: it is neither a text that is not blank nor a list of messages.
     """
     if isinstance(prompt, str) and prompt.strip():
         return ()
     if not isinstance(prompt, list) or not prompt:
-        raise ValueError(
+        raise ConfigError(
             f"{where} is {prompt!r}, it must be a non-empty string or a list of messages"
         )
     return tuple(_message(message, f"{where}: message {i}") for i, message in enumerate(prompt))
@@ -38,12 +39,12 @@ def last_user_text(messages: Sequence[Message]) -> str:
 
 def _message(message: Any, where: str) -> Message:
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-        raise ValueError(
+        raise ConfigError(
             f"{where} is {message!r}, it must be an object with the fields 'role' and 'content'"
         )
     content = _text(message, where)
     if message["role"] == "user" and not content.strip():
-        raise ValueError(f"{where}: 'content' is {content!r}, which asks nothing: write the question")
+        raise ConfigError(f"{where}: 'content' is {content!r}, which asks nothing: write the question")
     return message | {"content": content}
 
 
@@ -56,9 +57,9 @@ def _text(message: Message, where: str) -> str | None:
     if isinstance(content, list) and all(map(_is_text_part, content)):
         return "".join(part if isinstance(part, str) else part["text"] for part in content)
     if "content" not in message:
-        raise ValueError(f"{where} has no 'content', only {sorted(message)}: name it so")
+        raise ConfigError(f"{where} has no 'content', only {sorted(message)}: name it so")
     found = f"a list with {_other_part(content)}" if isinstance(content, list) else kind(content)
-    raise ValueError(
+    raise ConfigError(
         f"{where}: 'content' is {found}, it must be a text or a list of text parts "
         '{"type": "text", "text": ...}'
     )

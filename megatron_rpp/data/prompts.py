@@ -17,9 +17,9 @@ import numpy as np
 
 from megatron_rpp.data.chat import PromptFormat, Rendered, length_problem
 from megatron_rpp.data.examples import Example, Examples
-from megatron_rpp.data.kept import Pass
-from megatron_rpp.data.order import Mixture, prompt_indices
-from megatron_rpp.refusals import reading
+from megatron_rpp.data.row_cache import Pass
+from megatron_rpp.data.sampler import Mixture, prompt_indices
+from megatron_rpp.lifecycle.config_error import ConfigError, reading
 from megatron_rpp.seeds import permutation
 
 _CHUNK = 256
@@ -128,7 +128,7 @@ def fitting_rows(
     rows are done.
 
     Raises:
-        ValueError: a malformed row, one that the chat template refuses, one whose prompt has no
+        ConfigError: a malformed row, one that the chat template refuses, one whose prompt has no
             tokens or, unless ``drop``, too many; names its place.
     """
     fits = np.ones(len(examples), bool)
@@ -143,10 +143,10 @@ def fitting_rows(
             fits[row] = tokens <= limit
             problem = length_problem(tokens, limit)
             if problem is not None and not (drop and tokens):
-                raise ValueError(f"{where}: {problem}: {_remedy(tokens)}")
+                raise ConfigError(f"{where}: {problem}: {_remedy(tokens)}")
             other = check(example)
             if other is not None:
-                raise ValueError(f"{where}: {other}")
+                raise ConfigError(f"{where}: {other}")
         progress(len(chunk))
     return Pass(np.flatnonzero(fits), prompts.hexdigest(), labels.hexdigest())
 
@@ -192,7 +192,7 @@ def split_held_out(
     total = sum(sizes)
     count = int(share) if share >= 1 else max(1, round(share * total))
     if count >= total:
-        raise ValueError(
+        raise ConfigError(
             f"data.eval_split {share:g} leaves none of the {total} prompts to train on: lower it"
         )
     held_out = np.zeros(total, bool)
@@ -209,5 +209,5 @@ def _render(examples: Examples, row: int, example: Example, form: PromptFormat) 
     with reading(f"{where}: the prompt", "correct it"):
         try:
             return form.render(example.messages or example.prompt)
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from error
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error}") from error

@@ -22,7 +22,7 @@ class Rows(Protocol):
         """The place of a row in words, for error messages."""
 
     def __getitem__(self, index: int) -> Row:
-        """The row; ValueError where it is malformed."""
+        """The row; ConfigError where it is malformed."""
 
     def written(self, index: int, keys: Sequence[str]) -> str | None:
         """The number at a path of keys in a row, as the source writes it; None if it stands for a

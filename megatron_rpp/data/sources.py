@@ -15,7 +15,7 @@ from pathlib import Path
 from megatron_rpp.data import tables
 from megatron_rpp.data.json_lines import JsonLines
 from megatron_rpp.data.rows import ChainedRows, Rows
-from megatron_rpp.refusals import reading
+from megatron_rpp.lifecycle.config_error import ConfigError, reading
 
 HUB = "hub:"
 _LINES = {".jsonl", ".ndjson"}
@@ -36,7 +36,7 @@ def open_rows(
         say: is told if no copies can be put there.
 
     Raises:
-        ValueError: there is no such source, it is empty, or it cannot be read.
+        ConfigError: there is no such source, it is empty, or it cannot be read.
     """
     with reading(f"data set {source[:200]!r}", "correct the path"):
         path, split = _place(source)
@@ -54,7 +54,7 @@ def open_rows(
 def _place(source: str) -> tuple[Path, str]:
     """The path of a source, and the split behind it."""
     if not source:
-        raise ValueError("a data set has no name: correct data.train or data.eval")
+        raise ConfigError("a data set has no name: correct data.train or data.eval")
     path = Path(source)
     folder, _, split = source.rpartition("@")
     if not path.exists() and folder and Path(folder).is_dir():
@@ -97,11 +97,11 @@ def _directory(path: Path, split: str, name: str, cache_dir: str | None) -> Rows
 
 
 def _check_one_format(directory: Path) -> None:
-    """Raises ValueError for files of several formats, of which the library would read only one."""
+    """Raises ConfigError for files of several formats, of which the library would read only one."""
     known = {*_LINES, *tables.FORMATS}
     found = {file.suffix.lower() for file in directory.rglob("*")} & known
     if len(found) > 1:
-        raise ValueError(
+        raise ConfigError(
             f"data set {directory.absolute()} holds files of the formats {', '.join(sorted(found))}: "
             "name the files that you mean, or keep one format in a directory"
         )

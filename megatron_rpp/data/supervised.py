@@ -10,10 +10,11 @@ from dataclasses import dataclass
 
 from megatron_rpp.data.chat import PromptFormat
 from megatron_rpp.data.prompts import Prompt
+from megatron_rpp.lifecycle.config_error import ConfigError
 
 
 @dataclass(frozen=True)
-class Lesson:
+class SftExample:
     """A sequence to learn: nothing of ``prompt``, and of ``response`` what ``learned`` marks."""
 
     prompt: tuple[int, ...]
@@ -21,21 +22,21 @@ class Lesson:
     learned: list[bool]
 
 
-def lesson(prompt: Prompt, form: PromptFormat) -> Lesson:
+def sft_example(prompt: Prompt, form: PromptFormat) -> SftExample:
     """The tokens of an example that has a label.
 
     Raises:
-        ValueError: the label has no tokens, or the chat template writes earlier turns differently
+        ConfigError: the label has no tokens, or the chat template writes earlier turns differently
             once others follow.
     """
     tokenizer, label = form.tokenizer, prompt.example.label
     last = [*tokenizer.encode(label), tokenizer.eos_id]
     if len(last) == 1:
-        raise ValueError(f"the label {label!r} has no tokens: correct or remove the row")
+        raise ConfigError(f"the label {label!r} has no tokens: correct or remove the row")
     tokens, learned = _earlier_turns(prompt, form)
     start = learned.index(True) if any(learned) else len(tokens)
     marks = learned[start:] + [True] * len(last)
-    return Lesson(tuple(tokens[:start]), tokens[start:] + last, marks)
+    return SftExample(tuple(tokens[:start]), tokens[start:] + last, marks)
 
 
 def _earlier_turns(prompt: Prompt, form: PromptFormat) -> tuple[list[int], list[bool]]:
@@ -52,7 +53,7 @@ def _earlier_turns(prompt: Prompt, form: PromptFormat) -> tuple[list[int], list[
     tokens, learned = [], []
     for number, (before, after) in enumerate(zip(cuts, cuts[1:])):
         if not after.startswith(before):
-            raise ValueError(
+            raise ConfigError(
                 "the chat template writes earlier turns differently once others follow, so that "
                 "they cannot be learned: split the conversation into one row for each answer"
             )

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rpp.data.rows import Row, Rows
+from megatron_rpp.lifecycle.config_error import ConfigError
 
 FORMATS = {".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
 """Files that the library reads, and its names for their formats."""
@@ -32,11 +33,11 @@ class ArrowRows:
     """A table that the `datasets` library memory-maps."""
 
     def __init__(self, table: Any, name: str) -> None:
-        """Raises ValueError: it is no table of one split, or it is empty."""
+        """Raises ConfigError: it is no table of one split, or it is empty."""
         if isinstance(table, dict):
-            raise ValueError(f"data set {name} has the splits {sorted(table)}: add '@' and one")
+            raise ConfigError(f"data set {name} has the splits {sorted(table)}: add '@' and one")
         if not len(table):
-            raise ValueError(f"data set {name} is empty: it has no rows")
+            raise ConfigError(f"data set {name} is empty: it has no rows")
         self._table, self._name = table, name
         self.identity = f"{name} {table._fingerprint} {len(table)}"
         self._are_whole = cache(self._are_whole_beside_gaps)
@@ -160,7 +161,7 @@ def _all_texts(files: Files) -> dict[str, Any]:
     with open(first, newline="", encoding="utf-8-sig") as file:
         header = next(csv.reader(file), [])
     if len(set(header)) < len(header):
-        raise ValueError(f"{first.absolute()} names a column twice in {header}: rename one of them")
+        raise ConfigError(f"{first.absolute()} names a column twice in {header}: rename one of them")
     names = pandas.read_csv(first, nrows=0).columns
     features = datasets.Features({name: datasets.Value("string") for name in names})
     return {"features": features, "keep_default_na": False, "na_values": [""], "index_col": False}

@@ -15,9 +15,10 @@ from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
-from megatron_rpp.data.files import write_atomic
 from megatron_rpp.data.json_lines import json_line
 from megatron_rpp.data.typed_json import from_typed_json, to_typed_json
+from megatron_rpp.lifecycle.atomic_files import write_atomic
+from megatron_rpp.lifecycle.config_error import ConfigError
 
 Row = dict[str, Any]
 
@@ -44,12 +45,12 @@ def make_task(
         Rows ``{"prompt": question, "label": answer or None, "metadata": {...}}``.
 
     Raises:
-        ValueError: unknown task, parameters it refuses, equal seeds, or too few different problems.
+        ConfigError: unknown task, parameters it refuses, equal seeds, or too few different problems.
     """
     if train_size < 1 or eval_size < 1:
-        raise ValueError(f"train_size {train_size} and eval_size {eval_size} must be at least 1")
+        raise ConfigError(f"train_size {train_size} and eval_size {eval_size} must be at least 1")
     if train_seed == eval_seed:
-        raise ValueError(f"task.train_seed and task.eval_seed are both {eval_seed}: change one")
+        raise ConfigError(f"task.train_seed and task.eval_seed are both {eval_seed}: change one")
     params = _json_params(name, params)
     held_out: dict[str, Row] = {}
     for row in _draws(name, params, eval_size, eval_seed):
@@ -57,14 +58,14 @@ def make_task(
         if len(held_out) == eval_size:
             break
     else:
-        raise ValueError(
+        raise ConfigError(
             f"task {name} with {params} gives only {len(held_out)} different problems: lower "
             f"task.eval_size {eval_size} or widen task.params"
         )
     draws = _draws(name, params, train_size, train_seed)
     train = list(islice((row for row in draws if row["prompt"] not in held_out), train_size))
     if len(train) < train_size:
-        raise ValueError(
+        raise ConfigError(
             f"task {name} with {params} gives hardly a problem besides the {eval_size} held out "
             f"({len(train)} of {train_size} found): lower task.eval_size or widen task.params"
         )
@@ -72,7 +73,7 @@ def make_task(
 
 
 def create_task(name: str, params: dict[str, Any], size: int, seed: int) -> Any:
-    """The reasoning-gym data set of a task; ValueError for an unknown name or bad parameters."""
+    """The reasoning-gym data set of a task; ConfigError for an unknown name or bad parameters."""
     import reasoning_gym  # here, so that runs on other data do not load it
     from reasoning_gym.composite import DatasetSpec
     from reasoning_gym.factory import DATASETS
@@ -80,11 +81,11 @@ def create_task(name: str, params: dict[str, Any], size: int, seed: int) -> Any:
     if name not in DATASETS:
         near = difflib.get_close_matches(name, DATASETS, n=3, cutoff=0.4)
         hint = f"did you mean {' or '.join(near)}? " if near else ""
-        raise ValueError(f"unknown task {name!r}: {hint}List all with: {_LIST_TASKS}")
+        raise ConfigError(f"unknown task {name!r}: {hint}List all with: {_LIST_TASKS}")
     allowed = {field.name for field in fields(DATASETS[name][1])} - {"seed", "size"}
     unknown = sorted(params.keys() - allowed)
     if unknown:
-        raise ValueError(f"task {name} has no params {unknown}, only {sorted(allowed)}")
+        raise ConfigError(f"task {name} has no params {unknown}, only {sorted(allowed)}")
     try:
         if name == "composite":
             specs = [DatasetSpec(**spec) for spec in params.get("datasets", [])]
@@ -92,7 +93,7 @@ def create_task(name: str, params: dict[str, Any], size: int, seed: int) -> Any:
         return reasoning_gym.create_dataset(name, size=size, seed=seed, **params)
     except Exception as error:  # the checks of over a hundred tasks raise whatever they like
         reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"task {name} refuses its params {params}: {reason}") from error
+        raise ConfigError(f"task {name} refuses its params {params}: {reason}") from error
 
 
 def restore_entry(prompt: str, metadata: dict[str, Any]) -> dict[str, Any]:
@@ -144,4 +145,4 @@ def _json_params(name: str, params: dict[str, Any]) -> dict[str, Any]:
     try:
         return json.loads(json.dumps(params))
     except TypeError as error:
-        raise ValueError(f"params of task {name} must be JSON values: {error}") from error
+        raise ConfigError(f"params of task {name} must be JSON values: {error}") from error

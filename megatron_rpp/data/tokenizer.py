@@ -17,9 +17,9 @@ from typing import Any, NoReturn, Protocol
 
 import sentencepiece
 
-from megatron_rpp.data.files import write_atomic
 from megatron_rpp.data.hf_tokenizer import HuggingFaceTokenizer
-from megatron_rpp.refusals import reading
+from megatron_rpp.lifecycle.atomic_files import write_atomic
+from megatron_rpp.lifecycle.config_error import ConfigError, reading
 
 PAD, UNK, BOS, EOS = range(4)
 """Ids of the special pieces in the tokenizers trained here."""
@@ -58,17 +58,17 @@ class Tokenizer(Protocol):
 
     def render(self, messages: Sequence[dict[str, Any]], generation_prompt: bool) -> str:
         """The conversation as the chat template writes it, up to where the assistant answers where
-        ``generation_prompt``; ValueError where there is no template."""
+        ``generation_prompt``; ConfigError where there is no template."""
 
 
 class SentencePieceTokenizer:
     """A SentencePiece ``.model`` file as a ``Tokenizer``."""
 
     def __init__(self, path: str | Path) -> None:
-        """Raises ValueError: no such file, not a SentencePiece model, or one without end piece."""
+        """Raises ConfigError: no such file, not a SentencePiece model, or one without end piece."""
         path = Path(path).absolute()
         if not path.is_file():
-            raise ValueError(
+            raise ConfigError(
                 f"tokenizer {path} is not a file or a directory: correct data.tokenizer, or make "
                 "the file with tools/make_task.py"
             )
@@ -76,11 +76,11 @@ class SentencePieceTokenizer:
         try:
             processor = sentencepiece.SentencePieceProcessor(model_proto=content)
         except RuntimeError as error:
-            raise ValueError(f"tokenizer {path} is not a SentencePiece model ({error})") from error
+            raise ConfigError(f"tokenizer {path} is not a SentencePiece model ({error})") from error
         if processor.get_piece_size() == 0:
-            raise ValueError(f"tokenizer {path} is not a SentencePiece model: it has no pieces")
+            raise ConfigError(f"tokenizer {path} is not a SentencePiece model: it has no pieces")
         if processor.eos_id() < 0:
-            raise ValueError(
+            raise ConfigError(
                 f"tokenizer {path} has no end-of-sequence piece: responses could never end; train "
                 "it with an eos_id"
             )
@@ -123,8 +123,8 @@ class SentencePieceTokenizer:
         return piece if piece in self._special else None
 
     def render(self, messages: Sequence[dict[str, Any]], generation_prompt: bool) -> NoReturn:
-        """Raises ValueError: a SentencePiece model has no chat template."""
-        raise ValueError(
+        """Raises ConfigError: a SentencePiece model has no chat template."""
+        raise ConfigError(
             f"tokenizer {self._path} is a SentencePiece model, which has no chat template: set "
             "data.tokenizer to a Hugging Face directory, or use prompts that are texts without "
             "data.apply_chat_template"
@@ -141,7 +141,7 @@ def load_tokenizer(
         trust_remote_code: run the Python code of a directory that brings its own tokenizer.
 
     Raises:
-        ValueError: it is neither, or one of its files is damaged.
+        ConfigError: it is neither, or one of its files is damaged.
     """
     with reading(f"tokenizer {Path(path).absolute()}", "correct data.tokenizer or its files"):
         if Path(path).is_dir():
@@ -157,11 +157,11 @@ def train_sentencepiece(texts: Iterable[str], path: str | Path, vocab_size: int)
     has fewer pieces than ``vocab_size`` where the texts do not give as many.
 
     Raises:
-        ValueError: no text, or ``vocab_size`` is too small for the characters of the texts.
+        ConfigError: no text, or ``vocab_size`` is too small for the characters of the texts.
     """
     texts = [text for text in texts if text]
     if not texts:
-        raise ValueError(f"cannot train the tokenizer {path}: there is no text to train it on")
+        raise ConfigError(f"cannot train the tokenizer {path}: there is no text to train it on")
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -191,7 +191,7 @@ def train_sentencepiece(texts: Iterable[str], path: str | Path, vocab_size: int)
             minloglevel=2,
         )
     except RuntimeError as error:
-        raise ValueError(
+        raise ConfigError(
             f"cannot train a tokenizer of task.vocab_size {vocab_size} pieces, raise it ({error})"
         ) from error
     write_atomic(path, model.getvalue())

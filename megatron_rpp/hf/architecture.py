@@ -18,6 +18,7 @@ import torch
 from megatron_rpp.hf.families import FAMILIES
 from megatron_rpp.hf.json_object import JsonObject, is_file, shown
 from megatron_rpp.hf.rope import read_rope, rope_json
+from megatron_rpp.lifecycle.config_error import ConfigError
 
 CONFIG = "config.json"
 ADAPTER = "adapter_config.json"
@@ -85,12 +86,12 @@ class HfArchitecture:
 def read_architecture(directory: str | Path) -> HfArchitecture:
     """The architecture of a Hugging Face model directory.
 
-    Raises ValueError for an unknown architecture, a feature that would be lost, or a value that
+    Raises ConfigError for an unknown architecture, a feature that would be lost, or a value that
     makes no model, by its name.
     """
     folder = Path(directory).absolute()
     if not is_file(folder / CONFIG):
-        raise ValueError(f"{folder} has no {CONFIG}: {_instead(folder)}")
+        raise ConfigError(f"{folder} has no {CONFIG}: {_instead(folder)}")
     config = JsonObject.read(folder / CONFIG)
     name = _name(config)
     for key, values in _ONLY.items():
@@ -125,7 +126,7 @@ def _name(config: JsonObject) -> str:
         config.refuse("architectures", f"must be a list of names, got {shown(names)}")
     kinds = {_model_type(name): name for name in FAMILIES}
     if names and names[0] not in FAMILIES:
-        raise ValueError(
+        raise ConfigError(
             f"{config.path}: no table for the architecture {names[0]!r}: known are "
             f"{', '.join(FAMILIES)}; add it to megatron_rpp/hf/families.py"
         )
@@ -236,7 +237,7 @@ def family_of(settings: dict[str, Any]) -> str:
         (False, True): "Qwen3ForCausalLM",
     }
     if features not in names:
-        raise ValueError(
+        raise ConfigError(
             "model.qkv_bias and model.qk_norm together are no known Hugging Face architecture: "
             "turn one of them off to export"
         )

@@ -27,6 +27,8 @@ from typing import Any, Literal
 
 import torch
 
+from megatron_rpp.lifecycle.config_error import ConfigError
+
 Kind = Literal["COPY", "QKV", "GATE_UP"]
 
 
@@ -180,7 +182,7 @@ def check_tensors(
     shapes: Mapping[str, tuple[int, ...]],
     directory: str | Path,
 ) -> None:
-    """Raises ValueError where a tensor is missing, of another shape, or belongs to no row.
+    """Raises ConfigError where a tensor is missing, of another shape, or belongs to no row.
 
     Where embeddings are tied the output projection may be stored too, and is not read.
     """
@@ -195,7 +197,7 @@ def check_tensors(
     ):
         if wrong:
             shown = ", ".join(sorted(wrong)[:3])
-            raise ValueError(
+            raise ConfigError(
                 f"{directory} does not fit the table of its architecture: it {problem} "
                 f"{shown}{' ...' if len(wrong) > 3 else ''} ({len(wrong)} in all): "
                 f"{_explanation(needed, there)}"

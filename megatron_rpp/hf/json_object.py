@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from megatron_rpp.refusals import reading
+from megatron_rpp.lifecycle.config_error import ConfigError, reading
 
 _LARGEST = 2**31 - 1  # No size, and no length of a context, is above it.
 
@@ -20,11 +20,11 @@ REQUIRED = object()
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Raises ValueError where `path` is not a JSON object."""
+    """Raises ConfigError where `path` is not a JSON object."""
     with reading(f"{path}", "fetch or write it again"):
         content = json.loads(path.read_bytes())
     if not isinstance(content, dict):
-        raise ValueError(
+        raise ConfigError(
             f"{path} must hold a JSON object {{...}}, got {type(content).__name__}: fetch or "
             f"write it again"
         )
@@ -32,7 +32,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def is_file(path: Path) -> bool:
-    """Whether there is such a file; raises ValueError where that cannot be told."""
+    """Whether there is such a file; raises ConfigError where that cannot be told."""
     with reading(f"{path}", "correct the path, or its permissions"):
         return path.is_file()
 
@@ -60,7 +60,7 @@ class JsonObject:
         return self.content.get(key, default)
 
     def refuse(self, key: str, problem: str) -> NoReturn:
-        raise ValueError(f"{self.path}: {self.prefix}{key} {problem}")
+        raise ConfigError(f"{self.path}: {self.prefix}{key} {problem}")
 
     def integer(self, key: str, default: Any = REQUIRED, *, at_most: int = _LARGEST) -> int:
         """A whole number from 1 to `at_most`."""
@@ -92,7 +92,7 @@ class JsonObject:
     def _value(self, key: str, default: Any) -> Any:
         value = self.content.get(key, default)
         if value is REQUIRED:
-            raise ValueError(f"{self.path} has no key '{self.prefix}{key}': add it")
+            raise ConfigError(f"{self.path} has no key '{self.prefix}{key}': add it")
         return value
 
 

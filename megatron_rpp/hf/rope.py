@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_rpp.hf.json_object import JsonObject, shown
+from megatron_rpp.lifecycle.config_error import ConfigError
 
 _THETA = 10000.0  # Of every configuration class in families.FAMILIES.
 _LLAMA3 = {
@@ -25,7 +26,7 @@ _SPELLINGS = ("rope_scaling", "rope_parameters")
 def read_rope(config: JsonObject) -> dict[str, Any]:
     """The settings rope_theta and rope_scaling.
 
-    Raises ValueError for a scaling that is not supported, or that the file does not say in full.
+    Raises ConfigError for a scaling that is not supported, or that the file does not say in full.
     """
     sections = [config.section(key) for key in _SPELLINGS]
     found = [_settings(config, section) for section in sections if section is not None]
@@ -47,7 +48,7 @@ def _settings(config: JsonObject, section: JsonObject) -> dict[str, Any]:
     if kind == "default":
         return _plain(theta)
     if kind != "llama3":
-        raise ValueError(
+        raise ConfigError(
             f"{config.path}: rope scaling {kind!r} is not supported, only 'default' and 'llama3': "
             f"choose a model without it"
         )

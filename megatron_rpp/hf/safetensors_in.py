@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 
 from megatron_rpp.hf.json_object import JsonObject, is_file, shown
-from megatron_rpp.refusals import reading
+from megatron_rpp.lifecycle.config_error import ConfigError, reading
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -31,7 +31,7 @@ class Weights:
     """The tensors of a Hugging Face model directory."""
 
     def __init__(self, directory: str | Path):
-        """Raises ValueError where the weights are missing, incomplete or of an unknown kind, or two
+        """Raises ConfigError where the weights are missing, incomplete or of an unknown kind, or two
         files hold one tensor with different values."""
         self.directory = Path(directory).absolute()
         self._open: tuple[Path, object] | None = None
@@ -43,12 +43,12 @@ class Weights:
         for file in sorted(set(listed.values())):
             self._read_header(file)
         for name in sorted(listed.keys() - self.files.keys()):
-            raise ValueError(
+            raise ConfigError(
                 f"{listed[name]} does not hold {name}, which {INDEX} says it does: fetch both again"
             )
         for name in sorted(self.files.keys() - listed.keys()):
             # transformers 5 reads it, 4 does not.
-            raise ValueError(
+            raise ConfigError(
                 f"{self.files[name]} holds {name}, which {INDEX} does not list: fetch both again"
             )
 
@@ -59,7 +59,7 @@ class Weights:
             names = sorted(path.name for path in self.directory.iterdir())
         distributed = [name for name in names if _DISTRIBUTED.fullmatch(name)]
         if distributed:
-            raise ValueError(
+            raise ConfigError(
                 f"{self.directory / distributed[0]} is of a distributed checkpoint, which is not "
                 f"read: load the model with transformers and save it with save_pretrained"
             )
@@ -68,10 +68,10 @@ class Weights:
                 return {name: single for name in self._handle(single).keys()}
         if not is_file(index):
             found = _instead(names)
-            raise ValueError(f"{self.directory} holds neither {SINGLE} nor {INDEX}{found}")
+            raise ConfigError(f"{self.directory} holds neither {SINGLE} nor {INDEX}{found}")
         files = JsonObject.read(index).section("weight_map")
         if files is None:
-            raise ValueError(f"{index} has no 'weight_map' that names files: fetch it again")
+            raise ConfigError(f"{index} has no 'weight_map' that names files: fetch it again")
         return {name: self._inside(files, name) for name in files.content}
 
     def _inside(self, files: JsonObject, name: str) -> Path:
@@ -97,12 +97,12 @@ class Weights:
             kinds = {name: tensor.get_dtype() for name, tensor in found.items()}
         for name, kind in kinds.items():
             if kind not in DTYPES:
-                raise ValueError(
+                raise ConfigError(
                     f"{name} in {file} is of type {kind}: only {', '.join(DTYPES)} are read, "
                     f"dequantise the model first"
                 )
             if name in self.files and not self.same(name, name, other=file):
-                raise ValueError(
+                raise ConfigError(
                     f"{self.files[name]} and {file} both hold {name}, with different values: "
                     f"remove the one of another save"
                 )

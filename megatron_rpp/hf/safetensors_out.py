@@ -10,16 +10,17 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_rpp.hf.safetensors_in import INDEX, SINGLE
+from megatron_rpp.lifecycle.config_error import ConfigError
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 def parse_size(text: str) -> int:
-    """Bytes of a size such as 5GB, 200MB or 1000000; raises ValueError otherwise."""
+    """Bytes of a size such as 5GB, 200MB or 1000000; raises ConfigError otherwise."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?B|)", text.strip(), re.IGNORECASE)
     size = float(found[1]) * _UNITS[found[2].upper()] if found else 0
     if size < 1:
-        raise ValueError(f"the size must be like 5GB or 200MB, got {text!r}")
+        raise ConfigError(f"the size must be like 5GB or 200MB, got {text!r}")
     return int(size)
 
 

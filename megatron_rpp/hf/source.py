@@ -14,6 +14,7 @@ from megatron_rpp.hf.architecture import ADAPTER, CONFIG, read_architecture
 from megatron_rpp.hf.families import Row, check_tensors, rows_of
 from megatron_rpp.hf.json_object import is_file, read_json
 from megatron_rpp.hf.safetensors_in import INDEX, SINGLE, Weights
+from megatron_rpp.lifecycle.config_error import ConfigError
 
 GENERATION = "generation_config.json"
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -34,13 +35,13 @@ class Source:
 def check_source(directory: str | Path) -> Source:
     """The model of a Hugging Face directory.
 
-    Raises ValueError where it is not a whole model of a known architecture, or what transformers
+    Raises ConfigError where it is not a whole model of a known architecture, or what transformers
     makes of it depends on its version or on what else is installed.
     """
     architecture = read_architecture(directory)
     folder = Path(directory).absolute()
     if is_file(folder / ADAPTER):
-        raise ValueError(
+        raise ConfigError(
             f"{folder / ADAPTER}: with peft installed transformers loads this adapter on top of "
             f"the weights: merge it into them, or move it out of the directory"
         )
@@ -75,7 +76,7 @@ def _check_tied(weights: Weights, folder: Path) -> None:
     """A head that is stored is the embedding: transformers 4 drops it, 5 keeps it where it
     differs."""
     if _HEAD in weights.files and not weights.same(_EMBEDDING, _HEAD):
-        raise ValueError(
+        raise ConfigError(
             f"{folder / CONFIG} ties the embeddings, but {_HEAD} in {weights.files[_HEAD]} differs "
             f"from {_EMBEDDING}: set tie_word_embeddings to false to keep both, or save the model "
             f"without {_HEAD}"

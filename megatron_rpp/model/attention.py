@@ -24,12 +24,12 @@ import torch
 import torch.nn.functional as F
 
 from megatron_rpp.parallel import device as devices
+from megatron_rpp.records import Packing
+
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
-
-from megatron_rpp.records import Packing
 
 
 @dataclass

@@ -13,7 +13,16 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from megatron_rpp.config import ModelConfig, ParallelConfig
+from megatron_rpp.config.model import padded_vocab_size
+from megatron_rpp.model import initialization
+from megatron_rpp.model.attention import CoreAttention
+from megatron_rpp.model.language_model import LanguageModel, chunks
+from megatron_rpp.model.norm import RMSNorm
+from megatron_rpp.model.rotary import inverse_frequencies
 from megatron_rpp.parallel import device as devices
+from megatron_rpp.parallel import groups
+
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
@@ -21,15 +30,6 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 )
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
-
-from megatron_rpp.config import ModelConfig, ParallelConfig
-from megatron_rpp.config_model import padded_vocab_size
-from megatron_rpp.model import initialization
-from megatron_rpp.model.attention import CoreAttention
-from megatron_rpp.model.language_model import LanguageModel, chunks
-from megatron_rpp.model.norm import RMSNorm
-from megatron_rpp.model.rotary import inverse_frequencies
-from megatron_rpp.parallel import groups
 
 
 def _leave(parameter: torch.Tensor) -> torch.Tensor:

@@ -11,15 +11,16 @@ from typing import Any
 import torch
 
 from megatron_rpp.hf.families import EMBEDDING, OUTPUT, Row, canonical
-from megatron_rpp.hf.ranks import agreed
 from megatron_rpp.hf.safetensors_in import Weights
 from megatron_rpp.hf.source import check_source
+from megatron_rpp.lifecycle.config_error import ConfigError
 from megatron_rpp.model import initialization
 from megatron_rpp.model.language_model import LanguageModel, chunks
+from megatron_rpp.parallel.ranks import raise_on_all_ranks
 
 
 def fits(stage: torch.nn.Module, theirs: dict[str, Any], directory: str | Path) -> None:
-    """Raises ValueError where the directory, a model of the settings `theirs`, is another than
+    """Raises ConfigError where the directory, a model of the settings `theirs`, is another than
     `stage`."""
     ours = chunks(stage)[0].architecture
     other = [
@@ -30,7 +31,7 @@ def fits(stage: torch.nn.Module, theirs: dict[str, Any], directory: str | Path) 
     if ours["max_length"] > theirs["max_length"]:
         other.append(f"max_length is {theirs['max_length']} at most there, {ours['max_length']} here")
     if other:
-        raise ValueError(
+        raise ConfigError(
             f"{directory} does not fit the model: {'; '.join(other)}. Leave these settings of the "
             f"model section out: model.hf_path brings its own"
         )
@@ -40,10 +41,10 @@ def fits(stage: torch.nn.Module, theirs: dict[str, Any], directory: str | Path) 
 def load_hf(stage: torch.nn.Module, directory: str | Path) -> None:
     """Fills every parameter of `stage`, cast to the stage's own type.
 
-    Collective where there is a process group. Raises ValueError, the same on every rank, where the
+    Collective where there is a process group. Raises ConfigError, the same on every rank, where the
     directory holds another model, or none (hf/source.py).
     """
-    source = agreed(lambda: check_source(directory))
+    source = raise_on_all_ranks(lambda: check_source(directory))
     fits(stage, source.settings, directory)
     by_name = {row.megatron: row for row in source.rows}
     for chunk in chunks(stage):

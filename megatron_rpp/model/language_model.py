@@ -16,13 +16,13 @@ import contextlib
 
 import torch
 
+from megatron_rpp.model.attention import CoreAttention, KeyValueCache, PackedRow
 from megatron_rpp.parallel import device as devices
+from megatron_rpp.records import Packing
+
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.tensor_parallel.mappings import all_gather_last_dim_from_tensor_parallel_region
-
-from megatron_rpp.model.attention import CoreAttention, KeyValueCache, PackedRow
-from megatron_rpp.records import Packing
 
 
 class LanguageModel(GPTModel):

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import torch
 
+from megatron_rpp.config import OptimizerConfig
 from megatron_rpp.parallel import device as _device  # noqa: F401  (before megatron)
+
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-
-from megatron_rpp.config import OptimizerConfig
 
 # "Never" for Megatron's scheduler, which wants a length for a schedule that stays constant.
 _NO_END = 2**31

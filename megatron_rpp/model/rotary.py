@@ -9,7 +9,7 @@ import math
 
 import torch
 
-from megatron_rpp.config_model import ModelConfig, RopeScalingConfig
+from megatron_rpp.config.model import ModelConfig, RopeScalingConfig
 
 
 def inverse_frequencies(model: ModelConfig) -> torch.Tensor:

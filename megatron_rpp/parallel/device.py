@@ -15,6 +15,7 @@ import warnings
 import psutil
 import torch
 
+from megatron_rpp.lifecycle.config_error import ConfigError
 from megatron_rpp.parallel import cuda_on_cpu
 
 # Megatron-Core announces once per rank each accelerator that is absent (`describe()` says it in one
@@ -44,7 +45,7 @@ def set_up(local_rank: int, local_world_size: int) -> None:
         return
     count = torch.cuda.device_count()
     if local_world_size > count:
-        raise ValueError(
+        raise ConfigError(
             f"{local_world_size} processes on a host with {count} GPUs: start at most {count} "
             f"per node (--nproc-per-node)"
         )

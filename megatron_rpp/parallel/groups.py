@@ -17,11 +17,11 @@ from typing import Any, Callable
 import torch
 import torch.distributed as dist
 
+from megatron_rpp.lifecycle import heartbeat
+from megatron_rpp.lifecycle.exit_codes import RunFailure
 from megatron_rpp.parallel import device as devices
-from megatron.core import parallel_state, tensor_parallel
 
-from megatron_rpp import phases
-from megatron_rpp.failures import RunFailure
+from megatron.core import parallel_state, tensor_parallel
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 WAIT_SECONDS = 2.0
@@ -91,7 +91,7 @@ def _join_world() -> None:
         ) from error
 
 
-def split_again() -> None:
+def destroy() -> None:
     """Forgets the parallel groups, so that `start` can make others over the same world."""
     global _replica
     _replica = None
@@ -100,7 +100,7 @@ def split_again() -> None:
 
 def stop() -> None:
     """Leaves all process groups."""
-    split_again()
+    destroy()
     dist.destroy_process_group()
 
 
@@ -199,7 +199,7 @@ def on_main(task: Callable[[], None]) -> None:
     with ThreadPoolExecutor(1) as pool:
         work = pool.submit(task) if is_main() else None
         while True:
-            phases.enter("waiting for the main rank's task")
+            heartbeat.enter("waiting for the main rank's task")
             done, problem = False, None
             if work is not None and wait([work], timeout=WAIT_SECONDS).done:
                 error = work.exception()

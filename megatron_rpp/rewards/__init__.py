@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, NoReturn
 
-from megatron_rpp.failures import RunFailure
-from megatron_rpp.rewards.checks import SampleError, numbers, short
+from megatron_rpp.lifecycle.config_error import ConfigError
+from megatron_rpp.lifecycle.exit_codes import RunFailure
 from megatron_rpp.rewards.golds import unread
 from megatron_rpp.rewards.loading import RewardFunction, load_reward, needs_worker, row_problem
 from megatron_rpp.rewards.pool import WorkerPool
+from megatron_rpp.rewards.validation import SampleError, numbers, short
 
 __all__ = ["RewardError", "RewardFunction", "RewardSet", "SampleError", "Scores", "load_reward"]
 
@@ -62,19 +63,19 @@ class RewardSet:
             timeout_score: the score where it takes longer, or where the worker dies.
 
         Raises:
-            ValueError: none, doubled or unknown names, another number of weights, or one that is
+            ConfigError: none, doubled or unknown names, another number of weights, or one that is
                 not finite, or options that a function does not have.
         """
         weights = list(weights) or [1.0] * len(names)
         if not names or len(set(names)) != len(names):
-            raise ValueError(f"reward.functions must be different names, got {list(names)}")
+            raise ConfigError(f"reward.functions must be different names, got {list(names)}")
         if len(weights) != len(names) or not all(map(math.isfinite, weights)):
-            raise ValueError(
+            raise ConfigError(
                 f"reward.weights must be one finite number for each of the {len(names)} "
                 f"reward.functions, or empty for 1 each, got {weights}"
             )
         if unknown := sorted(options.keys() - set(names)):
-            raise ValueError(
+            raise ConfigError(
                 f"reward.options has {unknown}, but reward.functions has only {list(names)}"
             )
         self._functions = {name: load_reward(name, options.get(name)) for name in names}

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from itertools import islice
 
 from megatron_rpp.rewards.answers import final_answer, is_blank
-from megatron_rpp.rewards.checks import short
+from megatron_rpp.rewards.validation import short
 
 EXAMINED = 5000
 """Labels that are parsed at the start of a run: numbers in no time, LaTeX in seconds."""

@@ -24,6 +24,8 @@ from http.client import HTTPException, HTTPResponse
 from typing import Any
 from urllib.parse import urlsplit
 
+from megatron_rpp.lifecycle.config_error import ConfigError
+
 _RETRIED = {408, 425, 429, 500, 502, 503, 504}
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.25, 30.0
 """Seconds; each pause is twice the one before."""
@@ -64,24 +66,24 @@ class HttpReward:
     def __post_init__(self) -> None:
         parts = urlsplit(self.url)
         if parts.username or parts.password or parts.query or not parts.hostname:
-            raise ValueError(
+            raise ConfigError(
                 f"the URL of the reward model at {parts.hostname} must be http://host/... without "
                 "user and password or a query, which logs would show: set token_variable in its "
                 "reward.options to the environment variable that holds a token"
             )
         if self.shape not in _SHAPES:
             shapes = sorted(_SHAPES)
-            raise ValueError(f"reward.options: shape must be one of {shapes}, got {self.shape!r}")
+            raise ConfigError(f"reward.options: shape must be one of {shapes}, got {self.shape!r}")
         for name in ("batch", "concurrency", "timeout", "retries"):
             value, least = getattr(self, name), 0 if name == "retries" else 1
             kind = (int, float) if name == "timeout" else int
             if isinstance(value, bool) or not isinstance(value, kind) or value < least:
                 whole = "" if name == "timeout" else "a whole number of "
-                raise ValueError(
+                raise ConfigError(
                     f"reward.options: {name} must be {whole}at least {least}, got {value!r}"
                 )
         if self.token_variable is not None and self.token_variable not in os.environ:
-            raise ValueError(
+            raise ConfigError(
                 f"reward.options: the environment variable {self.token_variable!r} of "
                 "token_variable is not set: export it on every node"
             )

@@ -12,10 +12,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from megatron_rpp.lifecycle.config_error import ConfigError
 from megatron_rpp.rewards.http import HttpReward
-from megatron_rpp.rewards.checks import SampleError
 from megatron_rpp.rewards.rules import exact_match, reasoning_gym, require_entry
 from megatron_rpp.rewards.terms import Length, MathVerify, Regex, require_golds, require_labels
+from megatron_rpp.rewards.validation import SampleError
 
 RewardFunction = Callable[
     [list[str], list[str], list[str | None], list[dict[str, Any]]], Sequence[float]
@@ -66,7 +67,7 @@ def load_reward(name: str, options: dict[str, Any] | None = None) -> RewardFunct
         options: of the built-in functions that have some, and of URLs.
 
     Raises:
-        ValueError: there is no such name, file, module or function, it cannot be called, its
+        ConfigError: there is no such name, file, module or function, it cannot be called, its
             import raised (the message holds the original error), or the options are not its own.
     """
     options = options or {}
@@ -75,24 +76,24 @@ def load_reward(name: str, options: dict[str, Any] | None = None) -> RewardFunct
     if name in _WITH_OPTIONS:
         return _with_options(_WITH_OPTIONS[name], name, options)
     if options:
-        raise ValueError(f"reward function {name!r} takes no reward.options, got {sorted(options)}")
+        raise ConfigError(f"reward function {name!r} takes no reward.options, got {sorted(options)}")
     if name in _PLAIN:
         return _PLAIN[name]
     source, colon, attribute = name.rpartition(":")
     if not (source and colon and attribute):
-        raise ValueError(
+        raise ConfigError(
             f"unknown reward function {name!r}: use one of {sorted([*_PLAIN, *_WITH_OPTIONS])}, "
             "'path/to/file.py:function', 'package.module:function' or 'http://...'"
         )
     module = _load_file(Path(source), name) if source.endswith(".py") else _import(source, name)
     if not hasattr(module, attribute):
         functions = sorted(key for key, value in vars(module).items() if callable(value))
-        raise ValueError(
+        raise ConfigError(
             f"reward function {name!r}: {source} has no {attribute!r}, only {functions}"
         )
     function = getattr(module, attribute)
     if not callable(function):
-        raise ValueError(
+        raise ConfigError(
             f"reward function {name!r}: {attribute} is a {type(function).__name__}, not a function"
         )
     return function
@@ -102,19 +103,19 @@ def _with_options(kind: type, name: str, options: dict[str, Any], **given: Any) 
     known = {field.name: field for field in fields(kind) if field.name not in given}
     needed = {key for key, field in known.items() if field.default is MISSING}
     if options.keys() - known.keys() or needed - options.keys():
-        raise ValueError(
+        raise ConfigError(
             f"reward.options of {name!r} must be among {sorted(known)} and hold {sorted(needed)}, "
             f"got {sorted(options)}"
         )
     try:
         return kind(**given, **options)
     except TypeError as error:
-        raise ValueError(f"reward.options of {name!r}: {error}") from error
+        raise ConfigError(f"reward.options of {name!r}: {error}") from error
 
 
 def _load_file(path: Path, name: str) -> ModuleType:
     if not path.is_file():
-        raise ValueError(f"reward function {name!r}: there is no file {path.absolute()}")
+        raise ConfigError(f"reward function {name!r}: there is no file {path.absolute()}")
     path = path.resolve()
     # Loaded once per process, under a name of its own: two files may both be called reward.py.
     module_name = f"reward_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
@@ -138,8 +139,8 @@ def _import(module: str, name: str) -> ModuleType:
         raise _import_error(name, error) from error
 
 
-def _import_error(name: str, error: BaseException) -> ValueError:
-    return ValueError(
+def _import_error(name: str, error: BaseException) -> ConfigError:
+    return ConfigError(
         f"reward function {name!r} cannot be imported ({type(error).__name__}: {error}): a module "
         "must be on PYTHONPATH, a file must end in .py"
     )

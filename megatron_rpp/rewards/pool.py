@@ -20,7 +20,7 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from megatron_rpp.rewards.checks import SampleError
+from megatron_rpp.rewards.validation import SampleError
 
 _START_SECONDS = 300.0
 """Limit for a worker to import the functions."""

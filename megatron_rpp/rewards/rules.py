@@ -10,8 +10,8 @@ from functools import lru_cache
 from typing import Any
 
 from megatron_rpp.data.tasks import create_task, restore_entry
-from megatron_rpp.rewards.checks import SampleError
 from megatron_rpp.rewards.terms import require_labels
+from megatron_rpp.rewards.validation import SampleError
 
 
 def exact_match(

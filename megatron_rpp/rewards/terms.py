@@ -11,8 +11,9 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_rpp.rewards.checks import SampleError
+from megatron_rpp.lifecycle.config_error import ConfigError
 from megatron_rpp.rewards.golds import gold_problem
+from megatron_rpp.rewards.validation import SampleError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,12 +60,12 @@ class Regex:
         try:
             groups = re.compile(self.pattern, re.DOTALL).groups
         except re.error as error:
-            raise ValueError(
+            raise ConfigError(
                 f"reward.options of 'regex': pattern {self.pattern!r} is not a regular expression "
                 f"({error})"
             ) from error
         if self.equals_label and not groups:
-            raise ValueError(
+            raise ConfigError(
                 f"reward.options of 'regex': pattern {self.pattern!r} has no group (...) that "
                 "could equal the label"
             )
@@ -100,7 +101,7 @@ class Length:
 
     def __post_init__(self) -> None:
         if not 0 < self.buffer_tokens <= self.max_tokens:
-            raise ValueError(
+            raise ConfigError(
                 f"reward.options of 'length': buffer_tokens must be above 0 and at most max_tokens "
                 f"= {self.max_tokens}, got {self.buffer_tokens}"
             )

@@ -18,9 +18,10 @@ import sys
 from multiprocessing.connection import Connection
 from typing import Any, NoReturn
 
-from megatron_rpp.parentage import end_with
-from megatron_rpp.rewards.checks import SampleError, numbers
+from megatron_rpp.lifecycle.config_error import ConfigError
+from megatron_rpp.lifecycle.parent_death import end_with
 from megatron_rpp.rewards.loading import RewardFunction, load_reward
+from megatron_rpp.rewards.validation import SampleError, numbers
 
 
 def main() -> None:
@@ -37,7 +38,7 @@ def main() -> None:
     os.dup2(2, 1)  # what a scorer prints is no output of the program
     try:
         functions = {name: load_reward(name, options) for name, options in connection.recv()}
-    except ValueError as error:
+    except ConfigError as error:
         connection.send(str(error))
         return
     connection.send(None)

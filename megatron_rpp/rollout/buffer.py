@@ -28,7 +28,7 @@ class RolloutBuffer:
     tokens: [L] int64, prompt then response of each sample; offsets: [n+1] where each starts;
     prompt_lengths: [n]; sample_ids: [n] the sample's number in the whole step; group_ids: [n]
     its prompt's number in the step; mask: [R] bool, True where the policy wrote the token (False
-    is for tool output); behaviour_logprobs: [R] fp32 by the rollout engine; truncated: [n] bool.
+    is for tool output); rollout_logprobs: [R] fp32 by the rollout engine; truncated: [n] bool.
     The rest is written by the stages: scores [n], and per response token [R] old_logprobs,
     ref_logprobs, advantages, returns, and rollout_weights where a correction is on.
     """
@@ -40,7 +40,7 @@ class RolloutBuffer:
     sample_ids: torch.Tensor
     group_ids: torch.Tensor
     mask: torch.Tensor
-    behaviour_logprobs: torch.Tensor
+    rollout_logprobs: torch.Tensor
     truncated: torch.Tensor
     scores: torch.Tensor | None = None
     old_logprobs: torch.Tensor | None = None
@@ -112,6 +112,6 @@ def from_generations(
         sample_ids=ids,
         group_ids=ids // samples_per_prompt,
         mask=torch.ones(len(logprobs), dtype=torch.bool),
-        behaviour_logprobs=torch.tensor(logprobs, dtype=torch.float32),
+        rollout_logprobs=torch.tensor(logprobs, dtype=torch.float32),
         truncated=torch.tensor([g.truncated for g in generations], dtype=torch.bool),
     )

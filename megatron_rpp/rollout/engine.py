@@ -17,11 +17,12 @@ import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from megatron_rpp import phases
 from megatron_rpp.data.tokenizer import Tokenizer
+from megatron_rpp.lifecycle import heartbeat
+from megatron_rpp.model import pipeline
 from megatron_rpp.model.language_model import chunks, decoding
 from megatron_rpp.parallel import device as devices
-from megatron_rpp.parallel import groups, pipeline
+from megatron_rpp.parallel import groups
 from megatron_rpp.records import Generation, Request, Sampling
 from megatron_rpp.rollout.sampling import choose
 from megatron_rpp.rollout.stopping import StopTexts
@@ -122,7 +123,7 @@ class MegatronEngine:
         with decoding(self.model, int(lengths.max()) + sampling.max_new_tokens) as state:
             hidden = self._read_prompts(wave.requests, state)
             for position in range(sampling.max_new_tokens):
-                phases.current.beat()
+                heartbeat.current.beat()
                 random = uniforms(seed, step, ids[alive], position)
                 tokens = self._next_tokens(hidden, random, sampling, position)
                 self._record(wave, alive, tokens, position, sampling)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megatron_rpp.data.tokenizer import Tokenizer
+from megatron_rpp.lifecycle.config_error import ConfigError
 
 _CONTEXT = 8
 """Tokens before those that can be part of a match: the first of a text may be read otherwise than
@@ -21,11 +22,11 @@ def split_stops(
     """(texts to look for, tokens that end) of the settings rollout.stop and rollout.stop_token_ids.
 
     Raises:
-        ValueError: an id is none of the tokenizer's.
+        ConfigError: an id is none of the tokenizer's.
     """
     for number in ids:
         if not 0 <= number < tokenizer.vocab_size:
-            raise ValueError(
+            raise ConfigError(
                 f"rollout.stop_token_ids has {number}, but the tokenizer's ids are 0 .. "
                 f"{tokenizer.vocab_size - 1}: correct it"
             )

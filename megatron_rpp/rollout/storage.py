@@ -18,11 +18,13 @@ from megatron_rpp.rewards import Scores
 from megatron_rpp.rollout.buffer import RolloutBuffer
 
 PER_SAMPLE = ("prompt_lengths", "sample_ids", "group_ids", "truncated", "scores")
-PER_RESPONSE_TOKEN = ("mask", "behaviour_logprobs", "old_logprobs", "ref_logprobs")
+PER_RESPONSE_TOKEN = ("mask", "rollout_logprobs", "old_logprobs", "ref_logprobs")
 NOT_STORED = ("prompts", "offsets", "advantages", "returns", "rollout_weights")
 assert {field.name for field in fields(RolloutBuffer)} == {
     "tokens", *PER_SAMPLE, *PER_RESPONSE_TOKEN, *NOT_STORED
 }  # fmt: skip
+_OLD_NAMES = {"behaviour_logprobs": "rollout_logprobs"}
+"""Columns of files that earlier versions wrote."""
 _PART, _TOTAL, _TIMEOUTS = "reward/", "reward_total", "reward_timeouts"
 
 
@@ -48,7 +50,7 @@ def save(buffer: RolloutBuffer, scores: Scores | None, path: Path) -> None:
 def _chosen(path: Path, first: int, end: int) -> dict[str, torch.Tensor]:
     """The columns of a file, of its samples first .. end-1 of the step."""
     with safe_open(path, framework="pt") as file:
-        columns = {name: file.get_tensor(name) for name in file.keys()}
+        columns = {_OLD_NAMES.get(name, name): file.get_tensor(name) for name in file.keys()}
     inside = (columns["sample_ids"] >= first) & (columns["sample_ids"] < end)
     response_lengths = columns["lengths"] - columns["prompt_lengths"]
     by_kind = {

@@ -17,7 +17,7 @@ from megatron_rpp.algorithms import (
 from megatron_rpp.algorithms.advantages import advantages
 from megatron_rpp.config import AlgorithmConfig, RewardConfig
 from megatron_rpp.rollout.buffer import RolloutBuffer
-from megatron_rpp.stages import finite
+from megatron_rpp.stages import nonfinite
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def fill(
     """Writes `advantages`, `returns` and, where the algorithm corrects for the rollout engine,
     `rollout_weights` [R] into the buffer; collective over `group` (DP × CP) and over the world.
 
-    Raises RunFailure, on every rank, where log-probs or KL are not finite (finite.py).
+    Raises RunFailure, on every rank, where log-probs or KL are not finite (nonfinite.py).
     """
     scores, score_stats = shape_scores(
         buffer.scores, reward.normalize, reward.scale, reward.clip, group
@@ -45,7 +45,7 @@ def fill(
     kl = None
     if buffer.ref_logprobs is not None:
         kl = kl_estimate(buffer.old_logprobs, buffer.ref_logprobs, algorithm.kl_estimator)
-    finite.check_columns(
+    nonfinite.check_columns(
         buffer,
         {
             "the policy's log-probs": buffer.old_logprobs,
@@ -65,7 +65,7 @@ def fill(
     )
     buffer.advantages, buffer.returns = buffer.flat(values), buffer.flat(returns)
     if algorithm.rollout_correction != "none":
-        ratio = importance_ratio(buffer.old_logprobs, buffer.behaviour_logprobs)
+        ratio = importance_ratio(buffer.old_logprobs, buffer.rollout_logprobs)
         buffer.rollout_weights = correction_weights(
             ratio, algorithm.rollout_correction, algorithm.rollout_correction_max
         )

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from megatron_rpp import phases
 from megatron_rpp.data.prompts import Example, Prompt
 from megatron_rpp.data.response import ResponseFormat
-from megatron_rpp.parallel import groups, waiting
+from megatron_rpp.lifecycle import heartbeat
+from megatron_rpp.parallel import groups, progress_wait
 from megatron_rpp.rewards import RewardError, RewardSet, Scores
 from megatron_rpp.rollout.buffer import RolloutBuffer
 
@@ -26,10 +26,10 @@ def score_responses(
         RewardError: on every rank of the run, where a reward function failed on any.
     """
     scores, failure = None, None
-    with waiting.until_all_leaders_are_done() as alive:
+    with progress_wait.until_all_leaders_are_done() as alive:
         if groups.is_replica_leader():
             examples = [prompt.example for prompt in prompts]
-            phases.enter("a reward function")
+            heartbeat.enter("a reward function")
             try:
                 scores = rewards.score(
                     [example.prompt for example in examples],

@@ -14,16 +14,18 @@ from typing import Callable, NamedTuple
 import torch
 import torch.distributed as dist
 
-from megatron_rpp import phases
 from megatron_rpp.algorithms import aggregation_weights, kl_estimate, policy_loss, policy_stats
+from megatron_rpp.checkpoint.run_state import RunState
 from megatron_rpp.config import AlgorithmConfig, TrainConfig
+from megatron_rpp.lifecycle import heartbeat
+from megatron_rpp.model import pipeline
 from megatron_rpp.parallel import device as devices
-from megatron_rpp.parallel import groups, pipeline
+from megatron_rpp.parallel import groups
 from megatron_rpp.records import MicroBatch
 from megatron_rpp.rollout import planning
 from megatron_rpp.rollout.buffer import RolloutBuffer
-from megatron_rpp.run_state import RunState
-from megatron_rpp.stages import finite, scoring
+from megatron_rpp.stages import nonfinite
+from megatron_rpp.stages.logprobs import make_micro_batches, token_logprobs
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ def _loss(model, buffer: RolloutBuffer, algorithm: AlgorithmConfig, temperature:
             """[1, n]: a response may be split over ranks, so tokens stand for themselves."""
             return values[batch.column].to(hidden.device)[None]
 
-        logprobs, entropy = scoring.token_logprobs(model, batch, hidden, temperature, True)
+        logprobs, entropy = token_logprobs(model, batch, hidden, temperature, True)
         logprobs, entropy = logprobs[None], entropy[None]
         old, advantages, mask = (
             column(values) for values in (buffer.old_logprobs, buffer.advantages, buffer.mask)
@@ -94,7 +96,7 @@ def _reduce(reports: list[torch.Tensor], minibatch: int) -> list[float]:
 
 
 @dataclass
-class Progress:
+class UpdateProgress:
     """How far an update has come, and what its mini-batches reported; JSON values."""
 
     done: int = 0
@@ -116,7 +118,7 @@ def run(
     sample_count: int,
     seed: int,
     state: RunState,
-    progress: Progress,
+    progress: UpdateProgress,
     safe_point: Callable[[], None],
 ) -> UpdateStats:
     """Updates `policy` on the step's rollouts; the same on every layout of ranks.
@@ -128,18 +130,18 @@ def run(
         progress: where to begin, and kept up to date. safe_point: called before each mini-batch,
             when policy, optimizer and `progress` are at one point; may raise to end the update.
 
-    Raises RunFailure where too many updates in a row were skipped (finite.py).
+    Raises RunFailure where too many updates in a row were skipped (nonfinite.py).
     """
     loss = _loss(policy, buffer, algorithm, temperature)
     for position in range(progress.done, train.epochs * train.minibatches):
         safe_point()
-        phases.enter("update")
+        heartbeat.enter("update")
         epoch, minibatch = divmod(position, train.minibatches)
         number = planning.minibatch_of(sample_count, train.minibatches, seed, state.step, epoch)
         samples = (number[buffer.sample_ids] == minibatch).nonzero().squeeze(1).tolist()
-        batches = scoring.cut(policy, buffer, samples, train.max_tokens_per_microbatch)
+        batches = make_micro_batches(policy, buffer, samples, train.max_tokens_per_microbatch)
         done = optimizer_step(policy, optimizer, scheduler, batches, loss)
-        finite.count(state, done.fault, train.max_skipped_updates)
+        nonfinite.count(state, done.fault, train.max_skipped_updates)
         if done.fault is None:
             progress.rows.append(_reduce(done.reports, minibatch))
             progress.norms.append(done.grad_norm)
@@ -149,7 +151,7 @@ def run(
     return _stats(progress, optimizer.param_groups[0]["lr"])
 
 
-def _stats(progress: Progress, learning_rate: float) -> UpdateStats:
+def _stats(progress: UpdateProgress, learning_rate: float) -> UpdateStats:
     rows, norms = progress.rows, progress.norms
     tokens, updates = max(1, sum(row[2] for row in rows)), max(1, len(rows))
     return UpdateStats(
@@ -184,7 +186,7 @@ def optimizer_step(policy, optimizer, scheduler, batches, loss) -> Done:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
     backward = pipeline.train(policy, batches, loss)
-    fault = finite.fault(backward)
+    fault = nonfinite.fault(backward)
     if fault is not None:
         return Done(backward.reports, 0.0, fault)
     # Every rank's gradient is finite; their sum may not be, and clipping would make it 0 or NaN.

@@ -125,10 +125,10 @@ def entropy(logits):
     return out
 
 
-def rollout_weights(old_logprobs, behaviour_logprobs, kind, maximum):
+def rollout_weights(old_logprobs, rollout_logprobs, kind, maximum):
     out = np.zeros_like(old_logprobs)
     for i in np.ndindex(*out.shape):
-        weight = math.exp(min(max(old_logprobs[i] - behaviour_logprobs[i], -20.0), 20.0))
+        weight = math.exp(min(max(old_logprobs[i] - rollout_logprobs[i], -20.0), 20.0))
         if kind == "cap":
             out[i] = min(weight, maximum)
         else:

@@ -10,7 +10,7 @@ import pytest
 from megatron_rpp.config import DataConfig
 from megatron_rpp.data.chat import PromptFormat
 from megatron_rpp.data.examples import Example, open_examples
-from megatron_rpp.data.opening import open_data
+from megatron_rpp.data.loading import open_data
 from megatron_rpp.data.prompts import Prompt, PromptSet, fitting_rows
 from tests.data.code_points import CodePoints
 

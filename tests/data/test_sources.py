@@ -10,7 +10,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from megatron_rpp import cli
+from megatron_rpp.config import cli
 from megatron_rpp.data.sources import open_rows
 
 NAMES = ["train@v2", "[math] a", "part[1]", "all*", "b c", "what?", "a#b", "50%20", "{x}", "ü"]

@@ -9,7 +9,7 @@ import pytest
 from megatron_rpp.data.chat import PromptFormat
 from megatron_rpp.data.examples import Example, open_examples
 from megatron_rpp.data.prompts import Prompt
-from megatron_rpp.data.supervised import lesson
+from megatron_rpp.data.supervised import sft_example
 from megatron_rpp.data.tokenizer import load_tokenizer
 from tests.data.hf_tokenizers import make_chatml, make_llama3
 
@@ -33,7 +33,7 @@ def example_of(tmp_path, **row) -> Example:
 
 def taught(example: Example, form: PromptFormat):
     prompt = Prompt(example, form.tokens(example.messages or example.prompt))
-    return lesson(prompt, form)
+    return sft_example(prompt, form)
 
 
 def learned_ids(part) -> list[int]:

@@ -11,9 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_rpp import cli
-from megatron_rpp.config import ModelConfig
-from megatron_rpp.config_model import RopeScalingConfig
+from megatron_rpp.config import ModelConfig, cli
+from megatron_rpp.config.model import RopeScalingConfig
 from megatron_rpp.hf.architecture import read_architecture
 from megatron_rpp.model.rotary import inverse_frequencies
 from tests.hf.models import ABSENT, LLAMA3

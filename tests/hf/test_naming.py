@@ -13,17 +13,18 @@ import shutil
 
 import pytest
 import torch
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 
 from megatron_rpp.config import ParallelConfig
-from megatron_rpp.hf.convert import to_hf
+from megatron_rpp.conversion.convert import to_hf
 from megatron_rpp.hf.safetensors_in import Weights
 from megatron_rpp.model import build
 from megatron_rpp.model.hf_weights import load_hf
 from megatron_rpp.parallel import groups
 from tests.hf.models import SIZES, save
 from tests.model.test_hf_weights import model_config
+
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 
 LAYERS = SIZES["num_hidden_layers"]
 NORMS = {

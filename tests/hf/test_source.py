@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from megatron_rpp.config import ParallelConfig
-from megatron_rpp.hf.convert import to_hf, to_megatron
-from megatron_rpp.hf.models import HfModel
+from megatron_rpp.conversion.convert import to_hf, to_megatron
+from megatron_rpp.conversion.models import HfModel
 from megatron_rpp.hf.safetensors_in import SINGLE, Weights
 from megatron_rpp.model import build
 from megatron_rpp.model.hf_weights import load_hf

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megatron_rpp.config import ParallelConfig
-from megatron_rpp.hf.convert import to_megatron
+from megatron_rpp.conversion.convert import to_megatron
 from megatron_rpp.hf.safetensors_in import INDEX, SINGLE
 from megatron_rpp.hf.source import check_source
 from megatron_rpp.model import build

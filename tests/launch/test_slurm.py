@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_rpp.checkpoint import POINTER
+from megatron_rpp.checkpoint.state import POINTER
 from tests.launch.slurm_cluster import Cluster, missing
 from tests.small_run import arguments, config_of, make_data
 from tests.whole_runs import VARIED, compare_rows, compare_weights, rows, weights

@@ -17,12 +17,12 @@ from typing import Callable
 
 import pytest
 
-from megatron_rpp.failures import REFUSED
+from megatron_rpp.lifecycle.exit_codes import REFUSED
 from megatron_rpp.torchrun import exit_code
 from tests.distributed import run_ranks
 from tests.launch.namespaces import two_namespaces
+from tests.runs.test_refusals import free_port
 from tests.small_run import arguments, config_of, make_data
-from tests.test_refusals import free_port
 from tests.whole_runs import VARIED, same_bits, train_run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -223,7 +223,7 @@ def check_same(base: Path, run: str) -> None:
 KILLER = """
 import os, signal
 from pathlib import Path
-from megatron_rpp import phases
+from megatron_rpp.lifecycle import heartbeat
 from tests.whole_runs import varied
 
 mark, seen = Path(__file__).with_name("killed"), []
@@ -234,7 +234,7 @@ def listen(phase):
         mark.touch()
         os.kill(os.getpid(), signal.SIGKILL)
 
-phases.current.listeners.append(listen)
+heartbeat.current.listeners.append(listen)
 """
 
 

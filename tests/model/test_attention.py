@@ -73,7 +73,7 @@ def attend(rank, context):
     wanted = [x.requires_grad_() for x in (query, key, value)]
     output = attention(*wanted, packed_seq_params=PackedRow.of(packing))
     gradients = torch.autograd.grad(output, wanted, upstream.flatten(2))
-    groups.split_again()
+    groups.destroy()
     found = [output.unflatten(2, (HEADS, SIZE)).detach(), *gradients]
     return [x[:, 0] for x in found], own, pieces
 

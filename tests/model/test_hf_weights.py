@@ -13,17 +13,17 @@ import os
 import pytest
 import torch
 
-from megatron_rpp import checkpoint
+from megatron_rpp.checkpoint import state as checkpoint
 from megatron_rpp.config import ModelConfig, ParallelConfig
-from megatron_rpp.config_model import RopeScalingConfig, padded_vocab_size
+from megatron_rpp.config.model import RopeScalingConfig, padded_vocab_size
+from megatron_rpp.conversion.convert import to_megatron
 from megatron_rpp.hf.architecture import read_architecture
-from megatron_rpp.hf.convert import to_megatron
 from megatron_rpp.hf.safetensors_in import Weights
-from megatron_rpp.model import build
+from megatron_rpp.model import build, pipeline
 from megatron_rpp.model.hf_weights import load_hf
 from megatron_rpp.model.language_model import chunks
 from megatron_rpp.model.rotary import inverse_frequencies
-from megatron_rpp.parallel import groups, pipeline
+from megatron_rpp.parallel import groups
 from megatron_rpp.records import Request, Sampling
 from megatron_rpp.rollout.engine import MegatronEngine
 from tests.distributed import run_ranks
@@ -118,7 +118,7 @@ def on_every_layout(rank, directories):
                 results[family, "read"] = elements_read(stage, directory)
         if layout == "TP2":
             results["refused"] = refusals(rank, stage, directories["llama2"])
-        groups.split_again()
+        groups.destroy()
     return results
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from megatron_rpp.config import ModelConfig, ParallelConfig
-from megatron_rpp.config_model import padded_vocab_size
+from megatron_rpp.config.model import padded_vocab_size
 from megatron_rpp.model import build
 from megatron_rpp.parallel import groups
 from tests.distributed import run_ranks
@@ -66,7 +66,7 @@ def build_on_every_layout(rank):
                         for chunk in stage
                     ],
                 }
-        groups.split_again()
+        groups.destroy()
     return built
 
 

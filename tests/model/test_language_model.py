@@ -14,13 +14,13 @@ import torch
 
 from megatron_rpp.config import ModelConfig, ParallelConfig
 from megatron_rpp.data.prompts import Example, Prompt
-from megatron_rpp.model import build
+from megatron_rpp.model import build, pipeline
 from megatron_rpp.model.attention import CoreAttention
 from megatron_rpp.model.language_model import chunks, decoding
-from megatron_rpp.parallel import groups, pipeline
+from megatron_rpp.parallel import groups
 from megatron_rpp.records import Generation, Request
 from megatron_rpp.rollout.buffer import from_generations
-from megatron_rpp.stages import scoring
+from megatron_rpp.stages import logprobs
 from tests.distributed import run_ranks
 
 LAYERS, HIDDEN, FFN, HEADS, KV_HEADS, VOCAB, MAX_LENGTH = 4, 32, 48, 4, 2, 100, 33
@@ -246,12 +246,12 @@ def score_on_layout(parallel, tied):
         lambda *call: seen.append(len(call[2][0]))
     )
     with torch.no_grad():
-        scores = scoring.response_logprobs(stage, packed_buffer(), 64, 1.0)
+        scores = logprobs.response_logprobs(stage, packed_buffer(), 64, 1.0)
         packed = len(seen)
         decoded = decode_all(stage, 6)
-        again = scoring.response_logprobs(stage, packed_buffer(), 64, 1.0)
+        again = logprobs.response_logprobs(stage, packed_buffer(), 64, 1.0)
     last = groups.is_last_stage()
-    groups.split_again()
+    groups.destroy()
     return {
         "scores": scores,
         "again": again,

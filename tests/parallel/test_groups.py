@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_rpp.failures import RunFailure
+from megatron_rpp.lifecycle.exit_codes import RunFailure
 from megatron_rpp.parallel import groups
 from tests.distributed import run_ranks
 
@@ -79,7 +79,7 @@ def every_layout(rank):
         groups.start(tensor, pipeline, 1234, context)
         seen[name] = observe(rank)
         seen[name]["threads"] = torch.get_num_threads()
-        groups.split_again()
+        groups.destroy()
     return seen | {"on main": fail_on_main()}
 
 

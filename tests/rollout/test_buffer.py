@@ -41,8 +41,8 @@ def test_columns_of_a_tiny_step(tiny):
     assert tiny.sample_ids.tolist() == [4, 5, 6]
     assert tiny.group_ids.tolist() == [2, 2, 3]  # two samples a prompt
     assert tiny.mask.tolist() == [True] * 6
-    assert tiny.behaviour_logprobs.tolist() == [-0.5, -1.5, -2.5, -3.5, -4.5, -5.5]
-    assert tiny.behaviour_logprobs.dtype == torch.float32
+    assert tiny.rollout_logprobs.tolist() == [-0.5, -1.5, -2.5, -3.5, -4.5, -5.5]
+    assert tiny.rollout_logprobs.dtype == torch.float32
     assert tiny.truncated.tolist() == [False, True, False]
     assert [tiny.response(i) for i in range(3)] == [[7, 8], [10, 11, 12], [16]]
     assert [p.tokens for p in tiny.prompts] == [(5, 6), (9,), (13, 14, 15)]
@@ -56,20 +56,20 @@ def test_bytes_of_a_tiny_step(tiny):
 
 
 def test_padded_and_back(tiny):
-    padded = tiny.padded(tiny.behaviour_logprobs)
+    padded = tiny.padded(tiny.rollout_logprobs)
     assert padded.tolist() == [[-0.5, -1.5, 0.0], [-2.5, -3.5, -4.5], [-5.5, 0.0, 0.0]]
     expected = [[True, True, False], [True, True, True], [True, False, False]]
     assert tiny.padded(tiny.mask).tolist() == expected
-    assert torch.equal(tiny.flat(padded), tiny.behaviour_logprobs)
+    assert torch.equal(tiny.flat(padded), tiny.rollout_logprobs)
 
 
 def test_a_buffer_without_samples():
     buffer = make_buffer([])
     assert len(buffer) == 0 and buffer.offsets.tolist() == [0]
     assert buffer.response_offsets.tolist() == [0]
-    padded = buffer.padded(buffer.behaviour_logprobs)
+    padded = buffer.padded(buffer.rollout_logprobs)
     assert padded.shape == (0, 0)
-    assert torch.equal(buffer.flat(padded), buffer.behaviour_logprobs)
+    assert torch.equal(buffer.flat(padded), buffer.rollout_logprobs)
 
 
 tokens = st.lists(st.integers(1, 50), min_size=1, max_size=6)

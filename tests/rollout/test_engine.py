@@ -21,7 +21,7 @@ from megatron_rpp.records import Request, Sampling
 from megatron_rpp.rollout import engine as engine_module
 from megatron_rpp.rollout.buffer import from_generations
 from megatron_rpp.rollout.engine import MegatronEngine
-from megatron_rpp.stages import scoring
+from megatron_rpp.stages import logprobs
 
 SEED, STEP, MAX_LENGTH = 21, 3, 48
 TEXTS = [f"{a} + {b} = {a + b}" for a in range(12) for b in range(12)]
@@ -245,10 +245,10 @@ def test_log_probs_equal_those_of_scoring(generate, model, requests, settings):
     prompts = [Prompt(Example("?"), request.prompt) for request in requests]
     buffer = from_generations(prompts, requests, generations, 4)
     temperature = settings.get("temperature", 1.0)
-    scored = scoring.response_logprobs(model, buffer, 100, temperature)
-    torch.testing.assert_close(scored, buffer.behaviour_logprobs, rtol=0, atol=1e-4)
-    other = scoring.response_logprobs(model, buffer, 100, temperature * 1.01)
-    assert (other - buffer.behaviour_logprobs).abs().max() > 1e-3, "the tolerance hides mistakes"
+    scored = logprobs.response_logprobs(model, buffer, 100, temperature)
+    torch.testing.assert_close(scored, buffer.rollout_logprobs, rtol=0, atol=1e-4)
+    other = logprobs.response_logprobs(model, buffer, 100, temperature * 1.01)
+    assert (other - buffer.rollout_logprobs).abs().max() > 1e-3, "the tolerance hides mistakes"
 
 
 def test_the_model_is_left_as_it_was(generate, model, requests, tokenizer):

@@ -69,7 +69,7 @@ def test_the_bytes_of_a_step_are_constant(ragged):
 def test_the_shards_are_the_step(size):
     (whole,) = collect_shards(1, ragged=True)
     shards = collect_shards(size, ragged=True)
-    for column in ("tokens", "mask", "behaviour_logprobs", "prompt_lengths", "sample_ids",
+    for column in ("tokens", "mask", "rollout_logprobs", "prompt_lengths", "sample_ids",
                    "group_ids", "truncated"):  # fmt: skip
         joined = torch.cat([getattr(buffer, column) for buffer in shards])
         assert torch.equal(joined, getattr(whole, column)), column

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_rpp.data.prompts import Prompt
 from megatron_rpp.data.examples import Example
+from megatron_rpp.data.prompts import Prompt
 from megatron_rpp.records import Generation, Request
 from megatron_rpp.rewards import Scores
 from megatron_rpp.rollout import storage

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_rpp.conversion.convert import to_megatron
 from megatron_rpp.data.tokenizer import load_tokenizer
-from megatron_rpp.hf.convert import to_megatron
 from tests.hf.models import save
+from tests.runs.test_hf_run import NOT_OURS
 from tests.small_run import arguments, make_data
-from tests.test_hf_run import NOT_OURS
 from tests.whole_runs import rows, run_program
 from tools import evaluate, generate
 

@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_rpp import cli, train
-from megatron_rpp.hf.convert import to_megatron
+from megatron_rpp import train
+from megatron_rpp.config import cli
+from megatron_rpp.conversion.convert import to_megatron
 from megatron_rpp.hf.safetensors_in import Weights
-from megatron_rpp.inputs import load_inputs
+from megatron_rpp.runtime.inputs import load_inputs
 from tests.distributed import run_ranks
 from tests.whole_runs import compare_weights, layout, rows
 from tools import generate, gguf_to_hf, make_task

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from megatron_rpp.hf.convert import to_hf, to_megatron
+from megatron_rpp.conversion.convert import to_hf, to_megatron
 from tests.distributed import fork
 from tests.hf import odd
 from tests.hf.models import save, set_config

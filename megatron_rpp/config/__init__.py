@@ -1,0 +1,32 @@
+"""Every setting of a run: one frozen, keyword-only dataclass per section, checked when it is made.
+
+Each field has a docstring with its meaning and unit; ``--help`` prints it. A value out of range
+raises ConfigError and names ``section.field``, the value and the range. Nothing here opens a file
+or needs a device, torch or Megatron.
+"""
+
+from megatron_rpp.config.data import DataConfig, TaskConfig
+from megatron_rpp.config.learning import (
+    AlgorithmConfig,
+    EvaluationConfig,
+    ReferenceConfig,
+    RewardConfig,
+    RolloutConfig,
+)
+from megatron_rpp.config.model import ModelConfig, RopeScalingConfig
+from megatron_rpp.config.run import Config, check_world_size, count_replicas
+from megatron_rpp.config.training import (
+    CheckpointConfig,
+    LoggingConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    SftConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "AlgorithmConfig", "CheckpointConfig", "Config", "DataConfig", "EvaluationConfig",
+    "LoggingConfig", "ModelConfig", "OptimizerConfig", "ParallelConfig", "ReferenceConfig",
+    "RewardConfig", "RolloutConfig", "RopeScalingConfig", "SftConfig", "TaskConfig", "TrainConfig",
+    "check_world_size", "count_replicas",
+]  # fmt: skip

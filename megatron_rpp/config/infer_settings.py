@@ -1,0 +1,59 @@
+"""Settings that a model directory brings along: its architecture, and where its tokenizer is."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from megatron_rpp.config.model import ModelConfig
+from megatron_rpp.lifecycle.config_error import ConfigError, reading
+
+HF_FOLDER = "hf"
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
+
+def side_folder(checkpoint: str | Path) -> Path | None:
+    """Where a checkpoint, or a directory of them, keeps its model's Hugging Face files, if it does."""
+    path = Path(checkpoint)
+    folders = (path / HF_FOLDER, path.parent / HF_FOLDER)
+    return next((folder for folder in folders if (folder / "config.json").is_file()), None)
+
+
+def hf_source(hf_path: str | None, init_path: str | None) -> Path | None:
+    """The Hugging Face files that belong to the weights a run starts from; None where none do."""
+    if hf_path is not None:
+        return Path(hf_path)
+    return None if init_path is None else side_folder(init_path)
+
+
+def infer_settings(settings: dict[str, Any], defaults: ModelConfig) -> None:
+    """Fills `settings` (all sections, by name) from the directory its weights come from.
+
+    What is left at its default is taken from there; model.max_length stays, it may be shorter.
+    Raises ConfigError where a setting says otherwise than the directory.
+    """
+    model = settings["model"]
+    with reading(f"{model['hf_path'] or model['init_path']}", "correct the path of the model"):
+        folder = hf_source(model["hf_path"], model["init_path"])
+    if folder is None:
+        return
+    from megatron_rpp.hf.architecture import read_architecture  # here: it loads torch
+
+    theirs = dict(read_architecture(folder).settings)
+    context = theirs.pop("max_length")
+    theirs["rope_scaling"] = asdict(defaults.rope_scaling) | theirs["rope_scaling"]
+    for name, value in theirs.items():
+        if model[name] not in (value, asdict(defaults)[name]):
+            raise ConfigError(
+                f"model.{name} is {model[name]}, but the model in {folder.absolute()} has {value}: "
+                f"leave it out, the directory brings it"
+            )
+        model[name] = value
+    if model["max_length"] > context:
+        raise ConfigError(
+            f"model.max_length is {model['max_length']}, the model in {folder.absolute()} reads at "
+            f"most {context} tokens: lower it"
+        )
+    if not settings["data"]["tokenizer"] and any((folder / name).is_file() for name in _TOKENIZERS):
+        settings["data"]["tokenizer"] = str(folder)

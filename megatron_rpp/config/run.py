@@ -1,0 +1,103 @@
+"""The configuration of a run: all sections together, and what they must agree on.
+
+What depends on the number of processes is checked by ``check_world_size``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from megatron_rpp.config.data import DataConfig, TaskConfig
+from megatron_rpp.config.learning import (
+    AlgorithmConfig,
+    EvaluationConfig,
+    ReferenceConfig,
+    RewardConfig,
+    RolloutConfig,
+)
+from megatron_rpp.config.model import ModelConfig
+from megatron_rpp.config.training import (
+    CheckpointConfig,
+    LoggingConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    SftConfig,
+    TrainConfig,
+)
+from megatron_rpp.config.validation import check_layout, check_rollout
+from megatron_rpp.lifecycle.config_error import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """All settings of a run."""
+
+    seed: int = 1234
+    """Seed of the weights, the order of the prompts and the sampling."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """Architecture of the policy and of the reference."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """How one model is cut; data-parallel size = world size / (tensor x pipeline x context)."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Prompts and tokenizer."""
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    """Sampling of the responses of one step."""
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    """Score of a response: weighted sum, then normalise, scale, clip, in this order."""
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    """Advantages, KL terms and loss of REINFORCE++ (arXiv 2501.03262)."""
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
+    """The frozen model that the KL terms compare with."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """AdamW and its learning-rate schedule; a step is one optimizer step."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """The training loop."""
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    """Accuracy on held-out prompts."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """Saving and resume."""
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    """Metrics."""
+    sft: SftConfig = field(default_factory=SftConfig)
+    """Supervised warm start (megatron_rpp.sft)."""
+    task: TaskConfig = field(default_factory=TaskConfig)
+    """The reasoning-gym task that prompts are generated from."""
+
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise ConfigError(f"seed must be at least 0, got {self.seed}")
+        check_layout(self.model, self.parallel)
+        check_rollout(self)
+
+
+def count_replicas(sizes: ParallelConfig, world_size: int) -> int:
+    """The data-parallel size of ``world_size`` processes: world / (tensor x pipeline x context).
+
+    Raises ConfigError where the model does not fit the processes a whole number of times.
+    """
+    ranks = sizes.tensor * sizes.pipeline * sizes.context
+    if world_size < 1 or world_size % ranks:
+        context = f" x context {sizes.context}" if sizes.context > 1 else ""
+        raise ConfigError(
+            f"world size {world_size} is not divisible by tensor {sizes.tensor} x pipeline "
+            f"{sizes.pipeline}{context} = {ranks}: start a multiple of {ranks} processes "
+            "(torchrun --nproc-per-node) or change parallel.tensor/parallel.pipeline"
+        )
+    return world_size // ranks
+
+
+def check_world_size(config: Config, world_size: int) -> int:
+    """As ``count_replicas``, for a program that samples rollouts.
+
+    Raises ConfigError, too, where the prompts of a step do not fit the replicas (each takes whole
+    prompt groups, all equally many).
+    """
+    replicas = count_replicas(config.parallel, world_size)
+    if config.rollout.prompts_per_step % replicas:
+        raise ConfigError(
+            f"rollout.prompts_per_step {config.rollout.prompts_per_step} is not divisible by the "
+            f"data-parallel size {replicas} (world size {world_size} / {world_size // replicas} "
+            f"ranks a replica): make it a multiple of {replicas} or start another number of "
+            "processes"
+        )
+    return replicas

@@ -1,0 +1,117 @@
+"""The checks that the dataclasses of config.py run on themselves.
+
+Every failure is a ConfigError with one message: ``section.field``, what it must be, what it is, and
+the remedy where the range does not say it. Types are checked by the command line (cli.py).
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import TYPE_CHECKING, Literal, get_args, get_origin, get_type_hints
+
+from megatron_rpp.lifecycle.config_error import ConfigError
+
+if TYPE_CHECKING:
+    from megatron_rpp.config import Config, ModelConfig, ParallelConfig
+
+_BOUNDS = {
+    "at_least": operator.ge,
+    "above": operator.gt,
+    "at_most": operator.le,
+    "below": operator.lt,
+}
+
+
+def check_range(section: str, config: object, names: str, **bounds: float) -> None:
+    """Every number of ``names`` (separated by blanks) is finite and within ``bounds``.
+
+    ``bounds``: at_least, above, at_most, below. None, a number that is off, passes.
+    """
+    must = " and ".join(f"{word.replace('_', ' ')} {bound}" for word, bound in bounds.items())
+    for name in names.split():
+        value = getattr(config, name)
+        if value is None:
+            continue
+        within = all(_BOUNDS[word](value, bound) for word, bound in bounds.items())
+        if not within or not math.isfinite(value):
+            finite = "" if math.isfinite(value) else "finite and "
+            raise ConfigError(f"{section}.{name} must be {finite}{must}, got {value}")
+
+
+def check_choices(section: str, config: object) -> None:
+    """Every field annotated with a Literal holds one of its values."""
+    for name, hint in get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        if get_origin(hint) is Literal and value not in get_args(hint):
+            choices = ", ".join(get_args(hint))
+            raise ConfigError(f"{section}.{name} must be one of {choices}, got {value!r}")
+
+
+def check_filled(section: str, config: object, names: str) -> None:
+    """Every text of ``names`` (separated by blanks) is not empty."""
+    for name in names.split():
+        if not getattr(config, name):
+            raise ConfigError(f"{section}.{name} must not be empty, got {getattr(config, name)!r}")
+
+
+def check_characters(setting: str, *texts: str) -> None:
+    """Every text can be encoded: a command line in another encoding, and half of a surrogate pair,
+    cannot."""
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ConfigError(
+                f"{setting} holds {ascii(error.object[error.start])}, which is no character: write "
+                "the text in UTF-8"
+            ) from error
+
+
+def check_divides(
+    whole: str, count: int, part: str, divisor: int, remedy: str = "change one of them"
+) -> None:
+    """``count`` (the setting ``whole``) is a multiple of ``divisor`` (the setting ``part``)."""
+    if count % divisor:
+        raise ConfigError(f"{whole} must be divisible by {part} = {divisor}, got {count}: {remedy}")
+
+
+def check_layout(model: ModelConfig, parallel: ParallelConfig) -> None:
+    """Every rank gets the same number of heads, feed-forward channels and layers."""
+    tensor = "parallel.tensor", parallel.tensor
+    check_divides("model.heads", model.heads, *tensor)
+    if model.kv_heads is not None:
+        check_divides("model.kv_heads", model.kv_heads, *tensor)
+    check_divides("model.ffn_hidden", model.ffn_hidden, *tensor)
+    parts = parallel.pipeline * parallel.virtual_pipeline
+    setting = "parallel.pipeline" + " x parallel.virtual_pipeline" * (parts > parallel.pipeline)
+    check_divides("model.layers", model.layers, setting, parts)
+
+
+def check_rollout(config: Config) -> None:
+    """A step's responses fit the model's context, the mini-batches and the algorithm."""
+    rollout, max_length = config.rollout, config.model.max_length
+    if rollout.max_new_tokens >= max_length:
+        raise ConfigError(
+            f"rollout.max_new_tokens must be below model.max_length = {max_length}, which holds "
+            f"the prompt too, got {rollout.max_new_tokens}"
+        )
+    samples = rollout.samples_per_step
+    check_divides(
+        "rollout.prompts_per_step x rollout.samples_per_prompt",
+        samples,
+        "train.minibatches",
+        config.train.minibatches,
+    )
+    horizon = config.algorithm.kl_horizon
+    if config.algorithm.kl_controller == "adaptive" and horizon < samples:
+        raise ConfigError(
+            f"algorithm.kl_horizon must be at least the {samples} responses of a step, got "
+            f"{horizon}"
+        )
+    name = config.algorithm.name
+    if name != "reinforce++" and rollout.samples_per_prompt < 2:
+        raise ConfigError(
+            f"rollout.samples_per_prompt must be at least 2 for algorithm.name = {name}, got "
+            f"{rollout.samples_per_prompt}: it compares the samples of a prompt with each other"
+        )

@@ -1,0 +1,1 @@
+"""Whole models from Hugging Face to Megatron's checkpoints and back, a tensor at a time."""

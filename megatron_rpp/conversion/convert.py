@@ -1,0 +1,175 @@
+"""Whole models from Hugging Face to Megatron and back, a tensor at a time, on CPUs alone.
+
+A Megatron directory made here keeps what the weights do not say in its folder `hf`: config.json,
+tokenizer, chat template, generation settings. It loads on any tensor × pipeline layout, and is
+sealed like a trained one. Ranks of a process group share the tensors, or the files, between them;
+a refusal is the same on every one of them.
+
+Left out: optimizer states; casting on the way in (a weight keeps the type it is stored in).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megatron_rpp.checkpoint import manifest
+from megatron_rpp.checkpoint.store import POINTER
+from megatron_rpp.config.infer_settings import HF_FOLDER
+from megatron_rpp.conversion import dist_checkpoint
+from megatron_rpp.conversion.models import HfModel, MegatronModel, Progress
+from megatron_rpp.conversion.output_dir import (
+    atomic_directory,
+    atomic_directory_for_all,
+    check_output,
+    copy_side_files,
+)
+from megatron_rpp.hf import safetensors_out
+from megatron_rpp.hf.architecture import CONFIG, config_json
+from megatron_rpp.hf.families import EMBEDDING
+from megatron_rpp.hf.json_object import read_json
+from megatron_rpp.parallel.ranks import raise_on_all_ranks, rank, world_size
+
+RELEASE = "release"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+Counting = Callable[[int], AbstractContextManager[Progress]]
+"""Gives the progress of a number of tensors."""
+
+
+def uncounted(total: int) -> AbstractContextManager[Progress]:
+    """Tells nobody."""
+    return nullcontext(lambda done: None)
+
+
+def unsaid(note: str) -> None:
+    """Tells nobody."""
+
+
+def to_megatron(
+    hf_path: str | Path,
+    megatron_path: str | Path,
+    overwrite: bool = False,
+    *,
+    counting: Counting = uncounted,
+    say: Callable[[str], None] = unsaid,
+) -> Path:
+    """Writes the checkpoint `megatron_path/release`; collective where there is a process group.
+
+    say: told what is done otherwise than the user may expect (source.py).
+
+    Raises ConfigError, before anything is written, where the source cannot be converted or the
+    output may not be written.
+    """
+    source, output = raise_on_all_ranks(lambda: HfModel(hf_path)), Path(megatron_path)
+    raise_on_all_ranks(lambda: check_output(output, [source.directory], POINTER, overwrite))
+    for note in source.notes:
+        say(note)
+    own = source.rows[rank() :: world_size()]
+    common = {"architecture": source.settings, "iteration": 0, "checkpoint_version": 3.0}
+    with atomic_directory_for_all(output) as partial, counting(len(own)) as progress:
+        entries = [source.entry(row, progress) for row in own]
+        dist_checkpoint.write(partial / RELEASE, entries, common)
+        manifest.seal(partial / RELEASE, {"step": 0})
+        if rank() == 0:
+            copy_side_files(source.directory, partial / HF_FOLDER)
+            (partial / POINTER).write_text(f"{RELEASE}\n")
+    return output / RELEASE
+
+
+@dataclass(frozen=True)
+class _Export:
+    """A checkpoint on its way to a Hugging Face directory: what goes into which file."""
+
+    model: MegatronModel
+    kinds: dict[str, torch.dtype]
+    """The type of each row's tensors in the files, by its name in Megatron."""
+    sizes: dict[str, int]
+    """Bytes of each tensor in the files, in order."""
+    files: list[list[str]]
+    """The tensors of each file."""
+
+    @classmethod
+    def of(
+        cls, path: str | Path, output: Path, dtype: str | None, max_shard_size: str, overwrite: bool
+    ) -> "_Export":
+        """Raises ConfigError where there is nothing to convert, or `output` may not be written."""
+        limit = safetensors_out.parse_size(max_shard_size)
+        model = MegatronModel.open(path)
+        check_output(output, [Path(path)], CONFIG, overwrite)
+        cast = DTYPES[dtype] if dtype else None
+        stored = model.checkpoint.dtype
+        kinds = {row.megatron: cast or stored(model.place(row)) for row in model.rows}
+        sizes = {
+            name: torch.Size(shape).numel() * kinds[row.megatron].itemsize
+            for row in model.rows
+            for name, shape in zip(row.hf, row.sizes(model.settings))
+        }
+        return cls(model, kinds, sizes, safetensors_out.plan(sizes, limit))
+
+    def write(self, directory: Path, rank: int, ranks: int, counting: Counting) -> None:
+        """This rank's files, and on the first rank what goes with them."""
+        with counting(sum(map(len, self.files[rank::ranks]))) as progress:
+            for number in range(rank, len(self.files), ranks):
+                names = self.files[number]
+                file = directory / safetensors_out.file_name(number, len(self.files))
+                safetensors_out.write(file, dict(self._tensors(names)))
+                progress(len(names))
+        if rank == 0:
+            safetensors_out.write_index(directory, self.files, sum(self.sizes.values()))
+            _write_side_files(self.model, directory, self.kinds)
+
+    def _tensors(self, names: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        for row in self.model.rows:
+            if not set(names).isdisjoint(row.hf):
+                for name, part in zip(row.hf, self.model.split(row), strict=True):
+                    if name in names:
+                        yield name, part.to(self.kinds[row.megatron]).contiguous()
+
+
+def to_hf(
+    megatron_path: str | Path,
+    hf_path: str | Path,
+    dtype: str | None = None,
+    max_shard_size: str = "5GB",
+    overwrite: bool = False,
+    counting: Counting = uncounted,
+) -> None:
+    """Writes the Hugging Face directory `hf_path`: weights, config.json, tokenizer, template.
+
+    Collective where there is a process group: its ranks share the files.
+
+    Args:
+        dtype: fp32, bf16 or fp16; None keeps the stored type.
+    Raises ConfigError, before anything is written, where the source cannot be converted or the
+    output may not be written.
+    """
+    output = Path(hf_path)
+    export = raise_on_all_ranks(lambda: _Export.of(megatron_path, output, dtype, max_shard_size, overwrite))
+    with atomic_directory_for_all(output) as partial:
+        export.write(partial, rank(), world_size(), counting)
+
+
+def to_hf_alone(megatron_path: str | Path, hf_path: str | Path) -> None:
+    """As `to_hf` with its defaults, over an older export, by this rank without the others."""
+    output = Path(hf_path)
+    export = _Export.of(megatron_path, output, None, "5GB", overwrite=True)
+    with atomic_directory(output) as partial:
+        export.write(partial, 0, 1, uncounted)
+
+
+def _write_side_files(model: MegatronModel, output: Path, kinds: dict[str, torch.dtype]) -> None:
+    """Tokenizer and settings as they came; config.json with the type of the weights."""
+    if model.side_files is None:
+        content = config_json(model.settings)
+    else:
+        copy_side_files(model.side_files, output)
+        content = read_json(output / CONFIG)
+    # transformers prefers `dtype` where both are there.
+    for key in content.keys() & {"dtype", "torch_dtype"} or {"dtype"}:
+        content[key] = str(kinds[EMBEDDING]).removeprefix("torch.")
+    (output / CONFIG).write_text(json.dumps(content, indent=2) + "\n")

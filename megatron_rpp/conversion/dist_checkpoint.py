@@ -1,0 +1,206 @@
+"""Megatron's sharded checkpoint format, written and read one tensor at a time.
+
+It is torch.distributed.checkpoint's format with two files beside it (`metadata.json`, `common.pt`).
+Layers are stacked: `decoder.layers.3.x` is row 3 of the tensor `decoder.layers.x`. Megatron's own
+writer wants the whole state in memory at once; here a tensor is asked for when it is written.
+
+Left out: optimizer states, objects (`_extra_state`), formats other than `torch_dist`.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import re
+import warnings
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import (
+    LoadPlan,
+    SavePlan,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+from megatron_rpp.config.model import padded_vocab_size
+from megatron_rpp.hf.families import EMBEDDING, OUTPUT, canonical
+from megatron_rpp.lifecycle.config_error import ConfigError, reading, reason
+
+_STACKED = "decoder.layers."
+_MODEL_PREFIXES = ("embedding.", "decoder.", "output_layer.")
+_COMMON_OBJECT = "common_state/shard_0_1"
+_FORMAT = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a parameter is in a checkpoint: a part of one of its tensors."""
+
+    key: str
+    global_shape: tuple[int, ...]
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+    """Of the part; that of a stacked tensor has a first dimension of 1."""
+
+
+def place_of(name: str, shape: tuple[int, ...], layers: int) -> Place:
+    """The place of the parameter `name` (of a row) of `shape`, the vocabulary not padded."""
+    found = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", name)
+    if found:
+        offset = (int(found[1]),) + (0,) * len(shape)
+        return Place(_STACKED + found[2], (layers, *shape), offset, (1, *shape))
+    if name in (EMBEDDING, OUTPUT):
+        shape = (padded_vocab_size(shape[0], 1), *shape[1:])
+    return Place(name, shape, (0,) * len(shape), shape)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor to write, made by `read` when its turn comes."""
+
+    place: Place
+    dtype: torch.dtype
+    read: Callable[[], torch.Tensor]
+
+
+class _WritePlan(DefaultSavePlanner):
+    """Hands the writer one entry after another."""
+
+    def __init__(self, entries: list[Entry]):
+        super().__init__(flatten_state_dict=False)
+        self.entries = {(e.place.key, torch.Size(e.place.offset)): e for e in entries}
+
+    def create_local_plan(self) -> SavePlan:
+        return SavePlan([self._item(entry) for entry in self.entries.values()])
+
+    @staticmethod
+    def _item(entry: Entry) -> WriteItem:
+        place = entry.place
+        offset, size = torch.Size(place.offset), torch.Size(place.shape)
+        data = TensorWriteData(
+            chunk=ChunkStorageMetadata(offset, size),
+            properties=TensorProperties(dtype=entry.dtype),
+            size=torch.Size(place.global_shape),
+        )
+        return WriteItem(MetadataIndex(place.key, offset), WriteItemType.SHARD, tensor_data=data)
+
+    def resolve_data(self, write_item: WriteItem) -> torch.Tensor:
+        entry = self.entries[write_item.index.fqn, write_item.index.offset]
+        data = entry.read().reshape(entry.place.shape)
+        assert data.dtype == entry.dtype, (entry.place, data.dtype)
+        return data
+
+
+def write(directory: Path, entries: list[Entry], common: dict[str, Any]) -> None:
+    """A checkpoint of `entries`, those of this rank; collective where there is a process group.
+
+    Raises RuntimeError where the entries of all ranks do not fill their tensors.
+    """
+    writer = dcp.FileSystemWriter(directory, single_file_per_rank=False, overwrite=False)
+    alone = not dist.is_initialized()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as intended
+        dcp.save({}, storage_writer=writer, planner=_WritePlan(entries), no_dist=alone)
+    if alone or dist.get_rank() == 0:
+        torch.save(common, directory / "common.pt")
+        (directory / "metadata.json").write_text(json.dumps(_FORMAT))
+
+
+class _ReadPlan(DefaultLoadPlanner):
+    """Puts what is read of one place into `target`."""
+
+    def __init__(self, target: torch.Tensor):
+        super().__init__(flatten_state_dict=False)
+        self.target = target
+
+    def lookup_tensor(self, index: MetadataIndex) -> torch.Tensor:
+        return self.target
+
+
+class Checkpoint:
+    """The model's tensors of a checkpoint, read one place at a time."""
+
+    def __init__(self, directory: Path):
+        """Raises ConfigError where `directory` is no checkpoint of this format."""
+        self.directory = directory.absolute()
+        self._reader = dcp.FileSystemReader(directory)
+        with reading(f"{self.directory}", "it is not a whole checkpoint; choose another"):
+            kind = json.loads((directory / "metadata.json").read_text())["sharded_backend"]
+            if kind != _FORMAT["sharded_backend"]:
+                raise ConfigError(
+                    f"{self.directory} is of format {kind!r}: only torch_dist is read"
+                )
+            metadata = self._reader.read_metadata()
+            self._reader.set_up_storage_reader(metadata, is_coordinator=True)
+        self._stored: dict[str, str] = {}
+        """The name of each tensor in the files: under either naming of the norms."""
+        self.tensors: dict[str, TensorStorageMetadata] = {}
+        self._has_common = _COMMON_OBJECT in metadata.state_dict_metadata
+        for key, entry in metadata.state_dict_metadata.items():
+            if isinstance(entry, TensorStorageMetadata) and key.startswith(_MODEL_PREFIXES):
+                self._stored[canonical(key)] = key
+                self.tensors[canonical(key)] = entry
+
+    def common(self) -> dict[str, Any]:
+        """What is stored beside the tensors, {} where it holds code of another program.
+
+        A file of its own, or, from Megatron 0.19 on, an object among the shards. Raises ConfigError
+        where it is neither, or damaged.
+        """
+        file = self.directory / "common.pt"
+        if not zipfile.is_zipfile(file) and (file.exists() or not self._has_common):
+            raise ConfigError(f"{file} is missing or not whole: choose another checkpoint")
+        with reading(f"{file}", "it is not whole; choose another checkpoint"):
+            try:
+                return torch.load(file, weights_only=True) if file.exists() else self._shared()
+            except pickle.UnpicklingError:
+                return {}
+
+    def _shared(self) -> dict[str, Any]:
+        target = {_COMMON_OBJECT: io.BytesIO()}
+        try:
+            dcp.load(target, storage_reader=dcp.FileSystemReader(self.directory), no_dist=True)
+        except CheckpointException as error:  # not an Exception: it would pass any net
+            raise OSError(reason(error)) from error
+        content = target[_COMMON_OBJECT]
+        if isinstance(content, io.BytesIO):
+            content.seek(0)
+            content = torch.load(content, weights_only=True)
+        return content[0]
+
+    def dtype(self, place: Place) -> torch.dtype:
+        return self.tensors[place.key].properties.dtype
+
+    def read(self, place: Place) -> torch.Tensor:
+        """The part at `place`, in its stored type, without the dimension of the stack."""
+        target = torch.empty(place.shape, dtype=self.dtype(place))
+        chunk = ChunkStorageMetadata(torch.Size(place.offset), torch.Size(place.shape))
+        items = create_read_items_for_chunk_list(
+            self._stored[place.key], self.tensors[place.key], [chunk]
+        )
+        with reading(f"{place.key} in {self.directory}", "choose another checkpoint"):
+            self._reader.read_data(LoadPlan(items), _ReadPlan(target)).wait()
+        return target[0] if place.key.startswith(_STACKED) else target

@@ -1,0 +1,117 @@
+"""Opens the data sets that a run's configuration names: training prompts and held-out ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_rpp.config.data import DataConfig
+from megatron_rpp.data.chat import PromptFormat
+from megatron_rpp.data.examples import Example, open_examples
+from megatron_rpp.data.prompts import PromptFile, PromptSet, fitting_rows, split_held_out
+from megatron_rpp.data.row_cache import Pass, cached, stamp
+from megatron_rpp.lifecycle.config_error import ConfigError
+
+Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
+"""(title, total) -> a context whose value hears how much more is done; see console.Console."""
+
+
+@dataclass(frozen=True)
+class RowCheck:
+    """What else than its form is asked of a row."""
+
+    name: str
+    """The same for the same check: what a pass found is kept under it."""
+    problem: Callable[[Example], str | None]
+    """What is wrong with a row, and the remedy; None: nothing."""
+
+
+ANY_ROW = RowCheck("none", lambda example: None)
+
+
+@dataclass(frozen=True)
+class Data:
+    train: PromptSet
+    held_out: PromptSet
+    dropped: int
+    """Prompts that were left out because they are too long."""
+
+
+def open_data(
+    data: DataConfig,
+    form: PromptFormat,
+    limit: int,
+    seed: int,
+    progress: Progress,
+    *,
+    held_out_check: RowCheck = ANY_ROW,
+    train_check: RowCheck = ANY_ROW,
+    say: Callable[[str], None] = print,
+) -> Data:
+    """Opens and checks every source; the first start on a source reads all of it.
+
+    Args:
+        limit: tokens that a prompt may have; data.max_prompt_tokens lowers it.
+        say: is told if a cache cannot be used.
+
+    Raises:
+        ConfigError: a source is not named, missing or empty, or a row is malformed or too long.
+    """
+    limit = min(limit, data.max_prompt_tokens or limit)
+    dropped = 0
+
+    def open_file(source: str, check: RowCheck) -> PromptFile:
+        nonlocal dropped
+        examples = open_examples(source, data.prompt_key, data.label_key, data.cache_dir, say)
+        drop = data.overlong_prompts == "drop"
+
+        def find() -> Pass:
+            with progress(f"reading {source}", len(examples)) as done:
+                return fitting_rows(examples, form, limit, drop, check.problem, done)
+
+        key = pass_key(data, examples.rows.identity, limit, check.name)
+        found = cached(cache_dir(data), key, find, say)
+        if not len(found.rows):
+            raise ConfigError(
+                f"data set {source} has no prompt of at most {limit} tokens: raise "
+                "data.max_prompt_tokens or model.max_length"
+            )
+        dropped += len(examples) - len(found.rows)
+        return PromptFile(examples, form, found.rows, (found.prompts, found.labels))
+
+    held_out = None
+    if data.eval or not data.eval_split:
+        held_out = [open_file(given("data.eval", data.eval), held_out_check)]
+    sources = given("data.train", data.sources)
+    train = [open_file(source, train_check) for source in sources]
+    if held_out is None:
+        train, held_out = split_held_out(train, data.eval_split, seed)
+    return Data(PromptSet(train, data.weights), PromptSet(held_out), dropped)
+
+
+def given(setting: str, value):
+    """The value of a setting that names files: ConfigError where it is empty."""
+    if not value or value == [""]:
+        raise ConfigError(f"{setting} is empty: name a file with --{setting} or in the recipe")
+    return value
+
+
+def cache_dir(data: DataConfig) -> Path:
+    """Where what a pass over a data set found is kept (data/row_cache.py)."""
+    if data.cache_dir is not None:
+        return Path(data.cache_dir)
+    from huggingface_hub.constants import HF_HOME
+
+    return Path(HF_HOME) / "megatron_rpp"
+
+
+def pass_key(data: DataConfig, *more: str | int) -> list:
+    """Of a pass over a data set: `more`, and all that decides how long a row is and whether it is
+    well formed."""
+    template = [] if data.chat_template is None else stamp(data.chat_template)
+    return [
+        *more, data.prompt_key, data.label_key, data.apply_chat_template, data.system_prompt,
+        data.overlong_prompts, stamp(data.tokenizer), template,
+    ]  # fmt: skip

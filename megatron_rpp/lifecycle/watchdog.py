@@ -1,0 +1,131 @@
+"""Ends a run that hangs, and says which rank is missing and where.
+
+A thread of every rank rewrites `<logging.dir>/alive/rank_00000` (its phase and a count that grows)
+as long as the process runs at all. Where the main thread has shown no sign of life for too long, in
+a collective, a reward or anywhere, the thread writes all stacks to `<logging.dir>/stacks/`, looks
+whose count has stopped growing, and ends the process with exit code HUNG; the launcher ends the
+others.
+
+The two signs tell a stopped or dead process (its count stands still) from one that waits or is
+stuck (it counts on, in the phase that the report names).
+
+Left out: what hangs before the run is built.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections import defaultdict
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Iterator
+
+from megatron_rpp.lifecycle import heartbeat
+from megatron_rpp.lifecycle.exit_codes import HUNG
+
+MOST_SECONDS_BETWEEN_BEATS = 10.0
+
+
+class Watchdog:
+    """Of one rank. `directory`: logging.dir; `minutes`: without a sign of life."""
+
+    def __init__(self, directory: str, rank: int, world: int, minutes: float):
+        self._alive, self._stacks = Path(directory) / "alive", Path(directory) / "stacks"
+        self._rank, self._world, self._limit = rank, world, 60 * minutes
+        self._interval = min(MOST_SECONDS_BETWEEN_BEATS, self._limit / 8)
+        self._beats, self._ending = 0, False
+        self._over = threading.Event()
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Watches the main thread while the context is open."""
+        self._alive.mkdir(parents=True, exist_ok=True)
+        heartbeat.enter("start")
+        thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            self._over.set()
+            thread.join()
+            self._file(self._rank).unlink(missing_ok=True)
+            with suppress(OSError):  # not empty: other ranks are still there
+                self._alive.rmdir()
+
+    def _file(self, rank: int) -> Path:
+        return self._alive / f"rank_{rank:05d}"
+
+    def _watch(self) -> None:
+        while not self._over.wait(self._interval):
+            self._beat()
+            if time.monotonic() - heartbeat.current.since > self._limit:
+                self._end()
+
+    def _beat(self) -> None:
+        self._beats += 1
+        sign = {"beats": self._beats, "phase": heartbeat.current.name, "ending": self._ending}
+        sign |= {"process": os.getpid(), "host": socket.gethostname()}
+        temporary = self._file(self._rank).with_suffix(".new")
+        temporary.write_text(json.dumps(sign))
+        temporary.replace(self._file(self._rank))
+
+    def _signs(self) -> dict[int, dict]:
+        """The last sign of every rank that has given one."""
+        found = {}
+        for rank in range(self._world):
+            try:
+                found[rank] = json.loads(self._file(rank).read_text())
+            except FileNotFoundError:
+                pass
+        return found
+
+    def _end(self) -> None:
+        self._ending = True
+        self._stacks.mkdir(exist_ok=True)
+        with open(self._stacks / f"rank_{self._rank:05d}.txt", "w") as file:
+            faulthandler.dump_traceback(file, all_threads=True)
+        before = self._signs()
+        for _ in range(4):  # long enough for every living rank to beat again
+            time.sleep(self._interval / 2)
+            self._beat()
+        after = self._signs()
+        counting = [rank for rank in after if before.get(rank) != after[rank]]
+        if self._rank == min(rank for rank in counting if after[rank]["ending"]):
+            print(self._report(after, counting), file=sys.stderr, flush=True)
+        else:
+            time.sleep(self._interval)  # the one that reports must not be ended before it has
+        os._exit(HUNG)
+
+    def _report(self, signs: dict[int, dict], counting: list[int]) -> str:
+        where = defaultdict(list)
+        for rank in counting:
+            where[signs[rank]["phase"]].append(rank)
+        missing = [
+            f"rank {rank} ({self._name(signs, rank)}) is missing"
+            for rank in range(self._world)
+            if rank not in counting
+        ]
+        waiting = [f"in {phase}: {_short(ranks)}" for phase, ranks in where.items()]
+        return (
+            f"error: the run hangs, without progress for {self._limit:.0f} s: "
+            f"{'; '.join([*missing, *waiting])}. Stacks: {self._stacks}"
+        )
+
+    @staticmethod
+    def _name(signs: dict[int, dict], rank: int) -> str:
+        if rank not in signs:
+            return "never heard of"
+        sign = signs[rank]
+        return f"process {sign['process']} on {sign['host']}, last seen in {sign['phase']}"
+
+
+def _short(ranks: list[int]) -> str:
+    shown = ", ".join(map(str, ranks[:16]))
+    noun = "rank" if len(ranks) == 1 else "ranks"
+    return f"{noun} {shown}" + (f" and {len(ranks) - 16} more" if len(ranks) > 16 else "")

@@ -1,0 +1,107 @@
+"""Runs a model over micro-batches: the only caller of Megatron's forward-backward schedules.
+
+Training and scoring go through the same schedules (no pipelining, 1F1B over the stages, or
+interleaved where each stage holds several chunks). Generation passes one batch through the stages
+with `stage_forward`.
+
+Left out: overlapping several batches in generation, so that while one stage computes a token the
+others wait.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Callable
+
+import torch
+import torch.distributed as dist
+
+from megatron_rpp.model.language_model import chunks
+from megatron_rpp.parallel import device as devices
+from megatron_rpp.parallel import groups
+from megatron_rpp.records import MicroBatch
+
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+# Hidden states [t, 1, h] of a micro-batch -> (loss sum, count, report). Megatron sums both over
+# micro-batches and data-parallel ranks, and divides the gradient once: a global mean on any layout.
+LossFunction = Callable[[MicroBatch, torch.Tensor], tuple[torch.Tensor, torch.Tensor, Any]]
+
+
+def _run(model, micro_batches: list[MicroBatch], last_stage, **schedule) -> list[Any]:
+    def forward_step(batches, chunk):
+        batch = next(batches)
+        return chunk(batch.tokens, batch.positions, batch.packing), partial(last_stage, batch)
+
+    iterators = [iter(micro_batches) for _ in model]
+    return get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iterators if len(model) > 1 else iterators[0],
+        model=list(model),
+        num_microbatches=len(micro_batches),
+        # Read where all rows have one shape, else the stages tell each other: the whole row.
+        seq_length=micro_batches[0].tokens.shape[1] * groups.context_group().size(),
+        micro_batch_size=1,
+        **schedule,
+    )
+
+
+@dataclass(frozen=True)
+class Backward:
+    """What a rank knows of a backward pass, beside the gradients in its buffers."""
+
+    reports: list[Any]
+    """Of the loss function, one per micro-batch, on the last stage; [] elsewhere."""
+    own_norms: list[torch.Tensor]
+    """Norm of each gradient buffer before other ranks' gradients were added to it."""
+
+
+def train(model, micro_batches: list[MicroBatch], loss: LossFunction) -> Backward:
+    """Forward and backward over `micro_batches`: gradients of the global mean in the buffers."""
+    own_norms = []
+
+    def finalize(wrapped, *args, **kwargs):
+        # Afterwards one rank's NaN is in the buffers of all, and nobody could say whose it was.
+        own_norms.extend(buffer.grad_data.norm() for chunk in wrapped for buffer in chunk.buffers)
+        finalize_model_grads(wrapped, *args, **kwargs)
+
+    for chunk in chunks(model):
+        chunk.config.finalize_model_grads_func = finalize
+    return Backward(_run(model, micro_batches, loss, forward_only=False), own_norms)
+
+
+@torch.no_grad()
+def score(
+    model, micro_batches: list[MicroBatch], head: Callable[[MicroBatch, torch.Tensor], Any]
+) -> list[Any]:
+    """`head(batch, hidden)` of every micro-batch on the last stage; [] elsewhere."""
+
+    def last_stage(batch, hidden, non_loss_data=True):
+        return head(batch, hidden)
+
+    return _run(model, micro_batches, last_stage, forward_only=True, collect_non_loss_data=True)
+
+
+def stage_forward(model, tokens: torch.Tensor, positions: torch.Tensor | None = None):
+    """One batch through this rank's chunks, each received from the rank before and sent on.
+
+    Args:
+        tokens: [b, s], the same on every stage.
+        positions: [b] while decoding, else None (see LanguageModel.forward).
+    Returns:
+        the hidden states [s, b, h] of this rank's last chunk.
+    """
+    group = groups.pipeline_group()
+    for chunk in chunks(model):
+        if not chunk.pre_process:
+            shape = (tokens.shape[1], tokens.shape[0], chunk.config.hidden_size)
+            dtype = chunk.config.params_dtype
+            received = torch.empty(shape, dtype=dtype, device=devices.device())
+            dist.recv(received, group=group, group_src=(group.rank() - 1) % group.size())
+            chunk.set_input_tensor([received])
+        hidden = chunk(tokens, positions)
+        if not chunk.post_process:
+            dist.send(hidden.contiguous(), group=group, group_dst=(group.rank() + 1) % group.size())
+    return hidden

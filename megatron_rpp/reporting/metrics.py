@@ -1,0 +1,226 @@
+"""A step's numbers: reduced over data-parallel ranks, then written by the main rank.
+
+Tags are those of the README; `metrics.jsonl` has one row a step, TensorBoard the same tags as
+scalars, and histograms of advantages and response lengths of the main rank's shard.
+
+Left out: weights-and-biases and other trackers.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Iterator
+
+import torch
+import torch.distributed as dist
+from torch.utils.tensorboard import SummaryWriter
+
+from megatron_rpp.algorithms import KL_KINDS, effective_share, importance_ratio, kl_estimate
+from megatron_rpp.config import AlgorithmConfig
+from megatron_rpp.lifecycle.atomic_files import write_atomic
+from megatron_rpp.parallel import device as devices
+from megatron_rpp.parallel import groups
+from megatron_rpp.rewards import Scores
+from megatron_rpp.rollout.buffer import RolloutBuffer
+from megatron_rpp.stages.advantage import AdvantageStats
+from megatron_rpp.stages.evaluation import Evaluation
+from megatron_rpp.stages.update import UpdateStats
+
+
+@dataclass
+class StageTimes:
+    """Seconds of each stage of one step, on this rank."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def measure(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+
+
+def _rollout_difference(buffer: RolloutBuffer) -> torch.Tensor:
+    """fp64, a value per masked token: |log-prob by the rollout engine - that by the policy|."""
+    return (buffer.rollout_logprobs.double() - buffer.old_logprobs)[buffer.mask].abs()
+
+
+def _peaks(buffer: RolloutBuffer) -> tuple[float, float]:
+    """Over all ranks: memory in GB, and the largest difference of rollout and training."""
+    difference = _rollout_difference(buffer)
+    own = [devices.peak_memory_gb(), float(difference.max()) if len(difference) else 0.0]
+    memory, largest = groups.reduce_sums(own, dist.group.WORLD, dist.ReduceOp.MAX)
+    return memory, largest
+
+
+def _shard_sums(buffer: RolloutBuffer, rewards: Scores) -> dict[str, float]:
+    """What this replica's samples add to the step's means."""
+    lengths = buffer.response_lengths
+    difference = _rollout_difference(buffer)
+    ratio = importance_ratio(buffer.old_logprobs, buffer.rollout_logprobs)[buffer.mask].double()
+    sums = {
+        "samples": len(buffer),
+        "timeouts": rewards.timeouts,
+        "truncated": int(buffer.truncated.sum()),
+        "generated": int(lengths.sum()),
+        "tokens": len(buffer.tokens),
+        "masked": int(buffer.mask.sum()),
+        "difference": float(difference.sum()),
+        "weights": float(ratio.sum()),
+        "squared_weights": float(ratio.square().sum()),
+        "corrected": 0,
+    }
+    if buffer.rollout_weights is not None:
+        sums["corrected"] = int((buffer.rollout_weights[buffer.mask] != ratio).sum())
+    found, member = buffer.group_ids.unique(return_inverse=True)
+    low, high = (
+        torch.full((len(found),), start).scatter_reduce(0, member, buffer.scores, reduction)
+        for start, reduction in ((torch.inf, "amin"), (-torch.inf, "amax"))
+    )
+    sums |= {"groups": len(found), "flat_groups": int((low == high).sum())}
+    for kind in KL_KINDS if buffer.ref_logprobs is not None else ():
+        kl = kl_estimate(buffer.old_logprobs, buffer.ref_logprobs, kind)[buffer.mask]
+        sums[f"kl/{kind}"] = float(kl.double().sum())
+    return sums | {f"part/{name}": sum(values) for name, values in rewards.parts.items()}
+
+
+def step_metrics(
+    buffer: RolloutBuffer,
+    algorithm: AlgorithmConfig,
+    rewards: Scores,
+    advantage: AdvantageStats,
+    update: UpdateStats,
+    times: StageTimes,
+    flops: float,
+) -> dict[str, float]:
+    """The step's row, the same on every rank. Collective over the data-parallel group.
+
+    algorithm: with the step's KL coefficients. rewards: of this replica's samples.
+    flops: that this replica's samples need (model/flops.py).
+    """
+    own = _shard_sums(buffer, rewards) | {"flops": flops}
+    sums = dict(zip(own, groups.reduce_sums([float(v) for v in own.values()], groups.data_group())))
+    memory, largest_difference = _peaks(buffer)
+    tokens, scores = max(sums["masked"], 1), advantage.scores
+    seconds = times.seconds
+    whole = sum(seconds.values())
+    row = {
+        "reward/mean": scores.raw.mean,
+        "reward/std": scores.raw.var**0.5,
+        "reward/shaped_mean": scores.shaped.mean,
+        "reward/shaped_std": scores.shaped.var**0.5,
+        "reward/shaped_min": scores.low,
+        "reward/shaped_max": scores.high,
+        "reward/clipped_share": scores.clipped_share,
+        "reward/zero_variance_share": sums["flat_groups"] / sums["groups"],
+        "reward/timeouts": sums["timeouts"],
+        "policy/loss": update.loss,
+        "policy/clip_fraction": update.clip_fraction,
+        "policy/entropy": update.entropy,
+        "policy/grad_norm": update.grad_norm,
+        "policy/ratio_max": update.ratio_max,
+        "policy/approx_kl": update.approx_kl,
+        "policy/learning_rate": update.learning_rate,
+        "policy/skipped_updates": len(update.faults),
+        "advantage/count": advantage.advantages.count,
+        "advantage/mean": advantage.advantages.mean,
+        "advantage/var": advantage.advantages.var,
+        "response/length_mean": sums["generated"] / sums["samples"],
+        "response/truncated_share": sums["truncated"] / sums["samples"],
+        "rollout/logprob_abs_diff": sums["difference"] / tokens,
+        "rollout/logprob_abs_diff_max": largest_difference,
+        "rollout/ess": effective_share(sums["weights"], sums["squared_weights"], sums["masked"]),
+        "rollout/correction_clipped_share": sums["corrected"] / tokens,
+        "throughput/tokens_per_second": sums["tokens"] / whole,
+        "throughput/generated_tokens_per_second": sums["generated"] / seconds["rollout"],
+        "memory/peak_gb": memory,
+    }
+    if (peak := devices.peak_flops()) is not None:
+        row["throughput/mfu"] = sums["flops"] / (whole * dist.get_world_size() * peak)
+    if len(rewards.parts) > 1:
+        row |= {f"reward/{name}": sums[f"part/{name}"] / sums["samples"] for name in rewards.parts}
+    if buffer.ref_logprobs is not None:
+        row |= {f"kl/{kind}": sums[f"kl/{kind}"] / tokens for kind in KL_KINDS}
+        row["kl/coef"] = algorithm.kl_coef if algorithm.kl_in_reward else algorithm.kl_loss_coef
+    return row | {f"time/{stage}": value for stage, value in seconds.items()} | {"time/step": whole}
+
+
+class MetricsLog:
+    """Writes the run's files; on ranks other than the main one, nothing.
+
+    metrics.jsonl: a row a step (steps count from 1). evaluations.jsonl: a row an evaluation, with
+    its sample answers (step 0 is before training). TensorBoard: all of it.
+    """
+
+    def __init__(self, directory: str | Path):
+        self.directory = Path(directory)
+        self.rows = self.directory / "metrics.jsonl"
+        self.evaluations = self.directory / "evaluations.jsonl"
+        self.writer = None
+
+    def start(self, steps_done: int, begun: bool) -> None:
+        """Opens the files. A run that has `begun` continues them after `steps_done`; later rows are
+        dropped. Otherwise they start anew: the evaluation of step 0 is about to come again.
+        """
+        if not groups.is_main():
+            return
+        for path in (self.rows, self.evaluations):
+            kept = [row for row in read_rows(path) if begun and row["step"] <= steps_done]
+            write_atomic(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
+        purged = steps_done + 1 if begun else 0
+        self.writer = SummaryWriter(str(self.directory), purge_step=purged)
+
+    def step(self, step: int, row: dict[str, float]) -> None:
+        """The numbers of finished step `step`; they are on the disk when this returns."""
+        if self.writer is None:
+            return
+        self._append(self.rows, {"step": step, **row})
+        for tag, value in row.items():
+            self.writer.add_scalar(tag, value, step)
+        self.writer.flush()
+
+    def evaluation(self, step: int, result: Evaluation) -> None:
+        """An evaluation after `step` steps."""
+        if self.writer is None:
+            return
+        self._append(self.evaluations, {"step": step, **asdict(result)})
+        if step == 0:  # later ones come with their step's row
+            for tag, value in evaluation_row(result).items():
+                self.writer.add_scalar(tag, value, step)
+        for number, sample in enumerate(result.samples):
+            text = f"{sample.prompt}\n\n**{sample.response}** (label {sample.label})"
+            self.writer.add_text(f"eval/sample_{number}", text, step)
+
+    def histograms(self, step: int, buffer: RolloutBuffer) -> None:
+        """Advantages and response lengths of the main rank's shard."""
+        if self.writer is not None and len(buffer.advantages):
+            self.writer.add_histogram("advantage/histogram", buffer.advantages, step)
+            self.writer.add_histogram("response/length_histogram", buffer.response_lengths, step)
+
+    @staticmethod
+    def _append(path: Path, row: dict) -> None:
+        with open(path, "a") as file:
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def close(self) -> None:
+        if self.writer is not None:
+            self.writer.close()
+
+
+def evaluation_row(result: Evaluation) -> dict[str, float]:
+    return {"eval/accuracy": result.accuracy, "eval/reward": result.reward}
+
+
+def read_rows(path: str | Path) -> list[dict]:
+    """The rows of a JSONL file; a last line torn by a kill is left out."""
+    if not Path(path).exists():
+        return []
+    lines = Path(path).read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]

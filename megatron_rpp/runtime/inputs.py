@@ -1,0 +1,194 @@
+"""Everything a run reads, opened and checked before any expensive work and before any rank waits
+for another: every rank reads the same files and refuses the same mistakes."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cache, partial
+from itertools import chain
+from pathlib import Path
+
+from megatron_rpp.checkpoint import store
+from megatron_rpp.config import Config, DataConfig, RewardConfig, RolloutConfig
+from megatron_rpp.conversion.dist_checkpoint import Checkpoint
+from megatron_rpp.data.chat import PromptFormat
+from megatron_rpp.data.loading import ANY_ROW, RowCheck, given, open_data
+from megatron_rpp.data.prompts import Prompt, PromptSet
+from megatron_rpp.data.response import ResponseFormat
+from megatron_rpp.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_rpp.hf.source import check_source
+from megatron_rpp.lifecycle.config_error import ConfigError
+from megatron_rpp.records import Sampling
+from megatron_rpp.reporting.console import Console
+from megatron_rpp.rewards import RewardSet
+from megatron_rpp.rollout.stopping import split_stops
+
+
+@dataclass(frozen=True)
+class Inputs:
+    tokenizer: Tokenizer
+    form: PromptFormat
+    train: PromptSet
+    held_out: Sequence[Prompt]
+    rewards: RewardSet
+    vocab_size: int
+    """Of the model: the configured size, else the tokenizer's."""
+    response_form: ResponseFormat
+    sampling: Sampling
+    """Of the rollouts."""
+    greedy: Sampling
+    """Of the evaluations."""
+    dropped: int = 0
+    """Prompts left out because they are too long."""
+
+    @property
+    def counts(self) -> str:
+        """In words."""
+        return (
+            f"{len(self.train)} prompts, {len(self.held_out)} held out, {self.dropped} dropped as "
+            f"too long"
+        )
+
+    def note_on_labels(self) -> str | None:
+        """What the rewards will make of the labels otherwise than expected; None: nothing."""
+        held_out = (prompt.example.label for prompt in self.held_out)
+        return self.rewards.note_on(chain(held_out, self.train.labels()))
+
+
+def check_writable(setting: str, directory: str) -> None:
+    """Raises ConfigError where `directory` cannot be made or written to."""
+    try:
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"{setting} {Path(directory).absolute()} cannot be written ({error.strerror}): choose "
+            f"another directory "
+            f"or change its permissions"
+        ) from error
+
+
+def check_start(config: Config) -> None:
+    """Raises ConfigError where what the weights start from cannot be read, before any is built."""
+    model, saved = config.model, config.checkpoint
+    if model.hf_path is not None:
+        for note in check_source(model.hf_path).notes:
+            once_a_node()(note)
+    started = (Path(saved.dir) / store.POINTER).exists()
+    for path in (model.init_path, None if started else saved.load):
+        if path is not None:
+            Checkpoint(store.current(path)).common()
+
+
+def load_inputs(config: Config, train_is_scored: bool = True) -> Inputs:
+    """Opens tokenizer, data sets and rewards.
+
+    train_is_scored: the rewards see the training prompts, not the held-out ones alone.
+
+    Raises:
+        ConfigError: the user's mistake, with the remedy: a missing or malformed file, a prompt
+            that leaves no room for the response, a tokenizer larger than the model's vocabulary,
+            a reward that cannot be imported.
+    """
+    check_start(config)
+    tokenizer, form = open_tokenizer(config.data)
+    vocab_size = model_vocabulary(config, tokenizer)
+    limit = config.model.max_length - config.rollout.max_new_tokens
+    rewards = open_rewards(config.reward)
+    scorable = RowCheck(
+        json.dumps(asdict(config.reward), sort_keys=True, default=str),
+        lambda example: rewards.row_problem(example.label, example.metadata),
+    )
+    data = open_data(
+        config.data, form, limit, config.seed, Console(main=True).stage,
+        held_out_check=scorable, train_check=scorable if train_is_scored else ANY_ROW,
+        say=once_a_node(),
+    )  # fmt: skip
+    count = min(config.evaluation.prompts or len(data.held_out), len(data.held_out))
+    held_out = [data.held_out[index] for index in range(count)]
+    sampling, greedy = samplings(config.rollout, tokenizer)
+    return Inputs(
+        tokenizer=tokenizer,
+        form=form,
+        train=data.train,
+        held_out=held_out,
+        rewards=rewards,
+        vocab_size=vocab_size,
+        response_form=response_format(config, tokenizer, sampling),
+        sampling=sampling,
+        greedy=greedy,
+        dropped=data.dropped,
+    )
+
+
+def model_vocabulary(config: Config, tokenizer: Tokenizer) -> int:
+    """Token ids of the model: the configured number, else the tokenizer's.
+
+    Raises ConfigError where the tokenizer has more.
+    """
+    vocab_size = config.model.vocab_size or tokenizer.vocab_size
+    if tokenizer.vocab_size > vocab_size:
+        raise ConfigError(
+            f"tokenizer {config.data.tokenizer} has {tokenizer.vocab_size} tokens, more than "
+            f"model.vocab_size {vocab_size}: raise model.vocab_size, or leave it out to take the "
+            f"tokenizer's"
+        )
+    return vocab_size
+
+
+def once_a_node() -> Callable[[str], None]:
+    """Prints each text once: the ranks of a node read the same files. To stderr, since what some
+    tools print to stdout is read by other programs."""
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        return lambda text: None
+    return cache(partial(print, file=sys.stderr, flush=True))
+
+
+def response_format(config: Config, tokenizer: Tokenizer, sampling: Sampling) -> ResponseFormat:
+    """How responses become the text that rewards and logs see."""
+    return ResponseFormat(tokenizer, config.reward.keep_special_tokens, sampling.stop_token_ids)
+
+
+def open_tokenizer(data: DataConfig) -> tuple[Tokenizer, PromptFormat]:
+    """The tokenizer, and how prompts become its tokens."""
+    tokenizer = load_tokenizer(
+        given("data.tokenizer", data.tokenizer), data.chat_template, data.trust_remote_code
+    )
+    return tokenizer, PromptFormat(tokenizer, data.apply_chat_template, data.system_prompt)
+
+
+def open_rewards(reward: RewardConfig) -> RewardSet:
+    """The reward functions; their worker processes start with the first sample."""
+    return RewardSet(
+        reward.functions,
+        reward.weights,
+        reward.options,
+        reward.workers,
+        reward.timeout,
+        reward.timeout_score,
+    )
+
+
+def samplings(rollout: RolloutConfig, tokenizer: Tokenizer) -> tuple[Sampling, Sampling]:
+    """How rollouts are sampled, and the greedy decoding of evaluations.
+
+    Raises:
+        ConfigError: rollout.stop or rollout.stop_token_ids do not fit the tokenizer.
+    """
+    stop, stop_token_ids = split_stops(tokenizer, rollout.stop, rollout.stop_token_ids)
+    sampling = Sampling(
+        max_new_tokens=rollout.max_new_tokens,
+        min_new_tokens=rollout.min_new_tokens,
+        temperature=rollout.temperature,
+        top_p=rollout.top_p,
+        top_k=rollout.top_k,
+        stop=stop,
+        stop_token_ids=stop_token_ids,
+    )
+    return sampling, replace(sampling, temperature=0.0)

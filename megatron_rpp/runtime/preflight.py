@@ -1,0 +1,186 @@
+"""What can be known before a run starts: whether the cluster is as the run needs it.
+
+`run` prints a table of checks and raises ConfigError (exit code 2) where one has failed. It is what
+tools/preflight.py does, and `train --dry-run` before it builds the models. Collective: every rank
+takes part in every check, and rank 0 judges.
+
+Left out: the file system's speed, single links (the all-reduce measures the slowest), GPU health.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import socket
+import time
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_rpp.config import Config, check_world_size
+from megatron_rpp.lifecycle.config_error import ConfigError
+from megatron_rpp.parallel import device as devices
+from megatron_rpp.parallel import groups
+from megatron_rpp.reporting.console import Console
+from megatron_rpp.runtime.memory_estimate import checkpoint_bytes, estimate
+
+BANDWIDTH_BYTES = 2**24
+BANDWIDTH_ROUNDS = 5
+VISIBLE_SECONDS = 10.0
+"""How long a shared file system may take to show a new file on another node."""
+PROCESS_BYTES = 600_000_000
+"""Python and torch, in the host's memory, for each rank that computes there."""
+
+
+@dataclass(frozen=True)
+class Check:
+    name: str
+    passed: bool
+    found: str
+    """What was found and, where it does not suffice, what to do."""
+
+
+def run(config: Config, vocab_size: int, console: Console) -> None:
+    """All checks, as a table on rank 0. Collective, the groups have been started.
+
+    Raises ConfigError, on every rank, where a check has failed.
+    """
+    checks = [
+        _versions(),
+        _devices(),
+        _layout(config),
+        _memory(config, vocab_size),
+        _disk(config, vocab_size),
+        _shared(Path(config.checkpoint.dir)),
+        _shared(Path(config.logging.dir)),
+        _bandwidth(),
+    ]
+    rows = [["ok" if c.passed else "FAILED", c.name, c.found] for c in checks]
+    console.table("preflight", ["", "check", "found"], rows)
+    failed = groups.broadcast_object([check for check in checks if not check.passed])
+    if failed:
+        found = "; ".join(f"{check.name}: {check.found}" for check in failed)
+        raise ConfigError(f"preflight: {len(failed)} of {len(checks)} checks failed: {found}")
+    console.say(f"preflight: all {len(checks)} checks passed")
+
+
+def _gather(value: Any) -> list[Any]:
+    return groups.gather_objects(value, dist.group.WORLD)
+
+
+def _replicas(config: Config) -> int:
+    return check_world_size(config, dist.get_world_size())
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e9:.3g} GB" if count >= 1e9 else f"{count / 1e6:.3g} MB"
+
+
+def _versions() -> Check:
+    """The same software on every rank."""
+    own = (
+        f"Python {platform.python_version()}, torch {torch.__version__}, "
+        f"megatron-core {version('megatron-core')}"
+    )
+    found = sorted(set(_gather(own)))
+    if len(found) == 1:
+        return Check("versions", True, own)
+    return Check("versions", False, f"ranks differ ({' | '.join(found)}): use one environment")
+
+
+def _devices() -> Check:
+    """How many ranks each node has, and on what."""
+    hosts = _gather((socket.gethostname(), devices.describe().split(";")[0]))
+    kinds = sorted({kind for _, kind in hosts})
+    count = len({host for host, _ in hosts})
+    text = f"{len(hosts)} rank(s) on {count} host(s): {' | '.join(kinds)}"
+    if len(kinds) > 1:
+        return Check("devices", False, f"{text}: the slowest sets the pace, use equal nodes")
+    return Check("devices", True, text)
+
+
+def _layout(config: Config) -> Check:
+    """A tensor-parallel group talks in every layer: it belongs on one node."""
+    parallel = config.parallel
+    text = (
+        f"tensor {parallel.tensor} × pipeline {parallel.pipeline} × context {parallel.context} × "
+        f"data {_replicas(config)}, {config.model.layers // parallel.pipeline} layers a stage"
+    )
+    hosts = groups.gather_objects(socket.gethostname(), groups.tensor_group())
+    if any(_gather(len(set(hosts)) > 1)):
+        text += "; a tensor-parallel group spans nodes, which is slow"
+    return Check("layout", True, text)  # what does not divide was refused before
+
+
+def _memory(config: Config, vocab_size: int) -> Check:
+    """The estimate of a rank against what is free for it."""
+    need = estimate(config, vocab_size, _replicas(config))
+    free, each = devices.free_memory(), need.total
+    if devices.ON_CPU:
+        # The ranks of a host share it.
+        free //= _gather(socket.gethostname()).count(socket.gethostname())
+        each += PROCESS_BYTES
+    least = min(_gather(free))
+    parts = ", ".join(f"{name} {_size(size)}" for name, size in asdict(need).items() if size)
+    text = f"{_size(each)} a rank of {_size(least)} free ({parts})"
+    if each > least:
+        text += ": raise parallel.*, or lower train.max_tokens_per_microbatch or rollout.max_batch"
+    return Check("memory", each <= least, text)
+
+
+def _disk(config: Config, vocab_size: int) -> Check:
+    """Room for the checkpoints that are kept, the best among them, and the one being written."""
+    size = checkpoint_bytes(config, vocab_size)
+    staying = config.checkpoint.keep + config.checkpoint.keep_best
+    need = size * (staying + 1)
+    free = groups.broadcast_object(shutil.disk_usage(config.checkpoint.dir).free)
+    text = (
+        f"{staying} + 1 checkpoints of {_size(size)} in "
+        f"{_size(free)} free at {config.checkpoint.dir}"
+    )
+    if need > free:
+        text += ": free some, lower checkpoint.keep or choose another checkpoint.dir"
+    return Check("disk", need <= free, text)
+
+
+def _shared(directory: Path) -> Check:
+    """Every rank sees what rank 0 wrote, and rank 0 what every rank wrote."""
+    name = groups.broadcast_object(f".preflight-{os.getpid()}-{time.time_ns()}")
+    files = [directory / f"{name}.{rank}" for rank in range(dist.get_world_size())]
+    files[dist.get_rank()].touch()
+    dist.barrier()
+    mine = files if groups.is_main() else files[:1]
+    deadline = time.monotonic() + VISIBLE_SECONDS
+    while (missing := [f for f in mine if not f.exists()]) and time.monotonic() < deadline:
+        os.listdir(directory)  # makes NFS ask its server again
+        time.sleep(0.2)
+    blind = sorted({host for host, lost in _gather((socket.gethostname(), missing)) if lost})
+    dist.barrier()
+    files[dist.get_rank()].unlink()
+    text = f"{directory} is written and seen by all ranks"
+    if blind:
+        text = f"{directory} is not one directory on all nodes: {', '.join(blind)}; use a shared one"
+    return Check("shared directory", not blind, text)
+
+
+def _bandwidth() -> Check:
+    """Bus bandwidth of an all-reduce over all ranks: 2 (n-1)/n bytes cross each rank's link."""
+    ranks = dist.get_world_size()
+    if ranks == 1:
+        return Check("network", True, "one rank: none needed")
+    data = torch.zeros(BANDWIDTH_BYTES // 4, device=devices.device())
+    dist.all_reduce(data)  # opens the connections
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(BANDWIDTH_ROUNDS):
+        dist.all_reduce(data)
+    torch.cuda.synchronize()
+    seconds = max(_gather(time.perf_counter() - start)) / BANDWIDTH_ROUNDS
+    speed = 2 * (ranks - 1) / ranks * BANDWIDTH_BYTES / seconds
+    size = _size(BANDWIDTH_BYTES)
+    return Check("network", True, f"all-reduce of {size} over {ranks} ranks: {_size(speed)}/s")

@@ -1,0 +1,81 @@
+"""Log-probs of a buffer's response tokens under a model: the policy before its update, or the
+reference. Pipelined over micro-batches, written into a flat column of the buffer.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+from megatron_rpp.model import pipeline
+from megatron_rpp.model.language_model import chunks
+from megatron_rpp.model.logprobs import vocab_parallel_logprobs
+from megatron_rpp.parallel import device as devices
+from megatron_rpp.parallel import groups
+from megatron_rpp.records import MicroBatch
+from megatron_rpp.rollout import planning
+from megatron_rpp.rollout.buffer import RolloutBuffer
+from megatron_rpp.rollout.packing import Split
+
+
+def make_micro_batches(
+    model: torch.nn.Module, buffer: RolloutBuffer, samples: list[int], max_tokens: int
+) -> list[MicroBatch]:
+    """Micro-batches of `samples` within `max_tokens` each, as many on every data-parallel rank."""
+    config, context = chunks(model)[0].config, groups.context_group()
+    stages = config.pipeline_model_parallel_size
+    interleaved = config.virtual_pipeline_model_parallel_size is not None
+
+    def agree(count: int) -> int:
+        most = groups.reduce_sums([float(count)], groups.data_group(), dist.ReduceOp.MAX)[0]
+        # Megatron's interleaved schedule takes micro-batches in turns of one per stage.
+        return -(-int(most) // stages) * stages if interleaved else int(most)
+
+    tensor = groups.tensor_group().size() if config.sequence_parallel else 1
+    split = Split(context.size(), context.rank(), tensor)
+    return planning.micro_batches(
+        buffer, samples, max_tokens, split, devices.device(), agree, same_length=interleaved
+    )
+
+
+def token_logprobs(
+    model: torch.nn.Module,
+    batch: MicroBatch,
+    hidden: torch.Tensor,
+    temperature: float,
+    with_entropy: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Log-probs [n] and, if asked for, entropies [n] of a micro-batch's response tokens.
+
+    hidden: [t, 1, h], the last stage's output.
+    """
+    stage = chunks(model)[-1]
+    return vocab_parallel_logprobs(
+        hidden[batch.rows, 0],
+        stage.output_weight,
+        batch.targets,
+        stage.vocab_rows,
+        temperature,
+        groups.tensor_group(),
+        with_entropy,
+    )
+
+
+def response_logprobs(
+    model: torch.nn.Module, buffer: RolloutBuffer, max_tokens: int, temperature: float
+) -> torch.Tensor:
+    """fp32 [R] on the host: log-probs of every response token of this replica's shard.
+
+    temperature: divides the logits, as in the rollout that sampled the tokens.
+    """
+    batches = make_micro_batches(model, buffer, list(range(len(buffer))), max_tokens)
+
+    def head(batch: MicroBatch, hidden: torch.Tensor) -> torch.Tensor:
+        return token_logprobs(model, batch, hidden, temperature)[0]
+
+    column = torch.zeros(len(buffer.mask), dtype=torch.float32, device=devices.device())
+    for batch, logprobs in zip(batches, pipeline.score(model, batches, head)):
+        column[batch.column.to(column.device)] = logprobs
+    if groups.context_group().size() > 1:  # each rank filled in the tokens it holds
+        dist.all_reduce(column, group=groups.context_group())
+    return groups.broadcast_from_last_stage(column).cpu()

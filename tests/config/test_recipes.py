@@ -1,0 +1,127 @@
+"""Every recipe is a run that could start: settings, layout and memory at full size, then a dry run.
+
+Full size is arithmetic: config.json of the published model stands in the place of its weights, and
+nothing of that size is allocated. The dry run is the program itself, on one rank, with a small model
+of the same family and small data in the place of the large ones.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_rpp import train
+from megatron_rpp.config import check_world_size, cli
+from megatron_rpp.hf.architecture import read_architecture
+from megatron_rpp.hf.families import rows_of
+from megatron_rpp.runtime.memory_estimate import estimate
+from tests.hf.models import save
+from tests.small_run import make_data
+from tests.whole_runs import run_program
+
+FOLDER = Path(__file__).resolve().parents[2] / "launch/recipes"
+GPU_MEMORY = 80e9
+_LLAMA31 = {
+    "architectures": ["LlamaForCausalLM"], "hidden_act": "silu", "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "vocab_size": 128256,
+    "max_position_embeddings": 131072, "tie_word_embeddings": False,
+    "rope_scaling": {
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+}  # fmt: skip
+# The published config.json of each model, its parameters, the processes, and a small relative.
+PUBLISHED = {
+    "smollm2-135m": (
+        {
+            "architectures": ["LlamaForCausalLM"], "hidden_act": "silu", "hidden_size": 576,
+            "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
+            "num_key_value_heads": 3, "rms_norm_eps": 1e-5, "rope_theta": 100000,
+            "vocab_size": 49152, "max_position_embeddings": 8192, "tie_word_embeddings": True,
+        },
+        134_515_008, 2, "smollm2",
+    ),
+    "qwen2.5-7b-math": (
+        {
+            "architectures": ["Qwen2ForCausalLM"], "hidden_act": "silu", "hidden_size": 3584,
+            "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
+            "num_key_value_heads": 4, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
+            "vocab_size": 152064, "max_position_embeddings": 4096, "sliding_window": 4096,
+            "use_sliding_window": False, "tie_word_embeddings": False,
+        },
+        7_615_616_512, 8, "qwen2",
+    ),
+    "llama3.1-8b-general": (
+        _LLAMA31 | {
+            "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+        },
+        8_030_261_248, 16, "llama3",
+    ),
+    "llama3.1-70b-math": (
+        _LLAMA31 | {
+            "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80,
+            "num_attention_heads": 64,
+        },
+        70_553_706_496, 64, "llama3",
+    ),
+}  # fmt: skip
+
+
+def test_every_recipe_is_here():
+    assert {path.stem for path in FOLDER.glob("*.yaml")} == {"quickstart", *PUBLISHED}
+
+
+def words(recipe: str, folder: Path, *more: str) -> list[str]:
+    """The recipe, writing into `folder`, with the model in `folder/model`."""
+    return [
+        f"--config={FOLDER / recipe}.yaml", f"--model.hf_path={folder / 'model'}",
+        f"--checkpoint.dir={folder / 'checkpoints'}", f"--logging.dir={folder / 'logs'}",
+        f"--checkpoint.export_hf={folder / 'exported'}", *more,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("recipe", PUBLISHED)
+def test_the_full_size_fits_its_machines(tmp_path, recipe):
+    content, parameters, processes, _ = PUBLISHED[recipe]
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").write_text(json.dumps(content))
+    model = read_architecture(tmp_path / "model")
+    sizes = (size for row in rows_of(model.name, model.settings) for size in row.sizes(model.settings))
+    assert sum(rows * (columns or [1])[0] for rows, *columns in sizes) == parameters
+    config = cli.parse(words(recipe, tmp_path)).config
+    replicas = check_world_size(config, processes)
+    memory = estimate(config, content["vocab_size"], replicas)
+    # A tenth is left to the allocator and to NCCL.
+    assert memory.total < 0.9 * GPU_MEMORY, memory
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    make_data(folder)
+    return folder
+
+
+@pytest.mark.parametrize("recipe", ["quickstart", *PUBLISHED])
+def test_dry_run(tmp_path, data, recipe, capfd):
+    """One rank, float32, the small data; everything else is as the recipe says."""
+    small = [
+        f"--data.train={data / 'train.jsonl'}", f"--data.eval={data / 'eval.jsonl'}",
+        f"--data.tokenizer={data / 'tokenizer.model'}", "--data.apply_chat_template=false",
+        "--parallel.tensor=1", "--parallel.pipeline=1", "--parallel.sequence_parallel=false",
+    ]  # fmt: skip
+    if recipe == "quickstart":
+        argv = [f"--config={FOLDER / recipe}.yaml", f"--checkpoint.dir={tmp_path / 'checkpoints'}"]
+        argv += [f"--logging.dir={tmp_path / 'logs'}"]
+    else:
+        family = PUBLISHED[recipe][3]
+        save(tmp_path, family, max_position_embeddings=8192, num_hidden_layers=2).rename(
+            tmp_path / "model"
+        )
+        argv = words(recipe, tmp_path)
+    run_program(train.main, [*argv, *small, "--dry-run"])
+    assert "dry run: everything is built and nothing was trained" in capfd.readouterr().out
+    assert not (tmp_path / "exported").exists()

@@ -1,0 +1,64 @@
+"""The cache of a pass: done without where it cannot be used, made anew where it is damaged."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from megatron_rpp.data.row_cache import Pass, cached, stamp
+
+FOUND = Pass(np.array([0, 2]), "p" * 32, "l" * 32)
+
+
+def asked(folder, times: int = 1) -> tuple[int, list[str]]:
+    """How often the pass was made in so many starts, and what was said."""
+    made, said = [], []
+
+    def find() -> Pass:
+        made.append(True)
+        return FOUND
+
+    for _ in range(times):
+        found = cached(folder, ["key"], find, said.append)
+        assert found.rows.tolist() == [0, 2]
+        assert (found.prompts, found.labels) == (FOUND.prompts, FOUND.labels)
+    return len(made), said
+
+
+def test_the_second_start_reads_what_the_first_found(tmp_path):
+    assert asked(tmp_path / "new" / "cache", times=3) == (1, [])
+
+
+def test_a_cache_that_cannot_be_made_is_done_without_and_that_is_said(tmp_path):
+    (tmp_path / "file").write_text("")
+    folder = tmp_path / "file" / "cache"
+    made, said = asked(folder, times=2)
+    assert made == 2 and len(said) == 2
+    assert said[0] == (
+        f"the cache {folder} cannot be used (Not a directory): the data is read anew at every "
+        "start; set data.cache_dir to a directory of yours"
+    )
+
+
+def test_a_cache_whose_lock_cannot_be_taken_is_done_without(tmp_path):
+    assert asked(tmp_path) == (1, [])
+    (entry,) = tmp_path.glob("*.npz")
+    entry.unlink()
+    entry.with_suffix(".lock").unlink(missing_ok=True)
+    entry.with_suffix(".lock").mkdir()
+    made, said = asked(tmp_path)
+    assert made == 1 and "Is a directory" in said[0]
+
+
+def test_a_damaged_entry_is_made_anew(tmp_path):
+    assert asked(tmp_path) == (1, [])
+    (entry,) = tmp_path.glob("*.npz")
+    for damage in (b"", entry.read_bytes()[:40], b"not an archive"):
+        entry.write_bytes(damage)
+        assert asked(tmp_path, times=2) == (1, [])
+
+
+def test_a_link_that_leads_nowhere_is_no_part_of_a_directorys_stamp(tmp_path):
+    (tmp_path / "a").write_text("x")
+    before = stamp(tmp_path)
+    (tmp_path / "b").symlink_to(tmp_path / "gone")
+    assert stamp(tmp_path) == before

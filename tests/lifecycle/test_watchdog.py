@@ -1,0 +1,52 @@
+"""A rank that is stopped or stuck ends the run with a message that names it, and exit code 70."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_rpp.lifecycle import exit_codes
+from tests.runs.test_refusals import run_program
+from tests.small_run import arguments, make_data
+
+HANGS = {
+    # Rank 1 is stopped by SIGSTOP two beats into its reward; the other waits for its scores.
+    "stopped": (
+        "time.sleep(2); os.kill(os.getpid(), signal.SIGSTOP)",
+        "rank 1 (process ",
+        "in a reward function) is missing; in waiting for all rewards: rank 0",
+    ),
+    # It runs and never returns.
+    "stuck": (
+        "time.sleep(3600)",
+        "in waiting for all rewards: rank 0",
+        "in a reward function: rank 1",
+    ),
+}
+
+
+@pytest.mark.parametrize("hang", HANGS)
+def test_the_missing_rank_is_named(hang, tmp_path: Path):
+    act, *expected = HANGS[hang]
+    make_data(tmp_path)
+    reward = tmp_path / "reward.py"
+    reward.write_text(
+        "import os, signal, time\n\n\ndef score(prompts, *rest):\n"
+        f"    if os.environ['RANK'] == '1' and len(prompts) == 16:\n        {act}\n"
+        "    return [0.0] * len(prompts)\n"
+    )
+    # Sixteen samples a replica in a step, eight in an evaluation.
+    settings = {
+        "reward__functions": f"[{reward}:score]", "reward__workers": 0,
+        "train__hang_timeout_minutes": 0.1,
+    }  # fmt: skip
+    results = run_program(2, arguments(tmp_path, tmp_path, **settings), ending=1)
+    code, errors = results[0]
+    assert code == exit_codes.HUNG == 70, errors
+    assert "error: the run hangs, without progress for 6 s: " in errors
+    assert all(text in errors for text in expected), errors
+    stacks = (tmp_path / "logs/stacks/rank_00000.txt").read_text()
+    assert "score_responses" in stacks and "until_all_leaders_are_done" in stacks
+    if hang == "stuck":
+        assert "in score" in (tmp_path / "logs/stacks/rank_00001.txt").read_text()

@@ -1,0 +1,235 @@
+"""A run that is told to stop saves where it is, inside a step too, and goes on bit for bit.
+
+The signals are real ones, sent by the process to itself when it enters a phase; kills are SIGKILL.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Callable, Iterator
+
+import pytest
+import torch.distributed as dist
+from torch.multiprocessing import ProcessExitedException
+
+from megatron_rpp.checkpoint import state as checkpoint
+from megatron_rpp.lifecycle import exit_codes, heartbeat
+from megatron_rpp.runtime.checkpointing import Preempted
+from tests.distributed import run_ranks
+from tests.small_run import config_of
+from tests.whole_runs import TOLERANCE, VARIED, compare_rows, compare_weights, rows
+from tests.whole_runs import same_bits, train_run, weights, with_whole_run
+
+# Two epochs of two mini-batches a step.
+SETTINGS = {"train__steps": 2, "evaluation__interval": 1, "optimizer__eps": 1e-5}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    """The folder of the data and of run "whole", which nobody disturbed."""
+    return with_whole_run(tmp_path_factory.mktemp("preemption"), **SETTINGS)
+
+
+@contextmanager
+def at(phase: str, count: int, act: Callable[[], None]) -> Iterator[list[str]]:
+    """Acts when `phase` is entered for the `count`-th time; yields the phases as they come."""
+    entered: list[str] = []
+
+    def listen(name: str) -> None:
+        entered.append(name)
+        if name == phase and entered.count(phase) == count:
+            act()
+
+    heartbeat.current.listeners.append(listen)
+    try:
+        yield entered
+    finally:
+        heartbeat.current.listeners.remove(listen)
+
+
+def send(number: signal.Signals) -> Callable[[], None]:
+    return lambda: os.kill(os.getpid(), number)
+
+
+def names(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "checkpoints").glob("iter_*"))
+
+
+def check_equal(base: Path, run: str) -> None:
+    same_bits(base / run, base / "whole", config_of(base, base / run, **VARIED), step=2)
+    evaluated, whole = (
+        [(row["step"], row["accuracy"]) for row in rows(base / name / "logs/evaluations.jsonl")]
+        for name in (run, "whole")
+    )
+    assert evaluated == whole
+
+
+# When the signal comes: a phase, the how manyth of it; and the checkpoint that the run leaves. A
+# stage enters "update" once, and every mini-batch again.
+MOMENTS = {
+    "in the first rollout": ("rollout", 1, "iter_0000000_done_1_rollout"),
+    "in the second reward": ("reward", 2, "iter_0000001_done_2_reward"),
+    "in the first step's update": ("update", 3, "iter_0000000_minibatch_0002"),
+    "in the second step's update": ("update", 9, "iter_0000001_minibatch_0003"),
+    "in the first step's last mini-batch": ("update", 5, "iter_0000001"),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_it_goes_on_where_it_was(base, moment):
+    phase, count, left = MOMENTS[moment]
+    number = signal.SIGUSR1 if "first" in moment else signal.SIGTERM
+    before = signal.getsignal(number)
+    with at(phase, count, send(number)), pytest.raises(Preempted, match=f"{number.name}: saved"):
+        train_run(base, base / moment, **SETTINGS)
+    assert names(base / moment) == [left]
+    assert signal.getsignal(number) == before
+    with at("never", 1, print) as entered:
+        train_run(base, base / moment, **SETTINGS)
+    if phase == "update" and "minibatch" in left:
+        done = int(left[-4:])
+        # What was done is not done again: of the first step here only the mini-batches left.
+        assert entered[: entered.index("evaluation")].count("rollout") == 0
+        assert entered[: entered.index("evaluation")].count("update") == 1 + 4 - done
+    check_equal(base, moment)
+
+
+def test_told_again_at_once(base):
+    """A requeued job may be stopped before it has done anything."""
+    with at("update", 3, send(signal.SIGTERM)), pytest.raises(Preempted):
+        train_run(base, base / "again", **SETTINGS)
+    with pytest.raises(Preempted, match="the end of train.exit_duration_minutes: saved"):
+        train_run(base, base / "again", train__exit_duration_minutes=0, **SETTINGS)
+    train_run(base, base / "again", **SETTINGS)
+    check_equal(base, "again")
+
+
+def test_two_stops_in_one_step_leave_no_moment_without_the_last_save(base):
+    """After the rollout, then after the reward: whenever a kill came, the newer would be in force
+    or the older."""
+    run, first, second = base / "twice", "iter_0000000_done_1_rollout", "iter_0000000_done_2_reward"
+    with at("rollout", 1, send(signal.SIGTERM)), pytest.raises(Preempted):
+        train_run(base, run, **SETTINGS)
+    in_force = []
+
+    def look(phase: str) -> None:
+        if phase.startswith("save: "):
+            in_force.append(checkpoint.newest(run / "checkpoints").name)
+
+    heartbeat.current.listeners.append(look)
+    with at("reward", 1, send(signal.SIGTERM)), pytest.raises(Preempted):
+        train_run(base, run, **SETTINGS)
+    heartbeat.current.listeners.remove(look)
+    # begin, write, seal, rename, pointer | remove old ones
+    assert in_force == [first] * 5 + [second] and names(run) == [first, second]
+    train_run(base, run, **SETTINGS)
+    check_equal(base, "twice")
+
+
+def test_its_exit_code_says_run_it_again():
+    assert Preempted("").exit_code == exit_codes.PREEMPTED == 75
+
+
+@contextmanager
+def other_data(base: Path) -> Iterator[None]:
+    """The rows of the training file in reverse order, while the context is open."""
+    path = base / "train.jsonl"
+    before = path.read_text()
+    path.write_text("".join(reversed(before.splitlines(keepends=True))))
+    try:
+        yield
+    finally:
+        path.write_text(before)
+
+
+def test_a_step_of_other_prompts_is_begun_anew(base, capsys):
+    with at("update", 3, send(signal.SIGTERM)), pytest.raises(Preempted):
+        train_run(base, base / "replaced", **SETTINGS)
+    with other_data(base), at("never", 1, print) as entered:
+        train_run(base, base / "replaced", **SETTINGS)
+    assert "the data has other prompts than" in capsys.readouterr().out
+    assert entered.count("rollout") == 2
+    assert [row["step"] for row in rows(base / "replaced/logs/metrics.jsonl")] == [1, 2]
+
+
+KEPT = SETTINGS | {"checkpoint__save_rollouts": "true", "checkpoint__interval": 1}
+
+
+def until_killed(rank: int, base: Path) -> None:
+    with at("update", 7, send(signal.SIGKILL)):
+        train_run(base, base / "kept", **KEPT)
+
+
+def test_kept_rollouts_are_taken_after_a_kill(base, tmp_path):
+    """Killed in the second step's update; with another temperature, or other rows in the file of
+    the same name, they are not this run's."""
+    with pytest.raises(ProcessExitedException, match="SIGKILL"):
+        run_ranks(until_killed, 1, tmp_path, base)
+    kept = base / "kept/checkpoints/rollouts"
+    assert {path.name for path in kept.iterdir()} == {"step_0000001_reward", "step_0000001_rollout"}
+    for name in ("changed", "other data"):
+        shutil.copytree(base / "kept", base / name)
+    with at("never", 1, print) as entered:
+        train_run(base, base / "changed", rollout__temperature=0.9, **KEPT)
+    assert "rollout" in entered and "reward" in entered
+    with other_data(base), at("never", 1, print) as entered:
+        train_run(base, base / "other data", **KEPT)
+    assert "rollout" in entered and "reward" in entered
+    with at("never", 1, print) as entered:
+        train_run(base, base / "kept", **KEPT)
+    assert "rollout" not in entered and "reward" not in entered and "update" in entered
+    assert not kept.exists()
+    check_equal(base, "kept")
+
+
+# What a kill in the very first save leaves, and where the run starts again.
+FIRST_SAVE = {"save: write": ("no checkpoint", 0), "save: pointer": ("iter_0000001", 1)}
+
+
+def killed_in_the_first_save(rank: int, base: Path, moment: str) -> None:
+    with at(moment, 1, send(signal.SIGKILL)):
+        train_run(base, base / moment, checkpoint__interval=1, **SETTINGS)
+
+
+@pytest.mark.parametrize("moment", FIRST_SAVE)
+def test_a_kill_in_the_very_first_save(base, tmp_path, moment):
+    left, step = FIRST_SAVE[moment]
+    with pytest.raises(ProcessExitedException, match="SIGKILL"):
+        run_ranks(killed_in_the_first_save, 1, tmp_path, base, moment)
+    directory = base / moment / "checkpoints"
+    assert (names(base / moment) or ["no checkpoint"]) == [left]
+    assert not (directory / checkpoint.POINTER).exists()
+    with at("never", 1, print) as entered:
+        train_run(base, base / moment, checkpoint__interval=1, **SETTINGS)
+    assert entered.count("rollout") == 2 - step
+    assert not list(directory.glob(".saving_*"))
+    check_equal(base, moment)
+
+
+def on_two_ranks(rank: int, base: Path) -> str:
+    """Told on rank 1 alone, inside an update of two replicas; goes on as two stages."""
+    settings = SETTINGS | {"train__steps": 2}
+    act = send(signal.SIGTERM) if rank == 1 else (lambda: None)
+    with at("update", 8, act), pytest.raises(Preempted) as stopped:
+        train_run(base, base / "dp2", **settings)
+    dist.barrier()
+    left = names(base / "dp2")
+    dist.barrier()
+    train_run(base, base / "dp2", parallel__pipeline=2, **settings)
+    return f"{left} {stopped.value}"
+
+
+def test_one_rank_is_told_and_another_layout_goes_on(base, tmp_path):
+    told = run_ranks(on_two_ranks, 2, tmp_path, base)
+    assert told[0] == told[1]
+    assert "['iter_0000001_minibatch_0002'] SIGTERM: saved in step 2 after 2 mini-" in told[0]
+    own, whole = (rows(base / run / "logs/metrics.jsonl") for run in ("dp2", "whole"))
+    assert compare_rows(own, whole).size <= TOLERANCE
+    config = config_of(base, base / "dp2", **VARIED)
+    final = [weights(config, base / run / "checkpoints/iter_0000002") for run in ("dp2", "whole")]
+    deviation = compare_weights(*final)
+    assert deviation.size <= TOLERANCE, deviation

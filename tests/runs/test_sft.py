@@ -1,0 +1,234 @@
+"""The warm start: it learns, alike on every layout, and training starts from its checkpoint."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_rpp import sft, train
+from megatron_rpp.data.tokenizer import load_tokenizer
+from megatron_rpp.runtime.inputs import load_inputs
+from megatron_rpp.runtime.policy import build_policy
+from megatron_rpp.runtime.checkpointing import Preempted
+from megatron_rpp.stages import logprobs
+from tests.data.hf_tokenizers import make_chatml
+from tests.distributed import run_ranks
+from tests.small_run import arguments, config_of, make_data
+from tests.runs.test_preemption import at, send
+from tests.whole_runs import (
+    TOLERANCE,
+    compare_rows,
+    compare_weights,
+    layout,
+    relative,
+    rows,
+    run_program,
+    weights,
+)
+
+# Adam's epsilon: see test_layouts.py. 13 samples do not divide evenly over two replicas.
+SETTINGS = {
+    "sft__steps": 12,
+    "sft__batch_size": 13,
+    "sft__eval_interval": 6,
+    "sft__optimizer__lr": 3e-3,
+    # Adam turns fp32 rounding into steps where a gradient is nearly zero; this epsilon damps it.
+    "sft__optimizer__eps": 3e-4,
+    "model__init_std": 0.02,
+}
+LAYOUTS = {
+    "TP2": {"parallel__tensor": 2, "parallel__sequence_parallel": "true"},
+    "PP2": {"parallel__pipeline": 2},
+    "PP2 VPP2": {"parallel__pipeline": 2, "parallel__virtual_pipeline": 2},
+    "CP2": {"parallel__context": 2},
+    "DP2": {},
+}
+
+
+def finetune(base: Path, name: str, **settings) -> None:
+    config = config_of(base, base / name, **(SETTINGS | settings))
+    inputs = load_inputs(config)
+    with layout(config):
+        sft.finetune(config, inputs)
+
+
+def on_two_ranks(rank: int, base: Path) -> None:
+    for name, settings in LAYOUTS.items():
+        finetune(base, name, **settings)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    """The folder of the data and of run "one", a warm start by the program itself on one rank,
+    which ends in the Hugging Face directory "exported"."""
+    base = tmp_path_factory.mktemp("sft")
+    make_data(base)
+    export_to = {"checkpoint__export_hf": base / "exported"}
+    run_program(sft.main, arguments(base, base / "one", **SETTINGS, **export_to))
+    return base
+
+
+@pytest.fixture(scope="module")
+def layouts(base, tmp_path_factory) -> Path:
+    run_ranks(on_two_ranks, 2, tmp_path_factory.mktemp("ranks"), base)
+    return base
+
+
+def log(base: Path, run: str) -> list[dict]:
+    return rows(base / run / "sft/metrics.jsonl")
+
+
+def test_the_loss_falls_from_that_of_a_guess(base):
+    """Small random weights give every token of the 41 pieces about the same probability."""
+    losses = [row["sft/loss"] for row in log(base, "one")]
+    assert len(losses) == 12
+    assert losses[0] == pytest.approx(math.log(41), rel=0.02)
+    assert losses[-1] < 0.75 * losses[0]
+
+
+def test_the_log_has_evaluations(base):
+    measured = [row["step"] for row in log(base, "one") if "eval/accuracy" in row]
+    assert measured == [6, 12]
+    assert [row["step"] for row in rows(base / "one/sft/evaluations.jsonl")] == [6, 12]
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_layout_learns_the_same(layouts, name):
+    deviation = compare_rows(log(layouts, name), log(layouts, "one"))
+    assert deviation.size <= TOLERANCE, deviation
+    config = config_of(layouts, layouts / name, **SETTINGS)
+    ours, theirs = (weights(config, layouts / run / "sft") for run in (name, "one"))
+    assert compare_weights(ours, theirs).size <= TOLERANCE
+
+
+def test_another_order_of_the_data_is_seen(base):
+    """The comparison can fail."""
+    finetune(base, "other seed", seed=4321)
+    losses = (log(base, run)[-1]["sft/loss"] for run in ("other seed", "one"))
+    assert relative(*losses) > 100 * TOLERANCE
+
+
+def test_it_ends_in_hugging_face(base):
+    """transformers answers the held-out prompts as the last evaluation did, token by token."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base / "exported", local_files_only=True).eval()
+    tokenizer = load_tokenizer(base / "tokenizer.model")
+    answered = rows(base / "one/sft/evaluations.jsonl")[-1]["samples"]
+    for sample in answered:
+        prompt = torch.tensor([[tokenizer.bos_id, *tokenizer.encode(sample["prompt"])]])
+        found = model.generate(
+            prompt, max_new_tokens=6, do_sample=False, eos_token_id=list(tokenizer.eos_ids),
+            pad_token_id=0,
+        )  # fmt: skip
+        assert tokenizer.decode(found[0, prompt.shape[1] :].tolist()) == sample["response"]
+    own = weights(config_of(base, base / "one", **SETTINGS), base / "one/sft")
+    ours = own["embedding.word_embeddings.weight"], own["output_layer.weight"]
+    for mine, theirs in zip(ours, (model.model.embed_tokens.weight, model.lm_head.weight)):
+        assert torch.equal(mine[: len(theirs)], theirs)
+
+
+def test_a_finished_warm_start_is_left_alone(base, capsys):
+    files = {path: path.stat().st_mtime_ns for path in (base / "one").rglob("*") if path.is_file()}
+    run_program(sft.main, arguments(base, base / "one", **SETTINGS))
+    said = capsys.readouterr().out
+    assert "data: 200 prompts, 16 held out, 0 dropped as too long" in said
+    assert "finished before, at step 12: raise sft.steps to go on" in said
+    for path, changed in files.items():
+        assert path.stat().st_mtime_ns == changed
+
+
+def test_training_starts_from_its_weights(base):
+    config = config_of(base, base / "rl", **SETTINGS, model__init_path=base / "one/sft")
+    own = weights(config, base / "one/sft")
+    with layout(config):
+        policy = build_policy(config, config.optimizer, 41)
+        started = {
+            name.removeprefix("0.module."): value.detach().clone()
+            for name, value in policy.model.named_parameters()
+        }
+    assert compare_weights(started, own).size == 0
+    random = config_of(base, base / "rl", **SETTINGS)
+    with layout(random):
+        policy = build_policy(random, random.optimizer, 41)
+        assert any(
+            (value != own[name.removeprefix("0.module.")]).any()
+            for name, value in policy.model.named_parameters()
+        )
+
+
+def test_the_first_evaluation_of_training_is_the_last_of_the_warm_start(base):
+    settings = SETTINGS | {"model__init_path": base / "one/sft", "train__steps": 1}
+    run_program(train.main, arguments(base, base / "rl", **settings))
+    before = rows(base / "rl/logs/evaluations.jsonl")[0]
+    after = rows(base / "one/sft/evaluations.jsonl")[-1]
+    assert before | {"step": 0} == after | {"step": 0}
+
+
+def test_it_is_killed_and_stopped_and_goes_on_bit_for_bit(base):
+    """Killed in step 7, after the checkpoint of step 4; then told to stop in step 10. (Run "one",
+    a program of its own, computes on more threads, which sum in another order.)"""
+    finetune(base, "whole")
+    settings = {"sft__checkpoint_interval": 4}
+    with at("supervised step", 7, killed), pytest.raises(KeyboardInterrupt):
+        finetune(base, "resumed", **settings)
+    with at("supervised step", 6, send(signal.SIGTERM)):
+        with pytest.raises(Preempted, match="SIGTERM: saved after step 10"):
+            finetune(base, "resumed", **settings)
+    finetune(base, "resumed", **settings)
+    ours, theirs = (
+        [{tag: row[tag] for tag in row if not tag.startswith("time/")} for row in log(base, run)]
+        for run in ("resumed", "whole")
+    )
+    assert ours == theirs
+    config = config_of(base, base / "resumed", **SETTINGS)
+    found = [weights(config, base / run / "sft") for run in ("resumed", "whole")]
+    assert compare_weights(*found).size == 0
+
+
+def killed() -> None:
+    """Ends the run without leave to save anything."""
+    raise KeyboardInterrupt
+
+
+CHATS = [
+    [
+        {"role": "user", "content": f"What is {a} + {b}?"},
+        {"role": "assistant", "content": f"Let me see, {a + b}."},
+        {"role": "user", "content": "Sure?"},
+        {"role": "assistant", "content": f"The answer is {a + b}."},
+    ]
+    for a in range(3)
+    for b in range(3)
+]
+
+
+def test_the_loss_is_the_mean_over_the_assistants_turns(base, tmp_path):
+    """Its oracle scores the whole conversations in another way: as rollouts, before the step."""
+    path = tmp_path / "chats.jsonl"
+    path.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in CHATS))
+    settings = SETTINGS | {
+        "data__train": path, "data__eval": path, "data__prompt_key": "messages",
+        "data__tokenizer": make_chatml(tmp_path / "chatml"), "model__max_length": 256,
+        "sft__steps": 1, "sft__batch_size": len(CHATS), "train__max_tokens_per_microbatch": 512,
+        "model__init_std": 0.2,
+    }  # fmt: skip
+    config = config_of(base, tmp_path, **settings)
+    inputs = load_inputs(config)
+    with layout(config):
+        policy = build_policy(config, config.sft.optimizer, inputs.vocab_size)
+        buffer = sft.batch_of(list(inputs.train), inputs.form)
+        logprobs = logprobs.response_logprobs(policy.model, buffer, 512, 1.0)
+        expected = -float(logprobs[buffer.mask].double().mean())
+        everything = -float(logprobs.double().mean())
+    assert 0 < int((~buffer.mask).sum()) < int(buffer.mask.sum())
+    with layout(config):
+        sft.finetune(config, inputs)
+    (row,) = rows(tmp_path / "sft/metrics.jsonl")
+    assert row["sft/loss"] == pytest.approx(expected, rel=1e-6)
+    assert abs(everything - expected) > 1e-4 * expected, "the mask makes no difference here"

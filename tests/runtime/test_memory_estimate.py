@@ -1,0 +1,153 @@
+"""The estimate against what a real model holds: exact for state, near for activations."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from megatron_rpp.config import ParallelConfig
+from megatron_rpp.model.build import build_model
+from megatron_rpp.model.language_model import decoding, unwrap
+from megatron_rpp.parallel import groups
+from megatron_rpp.runtime.memory_estimate import (
+    checkpoint_bytes,
+    estimate,
+    layer_activations,
+    rows_in_flight,
+    stage_parameters,
+)
+from megatron_rpp.runtime.policy import build_policy
+from tests.distributed import run_ranks
+from tests.small_run import config_of
+from tests.whole_runs import layout
+
+VOCAB = 100  # padded to 128
+
+
+def small(tmp_path, **settings):
+    return config_of(tmp_path, tmp_path, model__vocab_size=VOCAB, **settings)
+
+
+def test_a_parameter_count_by_hand(tmp_path):
+    """Hidden 32, 4 heads of 8 and 2 key-value heads, 64 feed-forward channels, 4 layers."""
+    layer = 32 * (32 + 2 * 16) + 32 * 32 + 3 * 32 * 64 + 2 * 32
+    model = small(tmp_path).model
+    assert stage_parameters(model, ParallelConfig(), VOCAB, 0) == 2 * 128 * 32 + 4 * layer + 32
+    tied = replace(model, tied_embeddings=True)
+    assert stage_parameters(tied, ParallelConfig(), VOCAB, 0) == 128 * 32 + 4 * layer + 32
+
+
+def count(model, parallel, rank):
+    groups.start(**parallel.sizes(), seed=1)
+    stage = unwrap(build_model(model, parallel, VOCAB, seed=1)[0])
+    groups.destroy()
+    return sum(parameter.numel() for parameter in stage.parameters())
+
+
+LAYOUTS = [ParallelConfig(tensor=2), ParallelConfig(pipeline=2)]
+
+
+def counts_of_two_ranks(rank, models):
+    return [count(model, parallel, rank) for model in models for parallel in LAYOUTS]
+
+
+def test_parameters_of_two_ranks(tmp_path):
+    plain = small(tmp_path).model
+    tied = replace(plain, tied_embeddings=True, qkv_bias=True, qk_norm=True)
+    counted = run_ranks(counts_of_two_ranks, 2, tmp_path, [plain, tied])
+    for rank, found in enumerate(counted):
+        expected = [
+            stage_parameters(model, parallel, VOCAB, rank if parallel.pipeline > 1 else 0)
+            for model in (plain, tied)
+            for parallel in LAYOUTS
+        ]
+        assert found == expected
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_weights_gradients_and_optimizer(dtype, tmp_path):
+    config = small(tmp_path, model__dtype=dtype)
+    with layout(config):
+        policy = build_policy(config, config.optimizer, VOCAB)
+        (chunk,) = policy.model
+        buffers = chunk.buffers
+        held = {
+            "weights": sum(p.numel() * p.element_size() for p in chunk.parameters()),
+            "gradients": sum(b.grad_data.numel() * b.grad_data.element_size() for b in buffers),
+        }
+        for buffer in buffers:
+            buffer.grad_data.fill_(1e-3)
+        policy.optimizer.step()
+        held["optimizer"] = optimizer_state(policy.optimizer)
+    expected = estimate(config, VOCAB, replicas=1)
+    assert held["weights"] == expected.weights
+    # Megatron pads its buffer to a multiple of 64 elements a parameter, Adam counts its steps.
+    assert held["gradients"] == pytest.approx(expected.gradients, rel=0.02)
+    assert held["optimizer"] == pytest.approx(expected.optimizer, rel=0.02)
+    assert checkpoint_bytes(config, VOCAB) == expected.weights + expected.optimizer
+
+
+def optimizer_state(optimizer) -> int:
+    """Bytes of the moments, and of master weights that are not the model's own."""
+    (part,) = optimizer.chained_optimizers
+    adam = part.optimizer
+    tensors = [t for state in adam.state.values() for t in state.values() if t.numel() > 1]
+    if part.config.bf16:
+        tensors += [p for group in adam.param_groups for p in group["params"]]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+WIDE = {"model__hidden": 256, "model__ffn_hidden": 704, "model__heads": 8}
+
+
+SHAPES = {"fp32": {}, "bf16": {"model__dtype": "bf16"}, "wide": WIDE}
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_activations(shape, tmp_path):
+    """What autograd keeps of a forward pass, each storage once and without the weights."""
+    config = small(tmp_path, **shape)
+    tokens = torch.zeros(1, 32, dtype=torch.int64)
+    with layout(config):
+        (model,) = build_model(config.model, config.parallel, VOCAB, seed=1)
+        own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        kept = {}
+
+        def keep(tensor):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            model(tokens)
+    per_token = config.model.layers * layer_activations(config.model, config.parallel)
+    expected, measured = tokens.numel() * per_token, sum(kept.values())
+    assert measured == pytest.approx(expected, rel=0.05)
+
+
+def test_the_cache(tmp_path):
+    """Eight sequences of the whole context, as generation keeps them."""
+    config = small(tmp_path, rollout__max_batch=8)
+    with layout(config):
+        (model,) = build_model(config.model, config.parallel, VOCAB, seed=1)
+        with torch.no_grad(), decoding(model, config.model.max_length) as state:
+            model(torch.zeros(8, 4, dtype=torch.int64))
+            caches = [attention.cache for attention in state.attentions]
+            held = sum(c.keys.nbytes + c.values.nbytes for c in caches)
+    assert held == estimate(config, VOCAB, replicas=1).cache
+
+
+def test_what_layouts_save(tmp_path):
+    """By hand: Adam is spread over replicas and context ranks; 1F1B holds a row for each stage."""
+    whole = estimate(small(tmp_path), VOCAB, replicas=1)
+    assert estimate(small(tmp_path), VOCAB, replicas=4).optimizer == whole.optimizer // 4
+    shared = small(tmp_path, parallel__context=2)
+    assert estimate(shared, VOCAB, replicas=2).optimizer == whole.optimizer // 4
+    assert estimate(shared, VOCAB, replicas=2).activations == whole.activations // 2
+    assert estimate(small(tmp_path, reference__placement="offload"), VOCAB, 1).reference == 0
+    assert whole.reference == whole.weights
+    assert rows_in_flight(ParallelConfig(pipeline=4)) == 4
+    assert rows_in_flight(ParallelConfig(pipeline=4, virtual_pipeline=2)) == 6

@@ -1,0 +1,87 @@
+"""Preflight on two real ranks: what it measures, and that a failed check refuses on every rank."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import sys
+from dataclasses import replace
+
+import pytest
+import torch.distributed as dist
+
+from megatron_rpp.config import Config
+from megatron_rpp.lifecycle import entrypoint
+from megatron_rpp.parallel import groups
+from megatron_rpp.reporting.console import Console
+from megatron_rpp.runtime import preflight
+from megatron_rpp.runtime.inputs import check_writable
+from tests.distributed import run_ranks
+from tests.small_run import arguments, config_of, make_data
+from tools import preflight as tool
+
+HUGE = {"model__layers": 96, "model__hidden": 16384, "model__ffn_hidden": 65536}
+
+
+def outcome(config: Config) -> tuple[str, str]:
+    """(what this rank printed, the refusal or "")."""
+    printed, refusal = io.StringIO(), ""
+    groups.start(**config.parallel.sizes(), seed=1)
+    with contextlib.redirect_stdout(printed):
+        try:
+            preflight.run(config, 100, Console(groups.is_main()))
+        except ValueError as error:
+            refusal = str(error)
+    groups.destroy()
+    return printed.getvalue(), refusal
+
+
+def outcomes(rank, folder):
+    """Of a good run, of one too large, and of one whose ranks see different directories."""
+    good = config_of(folder, folder / "good", parallel__tensor=2)
+    apart = config_of(folder, folder / f"apart{rank}")
+    for config in (good, apart):
+        check_writable("checkpoint.dir", config.checkpoint.dir)
+        check_writable("logging.dir", config.logging.dir)
+    dist.barrier()
+    preflight.VISIBLE_SECONDS = 1  # what is on no shared directory is not seen later either
+    best_too = replace(good.checkpoint, keep_best=True)
+    too_large = replace(good, model=huge(folder), checkpoint=best_too)
+    return [outcome(good), outcome(too_large), outcome(apart)]
+
+
+def huge(folder):
+    return config_of(folder, folder / "good", **HUGE).model
+
+
+def test_two_ranks(tmp_path):
+    first, second = run_ranks(outcomes, 2, tmp_path, tmp_path)
+    (table, refusal), (_, too_large), (_, unshared) = first
+    assert refusal == "" and "all 8 checks passed" in table
+    assert "tensor 2 × pipeline 1 × context 1 × data 1" in table and "2 rank(s) on 1 host" in table
+    assert "over 2 ranks: " in table and "B/s" in table and "FAILED" not in table
+    assert "2 of 8 checks failed: memory: " in too_large
+    assert "disk: 3 + 1 checkpoints of" in too_large
+    assert "lower train.max_tokens_per_microbatch" in too_large
+    assert "2 of 8 checks failed: shared directory: " in unshared
+    assert "is not one directory on all nodes" in unshared
+    # The other rank is silent and ends alike.
+    assert [text for text, _ in second] == ["", "", ""]
+    assert [refusal for _, refusal in second] == ["", too_large, unshared]
+
+
+@pytest.mark.parametrize(("settings", "code"), [({}, None), (HUGE, 2)], ids=["ready", "too large"])
+def test_the_tool(settings, code, tmp_path, monkeypatch, capsys):
+    make_data(tmp_path)
+    argv = arguments(tmp_path, tmp_path / "run", **settings)
+    monkeypatch.setattr(sys, "argv", ["preflight.py", *argv])
+    monkeypatch.setattr(entrypoint, "_leave", sys.exit)  # else it ends the test's process
+    ended = None
+    try:
+        entrypoint.run(tool.main)
+    except SystemExit as exit_:
+        ended = exit_.code
+        groups.stop()
+    assert ended == code
+    output, errors = capsys.readouterr()
+    assert "preflight" in output and ("memory" in errors) == (code == 2)

@@ -1,0 +1,28 @@
+"""What stands around a run's steps; locks, signals, the watchdog and exports have their own tests."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+from megatron_rpp.runtime.session import frozen_heap
+
+
+class Cycle:
+    def __init__(self):
+        self.self = self
+
+
+def test_collections_leave_out_what_the_run_found_and_nothing_else():
+    gc.collect()
+    before = Cycle()
+    found = weakref.ref(before)
+    with frozen_heap():
+        del before
+        inside = Cycle()
+        made = weakref.ref(inside)
+        del inside
+        gc.collect()
+        assert found() is not None and made() is None
+    gc.collect()
+    assert found() is None and gc.get_freeze_count() == 0
