@@ -1,4 +1,8 @@
-"""The order of the test files where several processes share them."""
+"""The tiers of the tests, and their order where several processes share them.
+
+Everything in a room of SLOW starts processes, trains, or converts whole models; the rest takes under
+two minutes in all. A single slow test elsewhere has the marker itself.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,18 @@ LONGEST = (
 )  # fmt: skip
 
 
+SLOW = {
+    "checkpoint", "conversion", "hf", "launch", "parallel", "runs", "runtime", "stages", "tools",
+    "test_statistics_distributed", "test_pool", "test_http", "test_engine", "test_hf_weights", "test_watchdog",
+}  # fmt: skip
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if SLOW & {item.path.parent.name, item.path.stem}:
+            item.add_marker("slow")
+        if item.path.stem == "test_slurm":
+            item.add_marker("slurm")
     if hasattr(config, "workerinput"):  # pytest-xdist hands files out in the order of its workers
         rank = {name: place for place, name in enumerate(LONGEST)}
         items.sort(key=lambda item: rank.get(item.path.stem, len(LONGEST)))

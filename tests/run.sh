@@ -1,8 +1,18 @@
 #!/usr/bin/env bash
-# Sets up .venv and runs every test, two files at a time. Arguments go to pytest instead.
+# Sets up .venv and runs the tests, two files at a time.
+#
+#   bash tests/run.sh                  all tests
+#   bash tests/run.sh --fast           those that need under two minutes in all
+#   bash tests/run.sh PYTEST_WORD ...  pytest with these words instead
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash launch/install.sh requirements.txt requirements-dev.txt
-bash tests/launch/install_slurm.sh
-(($#)) || set -- --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 15 tests
+shared=(--numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 15)
+if [[ ${1:-} == --fast ]]; then
+  shift
+  set -- "${shared[@]}" -m "not slow" "$@" tests
+else
+  bash tests/launch/install_slurm.sh
+  (($#)) || set -- "${shared[@]}" tests
+fi
 exec .venv/bin/python -m pytest "$@"
