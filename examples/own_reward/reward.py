@@ -35,5 +35,5 @@ def score(
 def _score(response: str, label: float, tolerance: float) -> float:
     text = response.strip()
     if re.fullmatch(r"[0-9]+", text):
-        return 1.0 if abs(int(text) - label) <= tolerance * label else 0.5
+        return 1.0 if abs(float(text) - label) <= tolerance * label else 0.5
     return 0.4 * len(re.findall("[0-9]", text)) / max(1, len(text))

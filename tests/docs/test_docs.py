@@ -1,0 +1,264 @@
+"""The documents are true in what a program can check: links lead somewhere, commands name files and
+settings that exist, every metric is described, the examples run."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+from collections.abc import Iterator
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from megatron_rpp.config import Config, cli
+from megatron_rpp.data.examples import open_examples
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md")])
+RECIPES = sorted([*ROOT.glob("launch/recipes/*.yaml"), *ROOT.glob("examples/*/*.yaml")])
+METRICS = ROOT / "docs/metrics.md"
+ONLY_WHERE = {"throughput/mfu", "reward/NAME"}
+"""Tags that a run has on a GPU, or with several reward functions."""
+
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+INLINE = re.compile(r"`([^`\n]+)`")
+LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+SUFFIXES = (
+    ".py",
+    ".sh",
+    ".md",
+    ".json",
+    ".jsonl",
+    ".safetensors",
+    ".yaml",
+    ".txt",
+    ".csv",
+    ".parquet",
+)
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def prose(page: Path) -> str:
+    return FENCE.sub("", page.read_text())
+
+
+def slug(heading: str) -> str:
+    """The anchor that GitHub gives a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
+
+
+def anchors(page: Path) -> set[str]:
+    return {slug(line.lstrip("#")) for line in prose(page).splitlines() if line.startswith("#")}
+
+
+def settings() -> tuple[set[str], set[str]]:
+    """(names of all settings, those of them that are mappings with keys of the user's)."""
+    names, mappings = set(), set()
+
+    def walk(values: dict, prefix: str) -> None:
+        for key, value in values.items():
+            if isinstance(value, dict) and value:
+                walk(value, f"{prefix}{key}.")
+            else:
+                names.add(f"{prefix}{key}")
+                mappings.update({f"{prefix}{key}"} if value == {} else ())
+
+    walk(asdict(Config()), "")
+    return names, mappings
+
+
+NAMES, MAPPINGS = settings()
+SECTIONS = {field.name for field in fields(Config)}
+
+
+def is_setting(name: str) -> bool:
+    """A setting, one of a mapping such as task.params.min_terms, or a section."""
+    sections = {known.rpartition(".")[0] for known in NAMES}
+    return name in NAMES or name in sections or name.rpartition(".")[0] in MAPPINGS
+
+
+class Command(NamedTuple):
+    place: str
+    words: list[str]
+
+
+def commands(place: str, text: str) -> Iterator[Command]:
+    """Of lines of shell; a line that ends with a backslash goes on."""
+    for line in re.sub(r"\\\n\s*", "", text).splitlines():
+        if line.strip():
+            yield Command(f"{place}: {line.strip()}", shlex.split(line, comments=True))
+
+
+def all_commands() -> list[Command]:
+    """Of the pages, in blocks and in sentences, and of the heads of recipes."""
+    found: list[Command] = []
+    for page in PAGES:
+        for language, block in FENCE.findall(page.read_text()):
+            if language == "bash":
+                found += commands(name_of(page), block)
+        for code in INLINE.findall(prose(page)):
+            if re.match(r"(bash|python|pytest|torchrun) ", code):
+                found += commands(name_of(page), code)
+    for recipe in RECIPES:
+        comments = [line for line in recipe.read_text().splitlines() if line.startswith("#   ")]
+        found += commands(name_of(recipe), "\n".join(line[1:] for line in comments))
+    return found
+
+
+def is_ours(word: str) -> bool:
+    """Whether a word names something of the repository: its first part lies at the top of it."""
+    first = Path(word).parts[:1]
+    return bool(first) and first[0] not in (".venv", "runs", ".") and (ROOT / first[0]).exists()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links_lead_to_files_and_headings(page):
+    for target in LINK.findall(prose(page)):
+        if target.startswith(("http://", "https://")):
+            continue
+        path, _, anchor = target.partition("#")
+        linked = (page.parent / path).resolve() if path else page
+        assert linked.exists(), f"{target} leads to nothing"
+        assert not anchor or anchor in anchors(linked), f"{target}: there is no such heading"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_names_are_in_the_files_that_are_named_with_them(page):
+    for name, target in re.findall(r"`(\w+)`\s+(?:in|of)\s+\[[^\]]*\]\(([^)#]+)\)", prose(page)):
+        linked = page.parent / target
+        if linked.suffix == ".py":
+            assert re.search(rf"\b{name}\b", linked.read_text()), f"{target} has no {name}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_files_in_the_text_exist(page):
+    for code in INLINE.findall(prose(page)):
+        for word in code.split():
+            if "/" in word and is_ours(word):
+                assert (ROOT / word.partition(":")[0]).exists(), f"there is no {word}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_settings_in_the_text_exist(page):
+    for code in INLINE.findall(prose(page)):
+        for word in code.split():
+            name = word.removeprefix("--").partition("=")[0]
+            section, dot, key = name.partition(".")
+            if dot and section in SECTIONS and key != "*" and not name.endswith(SUFFIXES):
+                assert is_setting(name), f"there is no setting {name}"
+
+
+@pytest.mark.parametrize("command", all_commands(), ids=lambda command: command.place)
+def test_commands_name_files_and_settings_that_exist(command):
+    words = [word for word in command.words if not re.match(r"[A-Z_]+=", word)]
+    if words[0] in ("bash", "python", "sbatch"):
+        scripts = [word for word in words if word.endswith((".sh", ".sbatch", ".py", "/run"))]
+        assert scripts and (ROOT / scripts[0]).exists(), f"there is no {scripts[:1]}"
+    for word in words:
+        if word.startswith("--") and "." in word:
+            name = word.removeprefix("--").partition("=")[0]
+            assert is_setting(name), f"there is no setting {name}"
+        elif is_ours(word):
+            assert (ROOT / word.partition(":")[0]).exists(), f"there is no {word}"
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) < 110
+
+
+def test_every_section_is_described():
+    table = (ROOT / "docs/training.md").read_text().partition("## Settings by section")[2]
+    assert {row for row in re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)} >= SECTIONS
+
+
+def test_every_page_of_docs_is_linked_from_the_readme():
+    linked = LINK.findall((ROOT / "README.md").read_text())
+    assert {name_of(page) for page in ROOT.glob("docs/*.md")} <= set(linked)
+
+
+def documented(heading: str = "") -> set[str]:
+    """The tags of the tables of metrics.md, or of the table below one heading."""
+    text = METRICS.read_text()
+    if heading:
+        text = text.partition(f"## {heading}\n")[2].partition("\n## ")[0]
+    return set(re.findall(r"^\| `([a-z]+/\w+)` \|", text, re.MULTILINE))
+
+
+def test_every_tag_in_the_code_is_described():
+    families = "|".join(sorted({tag.partition("/")[0] for tag in documented()}))
+    literal = re.compile(rf"""["']((?:{families})/[a-z_0-9]+)["']""")
+    code = "".join(path.read_text() for path in ROOT.glob("megatron_rpp/**/*.py"))
+    assert set(literal.findall(code)) <= documented()
+
+
+@pytest.mark.parametrize("recipe", sorted(ROOT.glob("examples/*/*.yaml")), ids=name_of)
+def test_recipes_of_the_examples_are_valid(recipe, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    config = cli.parse(["--config", str(recipe)]).config
+    functions = [name.partition(":")[0] for name in config.reward.functions if ":" in name]
+    for path in (*config.data.sources, config.data.tokenizer, *functions):
+        assert Path(path).exists()
+
+
+def test_the_conversations_load():
+    examples = open_examples(str(ROOT / "examples/chat/conversations.jsonl"), "messages", "label")
+    assert len(examples) == 12
+    third = examples[2]
+    assert third.prompt == "And the next one?" and third.label == "The next prime is 13."
+    assert [message["role"] for message in third.messages] == [
+        "system",
+        "user",
+        "assistant",
+        "user",
+    ]
+    assert examples[8].prompt == "What gas do plants take in?"  # a list of text parts
+
+
+def test_the_reward_of_the_example():
+    from examples.own_reward.reward import score
+
+    responses = ["110", " 12\n", "1a2b", "", "1" * 5000]
+    count = len(responses)
+    scores = score([""] * count, responses, ["100"] * count, [{"tolerance": 0.1}] * count)
+    assert scores == [1.0, 0.5, 0.2, 0.0, 0.5]
+
+
+def run_example(folder: str, out: Path, *more: str) -> list[dict]:
+    """Runs the first command of an example's page; the rows of metrics.jsonl in `out`."""
+    blocks = FENCE.findall((ROOT / "examples" / folder / "README.md").read_text())
+    (command,) = commands(folder, blocks[0][1])
+    done = subprocess.run(
+        [*command.words, *more], cwd=ROOT, capture_output=True, text=True, timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_the_example_of_a_reward_runs_and_its_tags_are_described(tmp_path):
+    rows = run_example(
+        "own_reward",
+        tmp_path,
+        f"--checkpoint.dir={tmp_path}/checkpoints",
+        f"--logging.dir={tmp_path}",
+    )
+    assert [row["step"] for row in rows] == [1, 2]
+    others = documented("Supervised fine-tuning") | documented("TensorBoard only") | ONLY_WHERE
+    assert set().union(*rows) - {"step"} == documented() - others
+
+
+@pytest.mark.slow
+def test_the_example_of_conversations_runs_and_its_tags_are_described(tmp_path):
+    rows = run_example("chat", tmp_path, f"--sft.dir={tmp_path}")
+    assert len(rows) == 20 and rows[-1]["sft/loss"] < rows[0]["sft/loss"]
+    others = {"time/step", "time/checkpoint", "eval/accuracy", "eval/reward"}
+    assert set().union(*rows) - {"step"} == documented("Supervised fine-tuning") | others
