@@ -31,7 +31,7 @@ def select(values: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, values, 0.0)
 
 
-def on_wire(values: Tensor, group: dist.ProcessGroup) -> Tensor:
+def on_collective_device(values: Tensor, group: dist.ProcessGroup) -> Tensor:
     """``values`` where the collectives of ``group`` take them: NCCL's on this rank's GPU."""
     return values.cuda() if dist.get_backend(group) == "nccl" else values.cpu()
 

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_rpp.algorithms.numerics import on_wire
+from megatron_rpp.algorithms.numerics import on_collective_device
 from megatron_rpp.algorithms.statistics import Moments, global_whiten, moments
 
 
@@ -70,7 +70,7 @@ def _range(values: Tensor, group: dist.ProcessGroup | None) -> tuple[float, floa
     if len(values):
         bounds[0], bounds[1] = -values.min(), values.max()
     if group is not None:
-        bounds = on_wire(bounds, group)
+        bounds = on_collective_device(bounds, group)
         dist.all_reduce(bounds, op=dist.ReduceOp.MAX, group=group)
     low, high = bounds.tolist()
     return (-low, high) if high > -torch.inf else (0.0, 0.0)

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_rpp.algorithms.numerics import check_mask, on_wire, select
+from megatron_rpp.algorithms.numerics import check_mask, on_collective_device, select
 
 VARIANCE_FLOOR = 1e-8
 
@@ -99,7 +99,7 @@ def _from_origin(
     check_mask(mask, values)
     gathered = [_local_moments(values, mask)]
     if group is not None:
-        local, size = on_wire(gathered[0], group), dist.get_world_size(group)
+        local, size = on_collective_device(gathered[0], group), dist.get_world_size(group)
         assert size > 0, "this rank is not in the group"
         gathered = [torch.empty_like(local) for _ in range(size)]
         dist.all_gather(gathered, local, group=group)

@@ -79,7 +79,7 @@ class KeyValueCache:
         self.keys[rows, :, positions] = key
         self.values[rows, :, positions] = value
 
-    def keep(self, rows: torch.Tensor) -> None:
+    def select(self, rows: torch.Tensor) -> None:
         """Leaves sequences `rows` (int64 indices, possibly repeated) in the cache."""
         self.keys, self.values = self.keys[rows], self.values[rows]
 

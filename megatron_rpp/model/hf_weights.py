@@ -19,7 +19,9 @@ from megatron_rpp.model.language_model import LanguageModel, chunks
 from megatron_rpp.parallel.ranks import raise_on_all_ranks
 
 
-def fits(stage: torch.nn.Module, theirs: dict[str, Any], directory: str | Path) -> None:
+def _check_architecture(
+    stage: torch.nn.Module, theirs: dict[str, Any], directory: str | Path
+) -> None:
     """Raises ConfigError where the directory, a model of the settings `theirs`, is another than
     `stage`."""
     ours = chunks(stage)[0].architecture
@@ -45,15 +47,15 @@ def load_hf(stage: torch.nn.Module, directory: str | Path) -> None:
     directory holds another model, or none (hf/source.py).
     """
     source = raise_on_all_ranks(lambda: check_source(directory))
-    fits(stage, source.settings, directory)
+    _check_architecture(stage, source.settings, directory)
     by_name = {row.megatron: row for row in source.rows}
     for chunk in chunks(stage):
         for name, parameter in chunk.named_parameters():
             row = by_name[canonical(initialization.global_name(chunk, name))]
-            parameter.copy_(own_part(chunk, row, parameter, source.weights))
+            parameter.copy_(local_shard(chunk, row, parameter, source.weights))
 
 
-def own_part(
+def local_shard(
     model: LanguageModel, row: Row, parameter: torch.nn.Parameter, weights: Weights
 ) -> torch.Tensor:
     """This rank's part of the tensor of `row`, read as slices of its sources."""

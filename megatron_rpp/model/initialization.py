@@ -38,7 +38,7 @@ def _generator(seed: int, name: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
 
 
-def _own_part(whole: torch.Tensor, dim: int, blocks: int, rank: int, size: int) -> torch.Tensor:
+def _local_shard(whole: torch.Tensor, dim: int, blocks: int, rank: int, size: int) -> torch.Tensor:
     """This rank's part along `dim`; `blocks` stacked matrices are each split (gate and up)."""
     pieces = [block.chunk(size, dim)[rank] for block in whole.chunk(blocks, dim)]
     return torch.cat(pieces, dim)
@@ -61,5 +61,5 @@ def fill(model: LanguageModel, std: float, seed: int) -> None:
         scale = residual_std if name.endswith(RESIDUAL_OUTPUTS) else std
         whole.normal_(0.0, scale, generator=_generator(seed, global_name(model, name)))
         blocks = 2 if name.endswith("linear_fc1.weight") else 1
-        part = _own_part(whole, dim, blocks, tensor.rank() if sharded else 0, size)
+        part = _local_shard(whole, dim, blocks, tensor.rank() if sharded else 0, size)
         parameter.copy_(part.to(parameter.dtype))

@@ -86,7 +86,7 @@ class LanguageModel(GPTModel):
         return self.output_layer.weight
 
     @property
-    def vocab_rows(self) -> int:
+    def valid_vocab_rows(self) -> int:
         """How many of this rank's rows are words and not padding."""
         rows = self.output_weight.shape[0]
         return max(0, min(rows, self.true_vocab_size - self.pg_collection.tp.rank() * rows))
@@ -140,10 +140,10 @@ class Decoding:
         for attention in self.attentions:
             attention.decode_positions, attention.decode_mask = positions, mask
 
-    def keep(self, rows: torch.Tensor) -> None:
+    def select(self, rows: torch.Tensor) -> None:
         """Leaves sequences `rows` (int64 indices) in every cache: compaction, or repetition."""
         for attention in self.attentions:
-            attention.cache.keep(rows)
+            attention.cache.select(rows)
 
     def close(self) -> None:
         self._mark(True)

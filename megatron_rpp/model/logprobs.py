@@ -37,9 +37,9 @@ def _chunks(rows: int, columns: int) -> list[slice]:
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
-def _logits(hidden, weight, words: int, temperature: float) -> torch.Tensor:
-    """fp32 [n, words]: the padding rows of the vocabulary are left out, they have no log-prob."""
-    return devices.matmul_fp32(hidden, weight[:words].t()).div_(temperature)
+def _logits(hidden, weight, valid_rows: int, temperature: float) -> torch.Tensor:
+    """fp32 [n, valid_rows]: the padding rows of the vocabulary are left out, they have no log-prob."""
+    return devices.matmul_fp32(hidden, weight[:valid_rows].t()).div_(temperature)
 
 
 def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
@@ -52,22 +52,20 @@ def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -
 
 class _VocabParallelLogProbs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, targets, words, temperature, group, with_entropy):
+    def forward(ctx, hidden, weight, targets, valid_rows, temperature, group, with_entropy):
         first = group.rank() * weight.shape[0]
-        local = targets - first
-        mine = (local >= 0) & (local < words)
+        local_targets = targets - first
+        local_mask = (local_targets >= 0) & (local_targets < valid_rows)
         logprobs = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         log_sums, mean_logits = torch.empty_like(logprobs), torch.zeros_like(logprobs)
         for rows in _chunks(len(hidden), len(weight)):
-            logits = _logits(hidden[rows], weight, words, temperature)
-            peak = logits.amax(-1) if words else logprobs.new_full((len(logits),), -torch.inf)
+            logits = _logits(hidden[rows], weight, valid_rows, temperature)
+            peak = logits.amax(-1) if valid_rows else logprobs.new_full((len(logits),), -torch.inf)
             if group.size() > 1:
                 dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=group)
-            own_target = mine[rows]
+            held = local_mask[rows]
             target = logits.new_zeros(len(logits))
-            target[own_target] = (
-                logits[own_target].gather(1, local[rows][own_target, None]).squeeze(1)
-            )
+            target[held] = logits[held].gather(1, local_targets[rows][held, None]).squeeze(1)
             exponentials = torch.exp(logits - peak[:, None])
             sums = [exponentials.sum(-1), target]
             if with_entropy:
@@ -77,32 +75,32 @@ class _VocabParallelLogProbs(torch.autograd.Function):
             logprobs[rows] = sums[1] - log_sums[rows]
             if with_entropy:
                 mean_logits[rows] = sums[2] / sums[0]
-        ctx.save_for_backward(hidden, weight, local, mine, log_sums, mean_logits)
-        ctx.words, ctx.temperature, ctx.group = words, temperature, group
+        ctx.save_for_backward(hidden, weight, local_targets, local_mask, log_sums, mean_logits)
+        ctx.valid_rows, ctx.temperature, ctx.group = valid_rows, temperature, group
         ctx.set_materialize_grads(False)  # an entropy that is only reported has no backward
         return logprobs, log_sums - mean_logits if with_entropy else mean_logits
 
     @staticmethod
     def backward(ctx, grad_logprobs, grad_entropy):
-        hidden, weight, local, mine, log_sums, mean_logits = ctx.saved_tensors
-        words, temperature = ctx.words, ctx.temperature
+        hidden, weight, local_targets, local_mask, log_sums, mean_logits = ctx.saved_tensors
+        valid_rows, temperature = ctx.valid_rows, ctx.temperature
         if grad_logprobs is None:
             grad_logprobs = torch.zeros_like(log_sums)
         grad_hidden = torch.zeros_like(hidden)
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         for rows in _chunks(len(hidden), len(weight)):
-            logits = _logits(hidden[rows], weight, words, temperature)
+            logits = _logits(hidden[rows], weight, valid_rows, temperature)
             probabilities = torch.exp(logits - log_sums[rows, None])
             if grad_entropy is None:
                 grad_logits = probabilities.mul_(-grad_logprobs[rows, None])
             else:
                 spread = (logits - mean_logits[rows, None]).mul_(grad_entropy[rows, None])
                 grad_logits = probabilities.mul_(-(spread + grad_logprobs[rows, None]))
-            own_target = mine[rows].nonzero().squeeze(1)
-            grad_logits[own_target, local[rows][own_target]] += grad_logprobs[rows][own_target]
+            held = local_mask[rows].nonzero().squeeze(1)
+            grad_logits[held, local_targets[rows][held]] += grad_logprobs[rows][held]
             grad_logits = grad_logits.div_(temperature).to(hidden.dtype)
-            grad_hidden[rows] = grad_logits @ weight[:words]
-            _add_product(grad_weight[:words], grad_logits.t(), hidden[rows])
+            grad_hidden[rows] = grad_logits @ weight[:valid_rows]
+            _add_product(grad_weight[:valid_rows], grad_logits.t(), hidden[rows])
         # Each rank saw only its part of the vocabulary: the input's gradient is the sum.
         _sum_over(ctx.group, grad_hidden)
         return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None, None
@@ -112,7 +110,7 @@ def vocab_parallel_logprobs(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     targets: torch.Tensor,
-    words: int,
+    valid_rows: int,
     temperature: float,
     group: dist.ProcessGroup,
     with_entropy: bool = False,
@@ -123,7 +121,7 @@ def vocab_parallel_logprobs(
         hidden: [n, h], the same on every rank of `group`.
         weight: [v, h] this rank's rows of the output projection.
         targets: [n] token ids in the whole vocabulary.
-        words: how many of this rank's rows are words (the rest pads the vocabulary).
+        valid_rows: how many of this rank's rows belong to the vocabulary; the rest is padding.
         temperature: divides the logits, as it did when the tokens were sampled.
         group: the tensor-parallel ranks.
         with_entropy: also compute the entropy in nats (else None).
@@ -132,6 +130,6 @@ def vocab_parallel_logprobs(
         to `hidden` are already summed over `group`.
     """
     logprobs, entropy = _VocabParallelLogProbs.apply(
-        hidden, weight, targets, words, temperature, group, with_entropy
+        hidden, weight, targets, valid_rows, temperature, group, with_entropy
     )
     return logprobs, entropy if with_entropy else None

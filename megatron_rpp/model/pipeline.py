@@ -54,22 +54,23 @@ class Backward:
 
     reports: list[Any]
     """Of the loss function, one per micro-batch, on the last stage; [] elsewhere."""
-    own_norms: list[torch.Tensor]
+    local_grad_norms: list[torch.Tensor]
     """Norm of each gradient buffer before other ranks' gradients were added to it."""
 
 
 def train(model, micro_batches: list[MicroBatch], loss: LossFunction) -> Backward:
     """Forward and backward over `micro_batches`: gradients of the global mean in the buffers."""
-    own_norms = []
+    local_grad_norms = []
 
     def finalize(wrapped, *args, **kwargs):
         # Afterwards one rank's NaN is in the buffers of all, and nobody could say whose it was.
-        own_norms.extend(buffer.grad_data.norm() for chunk in wrapped for buffer in chunk.buffers)
+        buffers = (buffer for chunk in wrapped for buffer in chunk.buffers)
+        local_grad_norms.extend(buffer.grad_data.norm() for buffer in buffers)
         finalize_model_grads(wrapped, *args, **kwargs)
 
     for chunk in chunks(model):
         chunk.config.finalize_model_grads_func = finalize
-    return Backward(_run(model, micro_batches, loss, forward_only=False), own_norms)
+    return Backward(_run(model, micro_batches, loss, forward_only=False), local_grad_norms)
 
 
 @torch.no_grad()

@@ -92,7 +92,7 @@ def _join_world() -> None:
 
 
 def destroy() -> None:
-    """Forgets the parallel groups, so that `start` can make others over the same world."""
+    """Destroys the parallel groups but not the world: `start` can build other groups over it."""
     global _replica
     _replica = None
     parallel_state.destroy_model_parallel()

@@ -1,72 +1,73 @@
-"""Waiting for work of uneven length, such as rewards, without a collective.
+"""A barrier over the replicas that lasts as long as any of them makes progress.
 
-A collective ends the run after groups.COLLECTIVE_TIMEOUT, and one replica's scorers may well take
-longer. So who is done looks into the store of the process group now and then. As long as anybody
-makes progress, whoever waits shows signs of life to its watchdog; where nobody does, the watchdog
-ends the run (train.hang_timeout_minutes).
+A collective ends the run after groups.COLLECTIVE_TIMEOUT, but the rewards of one replica may take
+longer than that. Ranks that are done therefore poll the store of the process group. While any
+leader reports progress, the waiting ranks send heartbeats to their watchdogs. If no leader does,
+the watchdog ends the run (train.hang_timeout_minutes).
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Callable, Iterator
 
 import torch.distributed as dist
 
 from megatron_rpp.lifecycle import heartbeat
 from megatron_rpp.parallel import groups
 
-_PROGRESS = "work/progress"
-_SHORTEST, _LONGEST, _GROWTH = 0.001, 0.25, 1.2
-"""Seconds between two looks, and how they grow: a wait is a fifth longer than it has to be, or a
-quarter of a second."""
-SECONDS_BETWEEN_SIGNS = 1.0
+_PROGRESS_KEY = "work/progress"
+_FIRST_POLL, _LAST_POLL, _BACKOFF = 0.001, 0.25, 1.2
+"""Seconds between polls: they grow by a fifth each time, up to a quarter of a second."""
+REPORT_INTERVAL = 1.0
+"""Seconds between two reports of progress."""
 
 _round = 0
 
 
 @contextmanager
-def until_all_leaders_are_done() -> Iterator[Callable[[], None]]:
-    """Nobody leaves the context before the leaders of all replicas have come to its end.
+def leader_barrier() -> Iterator[Callable[[], None]]:
+    """Holds every rank at the end of the context until the leaders of all replicas have reached it.
 
-    Every rank enters it. Yields what a leader calls when its work has made progress.
+    Every rank enters the context. Yields a function that a leader calls when its work progresses.
     """
     global _round
     _round += 1
     store = dist.distributed_c10d._get_default_store()
-    finished = f"work/{_round}"
+    finished_key = f"work/{_round}"
     try:
-        yield _Signs(store).show
+        yield _ProgressReporter(store).report
     finally:
         if groups.is_replica_leader():
-            store.add(finished, 1)
+            store.add(finished_key, 1)
     heartbeat.enter("waiting for all rewards")
-    _wait(store, finished, groups.data_size())
+    _wait(store, finished_key, groups.data_size())
     if groups.is_main() and _round > 2:
-        store.delete_key(f"work/{_round - 2}")  # nobody looks at it any more
+        store.delete_key(f"work/{_round - 2}")  # no rank reads this key any more
 
 
-class _Signs:
-    """Of progress, for those that wait; not more often than they are of use."""
+class _ProgressReporter:
+    """Tells the waiting ranks that this leader makes progress, at most once an interval."""
 
     def __init__(self, store: dist.Store):
-        self._store, self._last = store, 0.0
+        self._store, self._last_report = store, 0.0
 
-    def show(self) -> None:
+    def report(self) -> None:
         heartbeat.current.beat()
-        if time.monotonic() - self._last > SECONDS_BETWEEN_SIGNS:
-            self._last = time.monotonic()
-            self._store.add(_PROGRESS, 1)
+        if time.monotonic() - self._last_report > REPORT_INTERVAL:
+            self._last_report = time.monotonic()
+            self._store.add(_PROGRESS_KEY, 1)
 
 
-def _wait(store: dist.Store, counter: str, count: int) -> None:
-    pause, signs, looked = _SHORTEST, store.add(_PROGRESS, 0), time.monotonic()
-    while store.add(counter, 0) < count:
-        if time.monotonic() - looked > SECONDS_BETWEEN_SIGNS:
-            looked, before = time.monotonic(), signs
-            signs = store.add(_PROGRESS, 0)
-            if signs != before:
+def _wait(store: dist.Store, finished_key: str, leaders: int) -> None:
+    """Polls until all leaders have finished; sends a heartbeat when one has reported progress."""
+    pause, reports, checked = _FIRST_POLL, store.add(_PROGRESS_KEY, 0), time.monotonic()
+    while store.add(finished_key, 0) < leaders:
+        if time.monotonic() - checked > REPORT_INTERVAL:
+            checked, before = time.monotonic(), reports
+            reports = store.add(_PROGRESS_KEY, 0)
+            if reports != before:
                 heartbeat.current.beat()
         time.sleep(pause)
-        pause = min(pause * _GROWTH, _LONGEST)
+        pause = min(pause * _BACKOFF, _LAST_POLL)

@@ -133,7 +133,7 @@ class MegatronEngine:
                 tokens = tokens[0].long()
                 if (~running).mean() >= COMPACT_SHARE:
                     rows = torch.from_numpy(running.nonzero()[0]).to(tokens.device)
-                    state.keep(rows)
+                    state.select(rows)
                     alive, tokens = alive[running], tokens[rows]
                 positions = torch.from_numpy(lengths[alive] + position).to(tokens.device)
                 state.set_positions(positions)
@@ -146,7 +146,7 @@ class MegatronEngine:
         hidden = pipeline.stage_forward(self.model, tokens.to(devices.device()))
         last = torch.tensor([len(prompt) - 1 for prompt in unique], device=hidden.device)
         copies = torch.tensor([unique[r.prompt] for r in requests], device=hidden.device)
-        state.keep(copies)
+        state.select(copies)
         return hidden[last, torch.arange(len(unique), device=hidden.device)][copies]
 
     def _next_tokens(self, hidden, random, sampling: Sampling, position: int) -> torch.Tensor:

@@ -54,7 +54,7 @@ def token_logprobs(
         hidden[batch.rows, 0],
         stage.output_weight,
         batch.targets,
-        stage.vocab_rows,
+        stage.valid_vocab_rows,
         temperature,
         groups.tensor_group(),
         with_entropy,

@@ -41,7 +41,7 @@ def fault(backward: Backward) -> str | None:
 def _own_fault(backward: Backward) -> int:
     if not all(bool(report.isfinite().all()) for report in backward.reports):
         return _LOSS
-    if not all(bool(norm.isfinite()) for norm in backward.own_norms):
+    if not all(bool(norm.isfinite()) for norm in backward.local_grad_norms):
         return _GRADIENT
     return 0
 

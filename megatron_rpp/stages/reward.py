@@ -26,7 +26,7 @@ def score_responses(
         RewardError: on every rank of the run, where a reward function failed on any.
     """
     scores, failure = None, None
-    with progress_wait.until_all_leaders_are_done() as alive:
+    with progress_wait.leader_barrier() as report_progress:
         if groups.is_replica_leader():
             examples = [prompt.example for prompt in prompts]
             heartbeat.enter("a reward function")
@@ -36,7 +36,7 @@ def score_responses(
                     [form.text(response) for response in responses],
                     [example.label for example in examples],
                     [_metadata(*pair) for pair in zip(examples, responses)],
-                    alive,
+                    report_progress,
                 )
             except RewardError as error:
                 failure = str(error)

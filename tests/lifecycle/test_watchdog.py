@@ -47,6 +47,6 @@ def test_the_missing_rank_is_named(hang, tmp_path: Path):
     assert "error: the run hangs, without progress for 6 s: " in errors
     assert all(text in errors for text in expected), errors
     stacks = (tmp_path / "logs/stacks/rank_00000.txt").read_text()
-    assert "score_responses" in stacks and "until_all_leaders_are_done" in stacks
+    assert "score_responses" in stacks and "leader_barrier" in stacks
     if hang == "stuck":
         assert "in score" in (tmp_path / "logs/stacks/rank_00001.txt").read_text()

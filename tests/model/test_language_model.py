@@ -189,7 +189,7 @@ def test_sequences_leave_and_repeat_in_the_cache(model):
     positions = torch.tensor(PROMPT_LENGTHS)[order]
     with decoding(model, 20) as state:
         model(ragged_prompts())
-        state.keep(order)
+        state.select(order)
         state.set_positions(positions)
         found = model(SEQUENCES[order, positions, None], positions)[0]
     torch.testing.assert_close(found, full[order, positions], rtol=0, atol=TOLERANCE)

@@ -2,7 +2,7 @@
 
 Two real ranks hold halves of the output projection; the same cases also run on a group of one.
 Values and gradients must agree to 1e-5 of the largest true value: fp32 carries 6e-8 per operation,
-sums over 16 channels and 128 words add up to 2e-6, and a wrong formula is off by far more (see the
+sums over 16 channels and 128 vocabulary rows add up to 2e-6, and a wrong formula is off by far more (see the
 deliberately wrong variants at the end).
 """
 
@@ -25,7 +25,7 @@ ROWS, HIDDEN, VOCAB_ROWS = 23, 16, 128
 class Case:
     """One call; `loss` says which outputs it is differentiated through."""
 
-    words: int = VOCAB_ROWS  # rows of the vocabulary above it are padding
+    vocab: int = VOCAB_ROWS  # the rows from here on are padding
     rows: int = ROWS
     temperature: float = 1.0
     chunk_elements: int = 2**24
@@ -37,21 +37,21 @@ class Case:
 CASES = {
     "plain": Case(),
     "temperature": Case(temperature=0.7),
-    "padding": Case(words=100, temperature=1.3),
-    "one word on the second rank": Case(words=65),
-    "no word on the second rank": Case(words=50),
-    "log-probs alone": Case(words=100, loss="logprobs"),
-    "entropy alone": Case(words=100, loss="entropy"),
-    "entropy without gradient": Case(words=100, loss="entropy reported"),
+    "padding": Case(vocab=100, temperature=1.3),
+    "one word on the second rank": Case(vocab=65),
+    "no word on the second rank": Case(vocab=50),
+    "log-probs alone": Case(vocab=100, loss="logprobs"),
+    "entropy alone": Case(vocab=100, loss="entropy"),
+    "entropy without gradient": Case(vocab=100, loss="entropy reported"),
     "zero rows": Case(rows=0),
     # exp() overflows unless the maximum is taken off first. An fp32 logit of 1,600 is itself off by
     # 1e-4, and so is, relatively, every probability.
-    "large logits": Case(words=100, scale=100.0, tolerance=1e-3),
+    "large logits": Case(vocab=100, scale=100.0, tolerance=1e-3),
     "chunks": Case(chunk_elements=256),
-    "a row a chunk": Case(words=100, chunk_elements=1),
-    # Ranks hold 64 and 36 words, so a chunk sized by the rank's own words would differ.
-    "chunks and padding": Case(words=100, chunk_elements=256, temperature=1.3),
-    "chunks and no word on the second rank": Case(words=50, chunk_elements=256),
+    "a row a chunk": Case(vocab=100, chunk_elements=1),
+    # The ranks hold 64 and 36 valid rows, so chunks sized by valid rows would differ between them.
+    "chunks and padding": Case(vocab=100, chunk_elements=256, temperature=1.3),
+    "chunks and no word on the second rank": Case(vocab=50, chunk_elements=256),
 }
 
 
@@ -60,7 +60,7 @@ def inputs(case):
     random = torch.Generator().manual_seed(3)
     hidden = case.scale * torch.randn(case.rows, HIDDEN, generator=random)
     weight = torch.randn(VOCAB_ROWS, HIDDEN, generator=random)
-    targets = torch.randint(case.words, (case.rows,), generator=random)
+    targets = torch.randint(case.vocab, (case.rows,), generator=random)
     upstream = torch.randn(2, case.rows, generator=random)
     return hidden, weight, targets, upstream
 
@@ -75,7 +75,7 @@ def reference(case):
     """(log-probs, entropies, gradient of hidden, gradient of the whole weight) in float64."""
     hidden, weight, targets, upstream = inputs(case)
     hidden, weight = hidden.double().requires_grad_(), weight.double().requires_grad_()
-    logs = ((hidden @ weight[: case.words].t()) / case.temperature).log_softmax(-1)
+    logs = ((hidden @ weight[: case.vocab].t()) / case.temperature).log_softmax(-1)
     values = logs.gather(1, targets[:, None]).squeeze(1)
     entropies = -(logs.exp() * logs).sum(-1)
     loss_of(case, values, entropies, upstream.double()).backward()
@@ -87,12 +87,12 @@ def compute(case, group):
     logprobs.CHUNK_ELEMENTS = case.chunk_elements
     hidden, weight, targets, upstream = inputs(case)
     rows = VOCAB_ROWS // group.size()
-    words = max(0, min(rows, case.words - group.rank() * rows))
+    valid_rows = max(0, min(rows, case.vocab - group.rank() * rows))
     shard = weight[group.rank() * rows :][:rows].clone()
-    shard[words:] = torch.nan
+    shard[valid_rows:] = torch.nan
     hidden.requires_grad_(), shard.requires_grad_()
     values, entropies = vocab_parallel_logprobs(
-        hidden, shard, targets, words, case.temperature, group, case.loss != "logprobs"
+        hidden, shard, targets, valid_rows, case.temperature, group, case.loss != "logprobs"
     )
     assert (entropies is None) == (case.loss == "logprobs")
     loss_of(case, values, entropies, upstream).backward()
@@ -161,12 +161,12 @@ def test_values_and_gradients(ranks, name, size):
 
 
 @pytest.mark.parametrize("size", [1, 2], ids=["TP1", "TP2"])
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.words < VOCAB_ROWS])
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.vocab < VOCAB_ROWS])
 def test_padding_rows_get_no_gradient_at_all(ranks, name, size):
     grad = torch.cat([ranks[rank][name, size][3] for rank in range(size)])
-    assert (grad[CASES[name].words :] == 0.0).all()
+    assert (grad[CASES[name].vocab :] == 0.0).all()
     if CASES[name].scale == 1.0:  # elsewhere a word's probability may round to zero
-        assert (grad[: CASES[name].words] != 0.0).any(1).all()
+        assert (grad[: CASES[name].vocab] != 0.0).any(1).all()
 
 
 def test_both_ranks_hold_the_same_bits(ranks):

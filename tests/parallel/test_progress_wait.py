@@ -1,4 +1,4 @@
-"""Replicas that work for longer than a collective may take are waited for, while they progress."""
+"""The barrier waits for a replica that works longer than a collective may take, if it progresses."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ LIMIT = timedelta(seconds=1)  # of a collective
 WORK = 2.5  # seconds
 
 
-def work(rank: int, signs: bool) -> float:
-    """The second replica works; how long ago the first had shown a sign of life when it is done."""
-    with progress_wait.until_all_leaders_are_done() as alive:
+def work(rank: int, reports: bool) -> float:
+    """The second replica works; returns the age of this rank's last heartbeat when it is done."""
+    with progress_wait.leader_barrier() as report_progress:
         heartbeat.enter("work")
         end = time.monotonic() + (WORK if rank else 0)
         while time.monotonic() < end:
             time.sleep(0.05)
-            if signs:
-                alive()
+            if reports:
+                report_progress()
     age = time.monotonic() - heartbeat.current.since
     assert groups.gather_objects(rank, dist.group.WORLD) == [0, 1]
     return age
 
 
-def on_two_ranks(rank: int) -> tuple[list[float], bool]:
-    progress_wait.SECONDS_BETWEEN_SIGNS = 0.2
+def on_two_ranks(rank: int) -> tuple[list[float], tuple[bool, bool]]:
+    progress_wait.REPORT_INTERVAL = 0.2
     groups.start(tensor=1, pipeline=1, seed=1)
     dist.distributed_c10d._set_pg_timeout(LIMIT, dist.group.WORLD)
-    ages = [work(rank, signs=True), work(rank, signs=False), work(rank, signs=True)]
+    ages = [work(rank, reports=True), work(rank, reports=False), work(rank, reports=True)]
     store = dist.distributed_c10d._get_default_store()
     dist.barrier()
     left = store.check(["work/1"]), store.check(["work/3"])
@@ -47,6 +47,6 @@ def on_two_ranks(rank: int) -> tuple[list[float], bool]:
 
 def test_a_slow_replica_is_waited_for(tmp_path):
     (ages, left), _ = run_ranks(on_two_ranks, 2, tmp_path)
-    assert ages[0] < 1 and ages[2] < 1, "no sign of life while the other made progress"
-    assert ages[1] > WORK - 0.5, "signs of life although nobody made progress"
+    assert ages[0] < 1 and ages[2] < 1, "no heartbeat while the other replica made progress"
+    assert ages[1] > WORK - 0.5, "heartbeats although no replica made progress"
     assert left == (False, True)
