@@ -10,14 +10,10 @@ import json
 import sys
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs without an installation
 
-from megatron_rpp.lifecycle.config_error import ConfigError, reading  # noqa: E402
+from megatron_rpp.lifecycle.config_error import ConfigError, reading
+from megatron_rpp.lifecycle.extras import require_extra
 
 # Panel title -> (file, tag, unit of the vertical axis)
 PANELS = {
@@ -29,13 +25,13 @@ PANELS = {
 
 
 def rows_of(path: Path) -> list[dict]:
-    """The rows of a JSONL file of a run. Raises ValueError where it is missing or empty."""
+    """The rows of a JSONL file of a run. Raises ConfigError if it is missing or empty."""
     if not path.is_file():
         raise ConfigError(f"{path} is missing: give the logging.dir of a run that took a step")
     lines = path.read_bytes().splitlines(keepends=True)
     rows = []
     for number, line in enumerate(lines, 1):
-        if line.endswith(b"\n"):  # not one half written
+        if line.endswith(b"\n"):  # else it is half written
             with reading(f"{path.absolute()}, line {number}", "remove the damaged line"):
                 rows.append(json.loads(line))
     if not rows:
@@ -44,7 +40,12 @@ def rows_of(path: Path) -> list[dict]:
 
 
 def draw(log_dirs: list[Path], out: Path) -> None:
-    """Writes the picture `out`: one panel a quantity, one line a run."""
+    """Writes the picture `out`: one panel per quantity, one line per run."""
+    require_extra("plot", "tools/plot.py")
+    import matplotlib
+    import matplotlib.pyplot as plt
+
+    matplotlib.use("Agg")
     figure, axes = plt.subplots(2, 2, figsize=(10, 6.5), layout="constrained")
     for axis, (title, (name, tag, unit)) in zip(axes.flat, PANELS.items()):
         for log_dir in log_dirs:
@@ -63,7 +64,7 @@ def draw(log_dirs: list[Path], out: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("log_dirs", nargs="+", type=Path, help="logging.dir of each run")
-    parser.add_argument("--out", type=Path, default=Path("curves.png"))
+    parser.add_argument("--out", type=Path, default=Path("curves.png"), help="default: curves.png")
     arguments = parser.parse_args()
     try:
         draw(arguments.log_dirs, arguments.out)

@@ -16,6 +16,7 @@ from megatron_rpp.data import tables
 from megatron_rpp.data.json_lines import JsonLines
 from megatron_rpp.data.rows import ChainedRows, Rows
 from megatron_rpp.lifecycle.config_error import ConfigError, reading
+from megatron_rpp.lifecycle.extras import require_extra
 
 HUB = "hub:"
 _LINES = {".jsonl", ".ndjson"}
@@ -68,6 +69,7 @@ def _opened(
     cache_dir: str | None,
     say: Callable[[str], None],
 ) -> Rows:
+    require_extra("data", f"data set {name}")
     what, remedy = f"data set {name}", "correct the name or the files, or convert them to JSONL"
     with reading(what, remedy, "opened"):
         return tables.with_copies(read, what, cache_dir, say)
@@ -79,7 +81,7 @@ def _table(path: Path, name: str, cache_dir: str | None) -> Rows:
 
 
 def _directory(path: Path, split: str, name: str, cache_dir: str | None) -> Rows:
-    import datasets  # here: runs on JSON Lines need not load it
+    import datasets  # imported here: runs on JSON Lines do not need it
 
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         saved = datasets.load_from_disk(str(path))

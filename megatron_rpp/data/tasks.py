@@ -19,6 +19,7 @@ from megatron_rpp.data.json_lines import json_line
 from megatron_rpp.data.typed_json import from_typed_json, to_typed_json
 from megatron_rpp.lifecycle.atomic_files import write_atomic
 from megatron_rpp.lifecycle.config_error import ConfigError
+from megatron_rpp.lifecycle.extras import require_extra
 
 Row = dict[str, Any]
 
@@ -74,7 +75,8 @@ def make_task(
 
 def create_task(name: str, params: dict[str, Any], size: int, seed: int) -> Any:
     """The reasoning-gym data set of a task; ConfigError for an unknown name or bad parameters."""
-    import reasoning_gym  # here, so that runs on other data do not load it
+    require_extra("tasks", f"task {name!r}")
+    import reasoning_gym  # imported here: runs on other data do not need it
     from reasoning_gym.composite import DatasetSpec
     from reasoning_gym.factory import DATASETS
 

@@ -13,9 +13,18 @@ from types import ModuleType
 from typing import Any
 
 from megatron_rpp.lifecycle.config_error import ConfigError
+from megatron_rpp.lifecycle.extras import require_extra
+from megatron_rpp.rewards.builtin import (
+    Length,
+    MathVerify,
+    Regex,
+    exact_match,
+    reasoning_gym,
+    require_entry,
+    require_golds,
+    require_labels,
+)
 from megatron_rpp.rewards.http import HttpReward
-from megatron_rpp.rewards.rules import exact_match, reasoning_gym, require_entry
-from megatron_rpp.rewards.terms import Length, MathVerify, Regex, require_golds, require_labels
 from megatron_rpp.rewards.validation import SampleError
 
 RewardFunction = Callable[
@@ -25,10 +34,11 @@ RewardFunction = Callable[
 
 _PLAIN: dict[str, RewardFunction] = {"exact_match": exact_match, "reasoning_gym": reasoning_gym}
 _WITH_OPTIONS = {"length": Length, "math_verify": MathVerify, "regex": Regex}
+_EXTRAS = {"math_verify": "math", "reasoning_gym": "tasks"}
+"""Built-in functions that need an extra of the package."""
 _TRUSTED = {"exact_match", "length"}
-"""Built-in functions that run in the training process: they end. Not so reasoning_gym's scorers, a few
-of which evaluate the response as an expression."""
-
+"""Built-in functions that run in the training process, because they always end. reasoning_gym is not
+among them: a few of its scorers evaluate the response as an expression."""
 
 _ROW_CHECKS: dict[str, Callable[[Any, str | None, dict[str, Any]], None]] = {
     "exact_match": lambda function, label, metadata: require_labels([label]),
@@ -36,13 +46,13 @@ _ROW_CHECKS: dict[str, Callable[[Any, str | None, dict[str, Any]], None]] = {
     "reasoning_gym": lambda function, label, metadata: require_entry(0, metadata),
     "regex": lambda function, label, metadata: function.equals_label and require_labels([label]),
 }
-"""What built-in functions ask of a row: each raises SampleError."""
+"""Checks of a row for built-in functions. Each raises SampleError."""
 
 
 def row_problem(
     name: str, function: RewardFunction, label: str | None, metadata: dict[str, Any]
 ) -> str | None:
-    """Why the function could never score this row; None if it can, or if only it itself knows."""
+    """Why the function could never score this row; None if it can, or if only running it would tell."""
     try:
         if name in _ROW_CHECKS:
             _ROW_CHECKS[name](function, label, metadata)
@@ -56,7 +66,7 @@ def is_url(name: str) -> bool:
 
 
 def needs_worker(name: str) -> bool:
-    """Whether a function may hang or crash, and so belongs into a worker process."""
+    """Whether a function may hang or crash, so that it belongs in a worker process."""
     return name not in _TRUSTED and not is_url(name)
 
 
@@ -64,15 +74,18 @@ def load_reward(name: str, options: dict[str, Any] | None = None) -> RewardFunct
     """The function of a built-in name, a URL, "path/to/file.py:function" or "package.module:name".
 
     Args:
-        options: of the built-in functions that have some, and of URLs.
+        options: for a URL, or a built-in function that has options.
 
     Raises:
-        ConfigError: there is no such name, file, module or function, it cannot be called, its
-            import raised (the message holds the original error), or the options are not its own.
+        ConfigError: there is no such name, file, module or function; it cannot be called; its
+            import raised (the message holds the original error); it has no such options; or it
+            needs a package that is not installed.
     """
     options = options or {}
     if is_url(name):
         return _with_options(HttpReward, name, options, url=name)
+    if name in _EXTRAS:
+        require_extra(_EXTRAS[name], f"reward function {name!r}")
     if name in _WITH_OPTIONS:
         return _with_options(_WITH_OPTIONS[name], name, options)
     if options:
@@ -117,7 +130,7 @@ def _load_file(path: Path, name: str) -> ModuleType:
     if not path.is_file():
         raise ConfigError(f"reward function {name!r}: there is no file {path.absolute()}")
     path = path.resolve()
-    # Loaded once per process, under a name of its own: two files may both be called reward.py.
+    # Loaded once per process, under a unique name: two files may both be called reward.py.
     module_name = f"reward_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
     if module_name in sys.modules:
         return sys.modules[module_name]

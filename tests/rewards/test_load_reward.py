@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megatron_rpp.rewards import load_reward
-from megatron_rpp.rewards.rules import exact_match, reasoning_gym
+from megatron_rpp.rewards.builtin import exact_match, reasoning_gym
 
 LENGTHS = """
 from __future__ import annotations

@@ -1,32 +1,99 @@
-"""Built-in reward functions with options: mathematical answers, patterns, lengths.
+"""The built-in reward functions: equal texts, reasoning-gym tasks, mathematics, patterns, lengths.
 
-Each is an object that is called like any reward function; its fields are its options in
-``reward.options``, checked when it is made. Left out: parsers of program code.
+`exact_match` and `reasoning_gym` are plain functions. The others have options: each is a dataclass
+that is called like any reward function, and its fields are the keys of ``reward.options``, checked
+when it is made. Left out: parsers of program code.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
+from megatron_rpp.data.tasks import create_task, restore_entry
 from megatron_rpp.lifecycle.config_error import ConfigError
 from megatron_rpp.rewards.golds import gold_problem
 from megatron_rpp.rewards.validation import SampleError
 
 
+def exact_match(
+    prompts: list[str],
+    responses: list[str],
+    labels: list[str | None],
+    metadata: list[dict[str, Any]],
+) -> list[float]:
+    """1.0 if response and label are the same text, apart from space around them, else 0.0.
+
+    Raises:
+        SampleError: a row has no label.
+    """
+    require_labels(labels)
+    return [float(response.strip() == label.strip()) for response, label in zip(responses, labels)]
+
+
+def reasoning_gym(
+    prompts: list[str],
+    responses: list[str],
+    labels: list[str | None],
+    metadata: list[dict[str, Any]],
+) -> list[float]:
+    """The score, 0 .. 1, that the row's own reasoning-gym task gives the response.
+
+    Space around the response is removed first. Some tasks give part marks: 1.0 means correct. A few
+    scorers evaluate the response as an expression (n_queens, binary_matrix, spiral_matrix and
+    string_insertion with ``eval``; some algebra and games with sympy): train on those in a sandbox.
+
+    Raises:
+        SampleError: a row does not come from tools/make_task.py, or its task cannot score it.
+    """
+    rows = zip(prompts, responses, metadata)
+    return [_score(index, *row) for index, row in enumerate(rows)]
+
+
+def _score(index: int, prompt: str, response: str, metadata: dict[str, Any]) -> float:
+    require_entry(index, metadata)
+    task = _task(metadata["task"], json.dumps(metadata["params"]))
+    entry = restore_entry(prompt, metadata)
+    try:
+        return task.score_answer(response.strip(), entry)
+    except Exception as error:
+        # Some scorers raise on text they cannot parse (prime_factorization on "x", boxnet on a
+        # list): a wrong answer. If a row's own answer cannot be scored either, the data is broken.
+        _check_scorable(index, task, entry, error)
+        return 0.0
+
+
+def _check_scorable(index: int, task: Any, entry: dict[str, Any], first: Exception) -> None:
+    try:
+        task.score_answer(entry["answer"], entry)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise SampleError(
+            index, f"cannot score this row ({reason}): its metadata is damaged"
+        ) from first
+
+
+@lru_cache(maxsize=None)
+def _task(name: str, params: str) -> Any:
+    # Scorers read the entry, not the data set's own entries: any size and seed will do.
+    return create_task(name, json.loads(params), size=10, seed=0)
+
+
 @dataclass(frozen=True, kw_only=True)
 class MathVerify:
-    """1.0 where the response's answer is mathematically equal to the label's, else 0.0.
+    """1.0 if the answer of the response is mathematically equal to that of the label, else 0.0.
 
-    By the library math-verify: LaTeX, fractions, decimals, sets, intervals; what it cannot read is
-    compared as a text. answers.py says which part of a label or a response is its answer. It may
-    run for long on hostile input, and the time limit is that of the worker.
+    The library math-verify compares LaTeX, fractions, decimals, sets and intervals; what it cannot
+    read is compared as text. answers.py finds the answer in a label or a response. Hostile input
+    can keep it busy for long; the time limit is that of the worker.
     """
 
     def __post_init__(self) -> None:
-        # Here: slow, and no part of the first sample's time.
+        # The imports are slow. Made here, they do not count in the first sample's time.
         import math_verify
 
         import megatron_rpp.rewards.equality  # noqa: F401
@@ -49,12 +116,12 @@ class MathVerify:
 
 @dataclass(frozen=True, kw_only=True)
 class Regex:
-    """1.0 where the pattern is found in the response, else 0.0."""
+    """1.0 if the pattern is found in the response, else 0.0."""
 
     pattern: str
-    """Python regular expression; "." matches line ends too."""
+    """Python regular expression; "." also matches line ends."""
     equals_label: bool = False
-    """Its last match must also have the label as its first group, but for space around it."""
+    """The first group of the last match must also equal the label, apart from space around it."""
 
     def __post_init__(self) -> None:
         try:
@@ -135,3 +202,14 @@ def require_golds(labels: list[str | None]) -> None:
     for index, label in enumerate(labels):
         if problem := gold_problem(label):
             raise SampleError(index, problem)
+
+
+def require_entry(index: int, metadata: dict[str, Any]) -> None:
+    """Raises SampleError for a row that does not come from tools/make_task.py."""
+    missing = sorted({"task", "params", "answer", "entry"} - metadata.keys())
+    if missing:
+        raise SampleError(
+            index,
+            f"needs {missing} in the row's metadata: make the data with tools/make_task.py, or "
+            "choose another function in reward.functions",
+        )
