@@ -223,9 +223,9 @@ def test_the_loss_is_the_mean_over_the_assistants_turns(base, tmp_path):
     with layout(config):
         policy = build_policy(config, config.sft.optimizer, inputs.vocab_size)
         buffer = sft.batch_of(list(inputs.train), inputs.form)
-        logprobs = logprobs.response_logprobs(policy.model, buffer, 512, 1.0)
-        expected = -float(logprobs[buffer.mask].double().mean())
-        everything = -float(logprobs.double().mean())
+        found = logprobs.response_logprobs(policy.model, buffer, 512, 1.0)
+        expected = -float(found[buffer.mask].double().mean())
+        everything = -float(found.double().mean())
     assert 0 < int((~buffer.mask).sum()) < int(buffer.mask.sum())
     with layout(config):
         sft.finetune(config, inputs)

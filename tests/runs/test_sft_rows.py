@@ -75,7 +75,7 @@ def test_labels_are_checked_once(base, monkeypatch):
     config = config_of(base, base / "two", **SETTINGS, data__cache_dir=base / "cache")
     inputs = load_inputs(config)
     sft.fitting_lessons(config, inputs)
-    monkeypatch.setattr(sft, "lesson", None)  # nobody may call it
+    monkeypatch.setattr(sft, "sft_example", None)  # nobody may call it
     sft.fitting_lessons(config, inputs)
     longer = config_of(base, base / "two", **SETTINGS, data__cache_dir=base / "cache",
                        model__max_length=64)  # fmt: skip
