@@ -1,7 +1,7 @@
-"""The typed records that pass between the stages of a step.
+"""The typed records that the stages of a step pass to each other.
 
-Shape legend: k sequences of a micro-batch, t tokens of its row on this rank, c context-parallel ranks,
-n response tokens predicted on this rank.
+Shape legend: k sequences of a micro-batch, t tokens of its row on this rank, c context-parallel
+ranks, n response tokens that this rank predicts.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen. Temperature 0 is greedy; top_k 0 and top_p 1 are off."""
+    """How the next token is chosen. Temperature 0 is greedy; top_k = 0 and top_p = 1 are off."""
 
     max_new_tokens: int
     min_new_tokens: int = 0
@@ -23,12 +23,12 @@ class Sampling:
     stop: tuple[str, ...] = ()
     """Texts that end a response."""
     stop_token_ids: tuple[int, ...] = ()
-    """Tokens that end a response, beside the tokenizer's own ends."""
+    """Tokens that end a response, in addition to the tokenizer's end tokens."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """One sequence to generate: the prompt, and the number that its random numbers derive from."""
+    """One sequence to generate: the prompt, and the id from which its random numbers derive."""
 
     prompt: tuple[int, ...]
     sample_id: int
@@ -36,46 +36,53 @@ class Request:
 
 @dataclass(frozen=True)
 class Generation:
-    """A finished response. `logprobs` are of the untruncated distribution at the temperature."""
+    """A finished response."""
 
     tokens: list[int]
     logprobs: list[float]
-    truncated: bool  # it ran into max_new_tokens
+    """Under the distribution at the temperature, before top_k and top_p cut it."""
+    truncated: bool
+    """Whether max_new_tokens ended it."""
 
 
 @dataclass(frozen=True)
 class Packing:
-    """Where the sequences of a packed row lie, for attention.
+    """The positions of the sequences in a packed row, for attention.
 
-    boundaries: [k+1] int32, where each of the k sequences starts in the whole row, then its length
-    t·c; longest: tokens of the longest. The rest serves attention without a kernel for packed rows:
-    it lays the row out as k padded sequences. query_cells: [t] and key_cells: [t·c] int64, the place
-    of each token in [k × longest/c] and [k × longest]. Where the row is split over c context-parallel
-    ranks, gathered: [t·c], the place of each token of the row in what the ranks hold one after the
-    other; visible: [k, 1, longest/c, longest] bool, which keys a query sees. None where c = 1.
+    Kernels for packed rows need the first two fields only. Without such a kernel, attention lays
+    the row out as k padded sequences and needs the other fields too.
     """
 
     boundaries: torch.Tensor
+    """[k+1] int32: the start of each of the k sequences in the whole row, then its length t·c."""
     longest: int
+    """Tokens of the longest sequence."""
     query_cells: torch.Tensor
+    """[t] int64: the index of each of this rank's tokens in [k × longest/c]."""
     key_cells: torch.Tensor
+    """[t·c] int64: the index of each token of the row in [k × longest]."""
     gathered: torch.Tensor | None = None
+    """[t·c]: the index of each token of the row in the concatenation of all context-parallel ranks'
+    tokens; None if c = 1."""
     visible: torch.Tensor | None = None
+    """[k, 1, longest/c, longest] bool: which keys a query sees; None if c = 1."""
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Sequences end to end in one row for one forward pass, and where response tokens are predicted.
+    """The input of one forward pass: sequences end to end in one row.
 
-    tokens: [1, t] int64, this context-parallel rank's part of the row; positions: [t] of each token
-    in its sequence; rows: [n] the hidden states [t] that predict a response token; targets: [n] those
-    tokens; column: [n] where each lies in the buffer's flat columns (on the host, as they are).
-    A rank with fewer micro-batches than its peers fills up with empty ones (n = 0).
+    A rank with fewer micro-batches than its peers adds empty ones (n = 0).
     """
 
     tokens: torch.Tensor
+    """[1, t] int64: this context-parallel rank's part of the row."""
     positions: torch.Tensor
+    """[t]: the position of each token in its sequence."""
     packing: Packing
     rows: torch.Tensor
+    """[n]: the indices of the hidden states [t] that predict a response token."""
     targets: torch.Tensor
+    """[n]: the tokens that they predict."""
     column: torch.Tensor
+    """[n]: the index of each target in the buffer's flat columns; on the host, as they are."""

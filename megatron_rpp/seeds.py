@@ -1,4 +1,4 @@
-"""Random numbers as functions of (seed, step, sample, ...): no state, no dependence on ranks."""
+"""Random numbers as functions of (seed, step, sample, ...): no state, no dependence on the layout."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 def permutation(size: int, *key: int) -> np.ndarray:
-    """[size] int64, a permutation of range(size) drawn from `key` (integers of at least 0).
+    """Returns [size] int64, a permutation of range(size) drawn from `key` (integers from 0).
 
-    Sorted raw bits of PCG64, not Generator.permutation: NumPy keeps the streams of its bit
-    generators stable between releases, but not the methods of Generator (NEP 19).
+    It sorts raw bits of PCG64 and does not call Generator.permutation: NumPy keeps the streams of
+    its bit generators stable between releases, but not the methods of Generator (NEP 19).
     """
     bits = np.random.PCG64(np.random.SeedSequence([len(key), *key])).random_raw(size)
     return np.argsort(bits, kind="stable")
@@ -25,10 +25,10 @@ def _mix(state: np.ndarray) -> np.ndarray:
 
 
 def uniforms(seed: int, step: int, sample_ids: np.ndarray, position: int) -> np.ndarray:
-    """[b] fp64 numbers in [0, 1), one for each sample at `position` of its response."""
+    """Returns [b] fp64 numbers in [0, 1), one per sample, for `position` of its response."""
     with np.errstate(over="ignore"):  # arithmetic is modulo 2^64
         state = np.zeros(len(sample_ids), dtype=np.uint64)
-        for word in (seed, step, sample_ids, position):
-            word = np.asarray(word, dtype=np.int64).astype(np.uint64)
+        for part in (seed, step, sample_ids, position):
+            word = np.asarray(part, dtype=np.int64).astype(np.uint64)
             state = _mix(state + (word + np.uint64(1)) * _GOLDEN)
     return (state >> np.uint64(11)).astype(np.float64) * 2.0**-53

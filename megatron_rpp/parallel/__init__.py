@@ -1,7 +1,7 @@
-"""Process groups, the device, and the pipeline: with `model/` the only rooms that know Megatron.
+"""Process groups, the device, and the waits and exchanges between ranks.
 
-Importing this package comes before any import of `megatron.core`: it makes "cuda" mean the CPU on
-a machine that has no CUDA.
+Import this package before `megatron.core`: on a machine without CUDA it makes "cuda" mean the CPU.
+Only this room, `model/` and `checkpoint/` know Megatron.
 """
 
 from megatron_rpp.parallel import device as device  # noqa: F401  (first, for its effect)

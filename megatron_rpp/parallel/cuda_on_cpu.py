@@ -2,11 +2,11 @@
 
 Megatron-Core names its device "cuda" throughout (`device="cuda"`, `torch.cuda.current_device()`,
 `tensor.cuda()`, `param.type() == "torch.cuda.FloatTensor"`). `install()` answers each of these
-with the CPU. It changes torch for the whole process, so it is inert where CUDA is present, and
-`parallel.device` is the only caller.
+with the CPU. It changes torch for the whole process, so it does nothing if CUDA is present, and
+only `parallel.device` calls it.
 
-Left out: CUDA graphs, memory statistics and the fused kernels, which Megatron-Core does not use
-unless they are asked for; expert parallelism (gloo has no all-to-all with uneven splits).
+Left out: CUDA graphs, memory statistics and the fused kernels, which Megatron-Core does not use by
+default; expert parallelism (gloo has no all-to-all with uneven splits).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def to_cpu(device):
 
 
 def _on_cpu(function):
-    """`function`, which makes a tensor, with a CUDA `device` answered by the CPU."""
+    """Wraps a function that creates a tensor: a CUDA `device` argument becomes the CPU."""
 
     @functools.wraps(function)
     def call(*args, **kwargs):
@@ -52,12 +52,12 @@ _NEW = ("empty", "empty_strided", "zeros", "ones", "full", "tensor")
 
 
 def _replace_factories() -> None:
-    """Whatever makes a tensor on the device that it is told.
+    """Wraps every function that creates a tensor on a given device.
 
-    Names of torch are replaced, and no torch function mode is used, because a mode adds a call of
-    Python to every operation of a run.
+    It replaces torch's functions and does not use a torch function mode, because a mode adds a
+    Python call to every operation of a run.
     """
-    makers = _device_constructors()  # before they are replaced: torch keeps what it found
+    makers = _device_constructors()  # torch caches this set, so ask before replacing anything
     for module in (torch, torch.fft, torch.nested):
         for name, function in list(vars(module).items()):
             if callable(function) and function in makers:
@@ -66,8 +66,8 @@ def _replace_factories() -> None:
         setattr(torch, f"{name}_like", _on_cpu(getattr(torch, f"{name}_like")))
     for name in _NEW:
         setattr(torch.Tensor, f"new_{name}", _on_cpu(getattr(torch.Tensor, f"new_{name}")))
-    start = DeviceContext.__init__  # of `with torch.device("cuda"):`
-    DeviceContext.__init__ = lambda self, device: start(self, to_cpu(device))
+    original_init = DeviceContext.__init__  # `with torch.device("cuda"):` calls it
+    DeviceContext.__init__ = lambda self, device: original_init(self, to_cpu(device))
 
 
 def _replace_tensor_methods() -> None:
@@ -87,7 +87,7 @@ def _replace_tensor_methods() -> None:
 
 
 class _Event:
-    """A CUDA event on a device that never runs behind the host: always done, zero time apart."""
+    """A CUDA event for a device that runs in step with the host: always done, no time elapsed."""
 
     def __init__(self, *args, **kwargs): ...
 
@@ -105,7 +105,7 @@ class _Event:
 
 
 class _Stream:
-    """The one stream of such a device."""
+    """The only stream of such a device; its operations have finished when they return."""
 
     cuda_stream = 0
 
@@ -128,7 +128,7 @@ class _Stream:
 
 
 def _replace_torch_cuda() -> None:
-    """Each name gets a function object of its own: torch 2.13's dynamo refuses shared ones."""
+    """Gives each name its own function object, because dynamo of torch 2.13 rejects shared ones."""
     cuda, stream = torch.cuda, _Stream()
     cuda.current_device = lambda: CPU
     cuda.set_device = lambda *args, **kwargs: None
@@ -144,25 +144,25 @@ def _replace_torch_cuda() -> None:
 
 
 def _import_megatron_uncompiled() -> None:
-    """Imports Megatron-Core with its fused operations as plain Python.
+    """Imports Megatron-Core with its fused operations left as plain Python.
 
-    It hands them to torch.compile when they are defined, which loads torch's compiler: two seconds
-    of every process, for operations that are not asked for where they would be compiled for a CPU.
+    Megatron passes them to torch.compile when it defines them. That loads torch's compiler, which
+    costs every process two seconds, and a run on the CPU does not use these operations.
     """
 
-    def as_it_is(function=None, **options):
+    def return_uncompiled(function=None, **options):
         return function or (lambda given: given)
 
-    compiler, torch.compile = torch.compile, as_it_is
+    compiler, torch.compile = torch.compile, return_uncompiled
     try:
         import megatron.core.jit
     finally:
         torch.compile = compiler
-    megatron.core.jit.disable_jit_fuser()  # for those of its modules that are imported later
+    megatron.core.jit.disable_jit_fuser()  # for its modules that are imported later
 
 
 def _replace_megatron_rng() -> None:
-    """Megatron's tracker reads the generator of a CUDA device through these two."""
+    """Replaces the functions through which Megatron's tracker accesses a CUDA random generator."""
     import megatron.core.tensor_parallel.random as megatron_random
 
     megatron_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
@@ -173,9 +173,9 @@ _installed = False
 
 
 def install() -> bool:
-    """Makes this process's "cuda" the CPU; call it before the first `megatron.core` import.
+    """Makes "cuda" mean the CPU in this process; call it before `megatron.core` is imported.
 
-    Returns True where it is now in force, False where CUDA is present (nothing is changed).
+    Returns True if "cuda" now means the CPU, and False if CUDA is present; then nothing is changed.
     A second call changes nothing.
     """
     global _installed

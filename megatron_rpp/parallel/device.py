@@ -1,7 +1,7 @@
-"""The one place that knows whether this process computes on a GPU or on the CPU.
+"""The only module that knows whether this process computes on a GPU or on the CPU.
 
-Everything else asks `device()` for where its tensors live. Importing this module (every module
-that imports `megatron.core` imports it first) puts `cuda_on_cpu` in force where CUDA is missing.
+All other code calls `device()` to find out where its tensors belong. Importing this module installs
+`cuda_on_cpu` if CUDA is missing, so every module that imports `megatron.core` imports it first.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import torch
 from megatron_rpp.lifecycle.config_error import ConfigError
 from megatron_rpp.parallel import cuda_on_cpu
 
-# Megatron-Core announces once per rank each accelerator that is absent (`describe()` says it in one
-# line), and calls collectives by names that torch is about to rename.
+# Every rank of Megatron-Core warns about each missing accelerator (`describe()` lists them in one
+# line), and Megatron-Core calls collectives by names that torch has deprecated.
 warnings.filterwarnings("ignore", module="megatron")
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
 logging.getLogger("megatron.core").setLevel(logging.ERROR)
@@ -28,7 +28,7 @@ ON_CPU = cuda_on_cpu.install()
 
 
 def device() -> torch.device:
-    """Where this rank's tensors live."""
+    """The device that holds this rank's tensors."""
     return cuda_on_cpu.CPU if ON_CPU else torch.device("cuda", torch.cuda.current_device())
 
 
@@ -53,14 +53,14 @@ def set_up(local_rank: int, local_world_size: int) -> None:
 
 
 def peak_memory_gb() -> float:
-    """The most memory this rank has held so far, in GB (1e9 bytes): GPU memory, or resident set."""
+    """This rank's peak memory so far in GB (1e9 bytes): GPU memory, or the resident set on a CPU."""
     if ON_CPU:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
     return torch.cuda.max_memory_allocated() / 1e9
 
 
-# Dense bf16 peak in TFLOP/s by a part of the name that CUDA gives the device, from NVIDIA's data
-# sheets (their figures "with sparsity" are twice these). The first that fits counts.
+# Dense bf16 peak in TFLOP/s by words of the device name that CUDA reports, from NVIDIA's data sheets
+# (their figures "with sparsity" are twice these). The first match counts.
 _PEAKS = {
     "B300": 2250.0,
     "GB300": 2500.0,
@@ -86,7 +86,7 @@ _PEAKS = {
 
 
 def peak_flops_of(name: str) -> float | None:
-    """Dense bf16 FLOP/s of the GPU of this name; None where it is not known."""
+    """Dense bf16 FLOP/s of the GPU of this name; None if it is not in the table."""
     words = name.replace("-", " ").split()
     for known, peak in _PEAKS.items():
         if all(word in words for word in known.split()):
@@ -95,19 +95,19 @@ def peak_flops_of(name: str) -> float | None:
 
 
 def peak_flops() -> float | None:
-    """Dense bf16 FLOP/s of this rank's GPU; None on the CPU and on a GPU that is not known."""
+    """Dense bf16 FLOP/s of this rank's GPU; None on a CPU or a GPU that is not in the table."""
     return None if ON_CPU else peak_flops_of(torch.cuda.get_device_name())
 
 
 def free_memory() -> int:
-    """Bytes that are free for the ranks of this host (CPU) or for this rank (its GPU)."""
+    """Free bytes: of this rank's GPU, or of the host's memory, which its ranks share."""
     if ON_CPU:
         return psutil.virtual_memory().available
     return torch.cuda.mem_get_info()[0]
 
 
 def matmul_fp32(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """left · right, [n, h] · [h, m], summed and kept in fp32 also where the factors are bf16."""
+    """left · right, [n, h] · [h, m], summed and returned in fp32 even if the factors are bf16."""
     if left.dtype == torch.float32:
         return left @ right
     if ON_CPU:
@@ -116,7 +116,7 @@ def matmul_fp32(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 
 
 def has_transformer_engine() -> bool:
-    """Whether Megatron's fused modules can be used."""
+    """Whether TransformerEngine is installed, so that Megatron's fused modules can be used."""
     if ON_CPU:
         return False
     from megatron.core.extensions.transformer_engine import HAVE_TE  # as Megatron sees it
@@ -125,7 +125,7 @@ def has_transformer_engine() -> bool:
 
 
 def has_apex() -> bool:
-    """Whether NVIDIA's Apex is here (the package of that name on PyPI has no `amp_C`)."""
+    """Whether NVIDIA Apex is installed; PyPI's `apex` is another package and has no `amp_C`."""
     return not ON_CPU and importlib.util.find_spec("amp_C") is not None
 
 
@@ -133,12 +133,11 @@ def describe() -> str:
     """One line for the start-up log: device, threads, versions, optional accelerators."""
     import megatron.core
 
-    where = f"CPU, {torch.get_num_threads()} thread(s) a rank" if ON_CPU else (
-        torch.cuda.get_device_name()
-    )
+    threads = f"CPU, {torch.get_num_threads()} thread(s) a rank"
+    name = threads if ON_CPU else torch.cuda.get_device_name()
     extras = {"TransformerEngine": has_transformer_engine(), "Apex": has_apex()}
     found = ", ".join(f"{name} {'active' if on else 'absent'}" for name, on in extras.items())
     return (
-        f"{where}; {backend()}; torch {torch.__version__}; "
+        f"{name}; {backend()}; torch {torch.__version__}; "
         f"megatron-core {megatron.core.__version__}; {found}"
     )

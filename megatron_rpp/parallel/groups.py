@@ -1,8 +1,8 @@
-"""Process groups: who computes with whom.
+"""Process groups: which ranks compute together.
 
 A data-parallel replica is the tensor × pipeline × context ranks that share one shard of the rollout
-buffer: tensor × pipeline hold one copy of the model, and the context-parallel ones work on different
-parts of each sequence. Every rank of a group joins every collective in the same order.
+buffer. Its tensor × pipeline ranks hold one copy of the model; its context-parallel ranks work on
+different parts of each sequence. Every rank of a group joins every collective in the same order.
 
 Left out: expert parallelism.
 """
@@ -10,9 +10,10 @@ Left out: expert parallelism.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from datetime import timedelta
-from typing import Any, Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,7 +29,7 @@ WAIT_SECONDS = 2.0
 
 
 def launched_world_size() -> int:
-    """The number of processes torchrun started (1 without torchrun)."""
+    """The number of processes that torchrun started; 1 without torchrun."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -38,7 +39,7 @@ _replica: dist.ProcessGroup | None = None  # Megatron has no group of tensor × 
 def start(
     tensor: int, pipeline: int, seed: int, context: int = 1, virtual_pipeline: int = 1
 ) -> None:
-    """Joins the world that torchrun prepared, if not yet done, and splits it into parallel groups.
+    """Joins the world that torchrun prepared, unless this is done, and splits it into groups.
 
     Without torchrun this process is a world of one. The caller has checked that
     tensor × pipeline × context divides the world size.
@@ -65,7 +66,7 @@ def _start_replica_group(context: int) -> None:
         _replica = parallel_state.get_model_parallel_group()
         return
     replicas = gather_objects(data_rank(), dist.group.WORLD)
-    for number in range(data_size()):  # every rank takes part in making every group
+    for number in range(data_size()):  # every rank must join the creation of every group
         ranks = [rank for rank, replica in enumerate(replicas) if replica == number]
         group = dist.new_group(ranks, timeout=COLLECTIVE_TIMEOUT)
         if number == data_rank():
@@ -86,8 +87,8 @@ def _join_world() -> None:
     except dist.DistNetworkError as error:
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise RunFailure(
-            f"the ranks cannot meet at {address} ({str(error).splitlines()[0]}): where another "
-            f"program has that port, choose another MASTER_PORT"
+            f"the ranks cannot meet at {address} ({str(error).splitlines()[0]}): if another "
+            f"program uses that port, choose another MASTER_PORT"
         ) from error
 
 
@@ -105,7 +106,7 @@ def stop() -> None:
 
 
 def data_group() -> dist.ProcessGroup:
-    """The ranks that hold the same part of the model, and different shards of the buffer."""
+    """The ranks that hold the same part of the model and different shards of the buffer."""
     return parallel_state.get_data_parallel_group()
 
 
@@ -136,7 +137,7 @@ def model_group() -> dist.ProcessGroup:
 
 def replica_group() -> dist.ProcessGroup:
     """The tensor × pipeline × context ranks of this rank's replica."""
-    assert _replica is not None, "groups.start comes first"
+    assert _replica is not None, "call groups.start first"
     return _replica
 
 
@@ -157,17 +158,17 @@ def is_last_stage() -> bool:
 
 
 def is_replica_leader() -> bool:
-    """True on the one rank of a replica that does what must be done once per replica."""
+    """True on the rank that does what each replica must do exactly once."""
     return replica_group().rank() == 0
 
 
 def is_main() -> bool:
-    """True on the one rank that writes logs and talks to the user."""
+    """True on the rank that writes the logs and prints to the console."""
     return dist.get_rank() == 0
 
 
 def broadcast_object(value: Any, group: dist.ProcessGroup | None = None) -> Any:
-    """`value` as the first rank of `group` (default: the world) has it, on every rank of it."""
+    """Returns the first rank's `value` on every rank of `group` (default: the world)."""
     box = [value]
     source = dist.get_global_rank(group, 0) if group is not None else 0
     dist.broadcast_object_list(box, src=source, group=group, device=devices.device())
@@ -175,16 +176,16 @@ def broadcast_object(value: Any, group: dist.ProcessGroup | None = None) -> Any:
 
 
 def broadcast_from_last_stage(values: torch.Tensor) -> torch.Tensor:
-    """Fills `values` in place on every pipeline stage with what the last stage has."""
+    """Copies the last pipeline stage's `values` into those of every other stage, in place."""
     group = pipeline_group()
     if group.size() > 1:
         dist.broadcast(values, src=dist.get_global_rank(group, group.size() - 1), group=group)
     return values
 
 
-def gather_objects(value: Any, group: dist.ProcessGroup) -> list[Any]:
-    """Every rank's `value`, in rank order, on every rank of `group`."""
-    gathered: list[Any] = [None] * group.size()
+def gather_objects(value: Any, group: dist.ProcessGroup | None) -> list[Any]:
+    """Returns every rank's `value`, in rank order, on every rank of `group` (None: the world)."""
+    gathered: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(gathered, value, group=group)
     return gathered
 
@@ -192,9 +193,9 @@ def gather_objects(value: Any, group: dist.ProcessGroup) -> list[Any]:
 def on_main(task: Callable[[], None]) -> None:
     """Runs `task` on the main rank while the others wait, however long it takes. Collective.
 
-    A barrier would end the run after COLLECTIVE_TIMEOUT; here all ranks meet every few seconds.
+    A barrier would end the run after COLLECTIVE_TIMEOUT, so all ranks meet every few seconds.
 
-    Raises RunFailure, on every rank, with what the task raised.
+    Raises RunFailure on every rank if the task raises.
     """
     with ThreadPoolExecutor(1) as pool:
         work = pool.submit(task) if is_main() else None
@@ -211,8 +212,10 @@ def on_main(task: Callable[[], None]) -> None:
                 return
 
 
-def reduce_sums(values: list[float], group: dist.ProcessGroup, op=dist.ReduceOp.SUM) -> list[float]:
-    """The element-wise reduction of `values` over `group` in fp64."""
+def reduce_sums(
+    values: list[float], group: dist.ProcessGroup | None, op: Any = dist.ReduceOp.SUM
+) -> list[float]:
+    """Reduces `values` element by element over `group` (None: the world) in fp64."""
     total = torch.tensor(values, dtype=torch.float64, device=devices.device())
     dist.all_reduce(total, op=op, group=group)
     return total.tolist()

@@ -1,4 +1,7 @@
-"""The ranks that convert a model together, of torchrun, or one process alone."""
+"""Exchanges between ranks that also work in one process without a process group.
+
+Conversion runs under torchrun or alone; checkpoints and step progress use the same functions.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +16,13 @@ import torch.distributed as dist
 from megatron_rpp.lifecycle.config_error import ConfigError
 from megatron_rpp.parallel import groups
 
-Made = TypeVar("Made")
-# The ranks wait for the one with the largest share; one that dies is noticed at once.
-_PATIENCE = timedelta(days=1)
+Result = TypeVar("Result")
+# Ranks wait for the one with the most work. A rank that dies is noticed at once, timeout or not.
+_TIMEOUT = timedelta(days=1)
 
 
 def rank() -> int:
-    """Of this process; 0 without a process group."""
+    """The rank of this process; 0 without a process group."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -29,42 +32,47 @@ def world_size() -> int:
 
 @contextlib.contextmanager
 def joined() -> Iterator[None]:
-    """The process group of torchrun's ranks; none where torchrun did not start this process."""
-    own = "WORLD_SIZE" in os.environ and not dist.is_initialized()
-    if own:
-        dist.init_process_group("gloo", timeout=_PATIENCE)
+    """Joins the process group of torchrun's ranks; does nothing without torchrun."""
+    joins = "WORLD_SIZE" in os.environ and not dist.is_initialized()
+    if joins:
+        dist.init_process_group("gloo", timeout=_TIMEOUT)
     try:
         yield
     finally:
-        if own:
+        if joins:
             dist.destroy_process_group()
 
 
-def raise_on_all_ranks(make: Callable[[], Made]) -> Made:
-    """What `make` gives, unless it is refused on any rank: then that refusal on every one.
+def raise_on_all_ranks(task: Callable[[], Result]) -> Result:
+    """Returns what `task` returns, or raises on every rank if it raises ValueError on any.
 
-    Collective where there is a process group. Raises ConfigError.
+    Collective if there is a process group.
+
+    Raises ConfigError with the message of the first rank that failed.
     """
-    made, refusal = None, None
+    result: Result
+    problem = None
     try:
-        made = make()
+        result = task()
     except ValueError as error:
-        refusal = str(error)
-    for text in gathered(refusal):
+        problem = str(error)
+    for text in gathered(problem):
         if text is not None:
             raise ConfigError(text)
-    return made
+    return result
 
 
 def gathered(value: Any) -> list[Any]:
-    """Every rank's `value`, in rank order."""
+    """Returns every rank's `value`, in rank order."""
     return groups.gather_objects(value, dist.group.WORLD) if dist.is_initialized() else [value]
 
 
-def on_every_rank(task: Callable[[], Made]) -> list[Made]:
-    """What `task` returned on every rank, in rank order. Collective; the task itself must not be.
+def on_every_rank(task: Callable[[], Result]) -> list[Result]:
+    """Runs `task` on every rank and returns all results in rank order.
 
-    Raises OSError, on every rank, where the task raised one on any: nobody waits for a rank whose
+    Collective; the task itself must not be.
+
+    Raises OSError on every rank if the task raised one on any, so that no rank waits for one whose
     disk is full.
     """
     result, problem = None, None
@@ -79,12 +87,14 @@ def on_every_rank(task: Callable[[], Made]) -> list[Made]:
     return [value for value, _ in outcomes]
 
 
-def on_main_rank(task: Callable[[], Made]) -> Made:
-    """What `task` returned on the main rank, which alone runs it. Collective; the task must not be.
+def on_main_rank(task: Callable[[], Result]) -> Result:
+    """Runs `task` on the main rank only and returns its result on every rank.
 
-    Raises OSError, on every rank, where the task raised one.
+    Collective; the task itself must not be.
+
+    Raises OSError on every rank if the task raised one.
     """
-    return on_every_rank(lambda: task() if is_main() else None)[0]
+    return on_every_rank(lambda: [task()] if is_main() else [])[0][0]
 
 
 def is_main() -> bool:
