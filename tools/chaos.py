@@ -28,14 +28,15 @@ import threading
 import time
 import traceback
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_rpp import train  # noqa: E402
-from megatron_rpp.lifecycle import heartbeat  # noqa: E402
-from tests.small_run import arguments, make_data  # noqa: E402
+from megatron_rpp import train
+from megatron_rpp.lifecycle import heartbeat
+from tests.small_run import arguments, make_data
 
 PHASES = (
     "rollout", "keep rollouts", "reward", "score", "update", "evaluation", "save: begin",
@@ -136,10 +137,8 @@ def start(ranks: int, argv: list[str], kill: Kill | None, log: Path) -> list[int
     for rank in range(ranks):
         group = children[0] if children else 0
         child = _fork(group, rank, ranks, port, argv, kill, log)
-        try:
-            os.setpgid(child, group or child)  # here too: the child may not have come to it yet
-        except ProcessLookupError:
-            pass
+        with suppress(ProcessLookupError):
+            os.setpgid(child, group or child)  # here too: the child may not have done it yet
         children.append(child)
     codes: dict[int, int] = {}
     deadline = None

@@ -1,12 +1,12 @@
-"""How long a save holds a run up: waiting for it against writing it in the background.
+"""How long a save stalls a run: in the foreground, and in the background.
 
-Whole REINFORCE++ steps of the benchmark's reference work on a wider model (20 million parameters, a
-checkpoint of 0.31 GB) and fewer samples, a save after every step, first waiting and then in the
-background. Called by tools/benchmark.py; one JSON line:
+Runs whole REINFORCE++ steps of the reference work with a wider model (20 million parameters, a
+checkpoint of 0.31 GB) and fewer samples, and saves after every step: first in the foreground, then
+in the background. tools/benchmark.py calls it; the result is one JSON line:
 
-  waiting, background   stall_seconds: median over saves of what the run stood still for one, until it
-                        was in force; step_seconds: median of whole steps without that, in which a
-                        background save takes its share of the machine
+  waiting, background   stall_seconds: median time that one save stalled the run, up to the moment
+                        at which the checkpoint is current; step_seconds: median of whole steps
+                        without the stalls, while a background save takes its share of the machine
   stall_ratio           background / waiting
 
 Left out: remote file systems; the disk here may be a cache in memory.
@@ -21,7 +21,13 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from benchmark import reference_run
+from benchmarks.reference_work import reference_run
+from megatron_rpp.parallel import groups
+from megatron_rpp.parallel.device import describe
+from megatron_rpp.runtime import checkpointing
+from megatron_rpp.runtime.run import Run
+from megatron_rpp.runtime.session import frozen_heap
+from megatron_rpp.train import rl_step
 
 WIDE = {
     "model.layers": 6, "model.hidden": 512, "model.heads": 8, "model.ffn_hidden": 1376,
@@ -31,11 +37,8 @@ WIDE = {
 }  # fmt: skip
 
 
-def measure(run, saves: int) -> dict:
+def measure(run: Run, saves: int) -> dict:
     """`saves` steps, each followed by a save."""
-    from megatron_rpp.runtime import checkpointing
-    from megatron_rpp.train import rl_step
-
     stalls, steps = [], []
 
     def step() -> None:
@@ -59,10 +62,6 @@ def measure(run, saves: int) -> dict:
 
 def worker(saves: int, settings: list[str]) -> None:
     """One rank; the main rank prints the result."""
-    from megatron_rpp.parallel import groups
-    from megatron_rpp.parallel.device import describe
-    from megatron_rpp.runtime.session import frozen_heap
-
     folder = tempfile.TemporaryDirectory(prefix="checkpoints_")
     wide = [f"--{name}={value}" for name, value in WIDE.items()]
     run = reference_run([*wide, *settings])

@@ -39,15 +39,25 @@ def build_tokenizer() -> transformers.PreTrainedTokenizerFast:
     words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(VOCABULARY)}, f"t{EOS}"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=words, eos_token=f"t{EOS}", pad_token=f"t{EOS}")
+        tokenizer_object=words, eos_token=f"t{EOS}", pad_token=f"t{EOS}"
+    )
 
 
 def build_model(folder: str) -> transformers.LlamaForCausalLM:
     """Return a random model read from `folder`, where TRL finds the weights of the reference."""
     shape = transformers.LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=128, intermediate_size=344, num_hidden_layers=4,
-        num_attention_heads=4, num_key_value_heads=4, tie_word_embeddings=False,
-        max_position_embeddings=128, bos_token_id=None, eos_token_id=EOS, pad_token_id=EOS)
+        vocab_size=VOCABULARY,
+        hidden_size=128,
+        intermediate_size=344,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        tie_word_embeddings=False,
+        max_position_embeddings=128,
+        bos_token_id=None,
+        eos_token_id=EOS,
+        pad_token_id=EOS,
+    )
     transformers.LlamaForCausalLM(shape).save_pretrained(folder)
     return transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
@@ -66,8 +76,12 @@ def even_share(completion_ids: list[list[int]], **_: object) -> list[float]:
 class StepClock(transformers.TrainerCallback):
     """Times TRL's own methods; `rows` gets the seconds of each step and of its phases."""
 
-    METHODS = {"prepare": "_prepare_inputs", "generate": "_generate",  # prepare calls the others
-               "reward": "_calculate_rewards", "score": "_get_per_token_logps_and_entropies"}
+    METHODS = {
+        "prepare": "_prepare_inputs",
+        "generate": "_generate",  # prepare calls the others
+        "reward": "_calculate_rewards",
+        "score": "_get_per_token_logps_and_entropies",
+    }
 
     def __init__(self, trainer: trl.RLOOTrainer) -> None:
         self.seconds, self.rows, self.last_end = Counter(), [], time.perf_counter()
@@ -81,6 +95,7 @@ class StepClock(transformers.TrainerCallback):
             if phase != "score" or not torch.is_grad_enabled():  # with gradients: the loss
                 self.seconds[phase] += time.perf_counter() - start
             return result
+
         return call
 
     def on_step_begin(self, *_, **__) -> None:
@@ -98,14 +113,31 @@ class StepClock(transformers.TrainerCallback):
 def run(folder: str, steps: int, micro_batch: int) -> tuple[list[dict], dict]:
     """Train `steps` steps; return a row of seconds for each, and the settings in force."""
     args = trl.RLOOConfig(
-        output_dir=folder, max_steps=steps, per_device_train_batch_size=micro_batch,
-        gradient_accumulation_steps=BATCH // micro_batch, num_generations=SAMPLES, beta=0.05,
-        max_completion_length=NEW_TOKENS, generation_kwargs={"min_new_tokens": NEW_TOKENS},
-        temperature=1.0, learning_rate=1e-5, bf16=False, gradient_checkpointing=False, use_cpu=True,
-        report_to="none", disable_tqdm=True, logging_strategy="no", save_strategy="no")
+        output_dir=folder,
+        max_steps=steps,
+        per_device_train_batch_size=micro_batch,
+        gradient_accumulation_steps=BATCH // micro_batch,
+        num_generations=SAMPLES,
+        beta=0.05,
+        max_completion_length=NEW_TOKENS,
+        generation_kwargs={"min_new_tokens": NEW_TOKENS},
+        temperature=1.0,
+        learning_rate=1e-5,
+        bf16=False,
+        gradient_checkpointing=False,
+        use_cpu=True,
+        report_to="none",
+        disable_tqdm=True,
+        logging_strategy="no",
+        save_strategy="no",
+    )
     trainer = trl.RLOOTrainer(
-        model=build_model(folder), reward_funcs=even_share, args=args,
-        train_dataset=random_prompts(steps), processing_class=build_tokenizer())
+        model=build_model(folder),
+        reward_funcs=even_share,
+        args=args,
+        train_dataset=random_prompts(steps),
+        processing_class=build_tokenizer(),
+    )
     clock = StepClock(trainer)
     trainer.add_callback(clock)
     trainer.remove_callback(transformers.PrinterCallback)  # standard output is for the JSON
@@ -113,12 +145,20 @@ def run(folder: str, steps: int, micro_batch: int) -> tuple[list[dict], dict]:
     # Neither part can be longer, so equality means that no prompt and no completion was shorter.
     assert trainer.state.num_input_tokens_seen == steps * BATCH * (PROMPT_TOKENS + NEW_TOKENS)
     return clock.rows, {
-        "samples": BATCH, "prompt_tokens": PROMPT_TOKENS, "new_tokens": NEW_TOKENS,
-        "parameters": trainer.model.num_parameters(), "dtype": str(trainer.model.dtype),
-        "attention": trainer.model.config._attn_implementation, "micro_batch": micro_batch,
-        "gradient_accumulation": args.gradient_accumulation_steps, "beta": args.beta,
-        "generation_batch": args.generation_batch_size, "optimizer": args.optim.value,
-        "torch": torch.__version__, "transformers": transformers.__version__}
+        "samples": BATCH,
+        "prompt_tokens": PROMPT_TOKENS,
+        "new_tokens": NEW_TOKENS,
+        "parameters": trainer.model.num_parameters(),
+        "dtype": str(trainer.model.dtype),
+        "attention": trainer.model.config._attn_implementation,
+        "micro_batch": micro_batch,
+        "gradient_accumulation": args.gradient_accumulation_steps,
+        "beta": args.beta,
+        "generation_batch": args.generation_batch_size,
+        "optimizer": args.optim.value,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
 
 
 def main() -> None:
@@ -137,12 +177,23 @@ def main() -> None:
     rows = rows[options.warmup :]
     median = {key: round(statistics.median(row[key] for row in rows), 4) for key in rows[0]}
     steps = [round(row["step"], 4) for row in rows]
-    print(json.dumps({
-        "trainer": "trl", "version": trl.__version__, "threads": torch.get_num_threads(),
-        "step_seconds": {"median": median.pop("step"), "min": min(steps), "max": max(steps)},
-        "phases": median,
-        "generated_tokens_per_second": round(BATCH * NEW_TOKENS / median["generate"]),
-        "settings": settings | {"steps": options.steps, "warmup": options.warmup}}))
+    print(
+        json.dumps(
+            {
+                "trainer": "trl",
+                "version": trl.__version__,
+                "threads": torch.get_num_threads(),
+                "step_seconds": {
+                    "median": median.pop("step"),
+                    "min": min(steps),
+                    "max": max(steps),
+                },
+                "phases": median,
+                "generated_tokens_per_second": round(BATCH * NEW_TOKENS / median["generate"]),
+                "settings": settings | {"steps": options.steps, "warmup": options.warmup},
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@
     unfused   this rank's logits of all rows at once, then Megatron's vocab_parallel_cross_entropy
     gathered  the logits of all rows gathered over the tensor-parallel ranks, then log_softmax
 
-Each case runs in fresh processes, so that the operating system's own peak is that case's. What the
-process holds before (inputs, weights, libraries) is taken off. Left out: entropy, bf16.
+Each case runs in new processes, because the operating system reports the peak of a process. What the
+process held before (inputs, weights, libraries) is subtracted. Left out: entropy, bf16.
 """
 
 from __future__ import annotations
@@ -22,19 +22,20 @@ import torch.multiprocessing as mp
 from rich.console import Console
 from rich.table import Table
 
+from megatron_rpp.model.logprobs import vocab_parallel_logprobs
+from megatron_rpp.parallel import device as devices
+from megatron_rpp.parallel import groups
+
+from megatron.core.tensor_parallel import (
+    gather_from_tensor_model_parallel_region,
+    vocab_parallel_cross_entropy,
+)
+
 VARIANTS = ("ours", "unfused", "gathered")
 HIDDEN = 256
 
 
 def _logprobs(variant: str, hidden, weight, targets):
-    from megatron_rpp.model.logprobs import vocab_parallel_logprobs
-    from megatron_rpp.parallel import groups
-
-    from megatron.core.tensor_parallel import (
-        gather_from_tensor_model_parallel_region,
-        vocab_parallel_cross_entropy,
-    )
-
     if variant == "ours":
         group = groups.tensor_group()
         return vocab_parallel_logprobs(hidden, weight, targets, len(weight), 1.0, group)[0]
@@ -46,9 +47,6 @@ def _logprobs(variant: str, hidden, weight, targets):
 
 
 def _rank(rank: int, tensor: int, variant: str, vocabulary: int, rows: int, folder: str) -> None:
-    from megatron_rpp.parallel import device as devices
-    from megatron_rpp.parallel import groups
-
     os.environ |= {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(tensor)}
     store = dist.FileStore(f"{folder}/store", tensor)
     dist.init_process_group(devices.backend(), store=store, rank=rank, world_size=tensor)
@@ -58,7 +56,7 @@ def _rank(rank: int, tensor: int, variant: str, vocabulary: int, rows: int, fold
     weight = torch.randn(vocabulary // tensor, HIDDEN, generator=random) * 0.05
     weight = weight.to(devices.device()).requires_grad_()
     targets = torch.randint(vocabulary, (rows,), generator=random).to(devices.device())
-    # A first, tiny call pays for what is set up once.
+    # A first, tiny call pays the one-time costs.
     _logprobs(variant, hidden[:2], weight, targets[:2]).sum().backward()
     hidden.grad = weight.grad = None
     before, start = devices.peak_memory_gb(), time.perf_counter()
@@ -71,7 +69,7 @@ def _rank(rank: int, tensor: int, variant: str, vocabulary: int, rows: int, fold
 
 
 def run(tensor: int, vocabularies: list[int], lengths: list[int]) -> dict:
-    """Every variant over vocabulary × rows on `tensor` ranks; prints a table as it goes."""
+    """Runs every variant for every vocabulary and number of rows on `tensor` ranks; prints a table."""
     results = []
     table = Table("vocabulary", "rows", *VARIANTS, title=f"peak MB (seconds), TP{tensor}")
     for vocabulary in vocabularies:

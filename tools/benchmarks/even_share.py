@@ -1,0 +1,12 @@
+"""The reward of the benchmarks: cheap, and different for every response."""
+
+from __future__ import annotations
+
+import statistics
+
+
+def even_share(prompts, responses, labels, metadata) -> list[float]:
+    """The share of even token ids in each response."""
+    return [
+        statistics.mean(int(word) % 2 == 0 for word in response.split()) for response in responses
+    ]
