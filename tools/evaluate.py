@@ -3,9 +3,9 @@
     python tools/evaluate.py --config RECIPE --model.hf_path DIR [--output FILE] [--section.key value]
     torchrun --nproc-per-node N tools/evaluate.py --config RECIPE --model.init_path DIR ...
 
-Prompts are those of data.eval (or data.eval_split), rewards those of the reward section, decoding is
-greedy: what train.py measures as `eval/accuracy`. An answer is correct where the first reward
-function gives 1.0 or more. Left out: several samples a prompt, confidence intervals.
+Measures what train.py logs as `eval/accuracy`: greedy answers to the prompts of data.eval (or
+data.eval_split), scored by the functions of the reward section. An answer is correct if the first
+reward function gives it 1.0 or more. Left out: several samples per prompt, confidence intervals.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
@@ -25,18 +26,28 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs without an 
 from megatron_rpp.config import cli, count_replicas
 from megatron_rpp.lifecycle import entrypoint
 from megatron_rpp.lifecycle.atomic_files import write_atomic
-from megatron_rpp.parallel import groups
-from megatron_rpp.rollout.engine import MegatronEngine
-from megatron_rpp.runtime.inputs import check_writable, load_inputs
-from megatron_rpp.runtime.policy import build_start
-from megatron_rpp.stages.evaluation import Evaluation, evaluate
+
+if TYPE_CHECKING:
+    from megatron_rpp.stages.evaluation import Evaluation
 
 
 def main(argv: list[str] | None = None) -> None:
-    own = argparse.ArgumentParser(prog="evaluate.py", add_help=False, allow_abbrev=False)
-    own.add_argument("--output", type=Path)
-    options, words = own.parse_known_args(argv)
+    parser = argparse.ArgumentParser(
+        prog="evaluate.py",
+        description=__doc__.splitlines()[0],
+        epilog="All settings of training work here: python -m megatron_rpp.train --help lists them.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--output", type=Path, help="also write the result to this JSON file")
+    options, words = parser.parse_known_args(argv)
     config = cli.parse(words).config
+    # torch is imported only now, so that --help and a mistake on the command line answer at once.
+    from megatron_rpp.parallel import groups
+    from megatron_rpp.rollout.engine import MegatronEngine
+    from megatron_rpp.runtime.inputs import check_writable, load_inputs
+    from megatron_rpp.runtime.policy import build_start
+    from megatron_rpp.stages.evaluation import evaluate
+
     count_replicas(config.parallel, groups.launched_world_size())
     if options.output is not None:
         check_writable("the directory of --output", options.output.parent)
@@ -54,7 +65,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def report(result: Evaluation, output: Path | None) -> None:
-    """The table on stdout, and the JSON in `output` where one is named."""
+    """Prints the table, and writes the JSON if `output` names a file."""
     table = Table("prompts", "accuracy", "mean reward")
     table.add_row(str(result.count), f"{result.accuracy:.1%}", f"{result.reward:.4f}")
     answers = Table("prompt", "label", "response", "reward", title="the first answers")

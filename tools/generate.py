@@ -3,11 +3,12 @@
     python tools/generate.py --model.hf_path DIR --prompt "..." [--section.key value ...]
     torchrun --nproc-per-node N tools/generate.py --model.init_path DIR --file prompts.txt ...
 
-Prompts: --prompt (may be given more than once), or --file in UTF-8 with one a line. Each is checked
-before the model is built: it must have tokens, and fit the context with rollout.max_new_tokens. The settings are those of
-train.py: `--data.apply_chat_template true`, `--rollout.max_new_tokens N`, `--rollout.top_p P`,
-`--parallel.tensor N`; --greedy takes the likeliest tokens. One JSON line a prompt on stdout:
-prompt, response, tokens, truncated. Left out: streaming, a server.
+Prompts come from --prompt, which may be given more than once, or from --file, one per line in UTF-8.
+Each is checked before the model is built: it must have tokens, and fit into the context together
+with rollout.max_new_tokens. The settings are those of train.py, for example
+`--data.apply_chat_template true`, `--rollout.max_new_tokens N`, `--rollout.top_p P` and
+`--parallel.tensor N`. Prints one JSON line per prompt: prompt, response, tokens, truncated. Left
+out: streaming, a server.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs without an installation
 
@@ -23,33 +25,41 @@ from megatron_rpp.data.json_lines import json_line
 from megatron_rpp.data.tokenizer import Tokenizer
 from megatron_rpp.lifecycle import entrypoint
 from megatron_rpp.lifecycle.config_error import reading
-from megatron_rpp.parallel import groups
-from megatron_rpp.records import Generation, Request, Sampling
-from megatron_rpp.rollout.engine import MegatronEngine
-from megatron_rpp.runtime.inputs import (
-    check_start,
-    model_vocabulary,
-    open_tokenizer,
-    response_format,
-    samplings,
-)
-from megatron_rpp.runtime.policy import build_start
-from megatron_rpp.stages.rollout import shard
+
+if TYPE_CHECKING:
+    from megatron_rpp.records import Generation, Sampling
 
 
 def main(argv: list[str] | None = None) -> None:
-    own = argparse.ArgumentParser(prog="generate.py", add_help=False, allow_abbrev=False)
-    own.add_argument("--prompt", action="append", default=[])
-    own.add_argument("--file", type=Path)
-    own.add_argument("--greedy", action="store_true")
-    options, words = own.parse_known_args(argv)
+    parser = argparse.ArgumentParser(
+        prog="generate.py",
+        description=__doc__.splitlines()[0],
+        epilog="All settings of training work here: python -m megatron_rpp.train --help lists them.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--prompt", action="append", default=[], help="a prompt; may be given more than once"
+    )
+    parser.add_argument("--file", type=Path, help="file of prompts in UTF-8, one per line")
+    parser.add_argument("--greedy", action="store_true", help="always take the likeliest token")
+    options, words = parser.parse_known_args(argv)
     config = cli.parse(words).config
+    # torch is imported only now, so that --help and a mistake on the command line answer at once.
+    from megatron_rpp.parallel import groups
+    from megatron_rpp.runtime.inputs import (
+        check_start,
+        model_vocabulary,
+        open_tokenizer,
+        response_format,
+        samplings,
+    )
+
     count_replicas(config.parallel, groups.launched_world_size())
     if options.file and not options.file.is_file():
-        own.error(f"--file {options.file} is not a file")
+        parser.error(f"--file {options.file} is not a file")
     prompts = options.prompt + (lines_of(options.file) if options.file else [])
     if not prompts:
-        own.error("no prompt: give --prompt TEXT or --file FILE")
+        parser.error("no prompt: give --prompt TEXT or --file FILE")
     check_start(config)
     tokenizer, form = open_tokenizer(config.data)
     limit = config.model.max_length - config.rollout.max_new_tokens
@@ -72,8 +82,10 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def lines_of(file: Path) -> list[str]:
-    """The prompts of a file, one a line, blank lines left out. A line ends with a line feed alone:
-    U+2028 or a form feed is part of a prompt."""
+    """The prompts of a file, one per line, without blank lines.
+
+    Only a line feed ends a line: U+2028 and a form feed are part of a prompt.
+    """
     with reading(str(file.absolute()), "save it as UTF-8"):
         lines = file.read_bytes().decode().split("\n")
     return [line.removesuffix("\r") for line in lines if line.strip()]
@@ -87,10 +99,16 @@ def generate(
     sampling: Sampling,
 ) -> list[Generation]:
     """One answer per prompt, in order, on every rank. Collective."""
+    from megatron_rpp.parallel import groups
+    from megatron_rpp.records import Request
+    from megatron_rpp.rollout.engine import MegatronEngine
+    from megatron_rpp.runtime.policy import build_start
+    from megatron_rpp.stages.rollout import shard
+
     stage = build_start(config, vocab_size)
     engine = MegatronEngine(stage.requires_grad_(False), tokenizer, config.rollout.max_batch)
-    own = shard(len(prompts), groups.data_rank(), groups.data_size())
-    requests = [Request(prompts[i], sample_id=i) for i in own]
+    local = shard(len(prompts), groups.data_rank(), groups.data_size())
+    requests = [Request(prompts[i], sample_id=i) for i in local]
     generations = engine.generate(requests, sampling, config.seed, step=0)
     parts = groups.gather_objects(generations, groups.data_group())
     return [generation for part in parts for generation in part]

@@ -2,13 +2,15 @@
 
     python tools/make_task.py --config launch/recipes/quickstart.yaml [--section.key value]
 
-Writes data.train, data.eval and data.tokenizer, and the settings they were made with to task.json
-next to data.train. Files made with the same settings are kept; files made with others are refused
-unless --overwrite is given. Left out: data from anywhere but reasoning-gym's procedural tasks.
+Writes data.train, data.eval and data.tokenizer, and next to data.train the settings they were made
+with, as task.json. Files made with the same settings are left as they are; files made with other
+settings are an error unless --overwrite is given. Left out: data from anywhere but reasoning-gym's
+procedural tasks.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import sys
@@ -35,12 +37,22 @@ console = Console(highlight=False)
 
 def main(argv: list[str]) -> int:
     """Makes what is missing; returns the exit code."""
-    overwrite = "--overwrite" in argv
-    config = cli.parse([word for word in argv if word != "--overwrite"]).config
+    parser = argparse.ArgumentParser(
+        prog="make_task.py",
+        description=__doc__.splitlines()[0],
+        epilog="The settings are those of training, above all --config, --task.* and --data.*: "
+        "python -m megatron_rpp.train --help lists them.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace files that were made with other settings"
+    )
+    options, words = parser.parse_known_args(argv)
+    config = cli.parse(words).config
     try:
         paths, settings_path = output_paths(config.data)
         settings = settings_of(config, settings_path.parent)
-        if not overwrite and is_made(paths, settings_path, settings):
+        if not options.overwrite and is_made(paths, settings_path, settings):
             for path in paths:
                 console.print(f"unchanged, kept {escape(str(path))}", soft_wrap=True)
         else:
@@ -55,7 +67,7 @@ def main(argv: list[str]) -> int:
 def output_paths(data: DataConfig) -> tuple[tuple[Path, ...], Path]:
     """The files (train, eval, tokenizer) to write, and the one that holds their settings.
 
-    Where data.tokenizer is a directory, that of a pretrained model, none is made.
+    If data.tokenizer is a directory, that of a pretrained model, no tokenizer is made.
     """
     names = {"train": data.train, "eval": data.eval, "tokenizer": data.tokenizer}
     if Path(data.tokenizer).is_dir() and data.tokenizer:
@@ -76,7 +88,7 @@ def output_paths(data: DataConfig) -> tuple[tuple[Path, ...], Path]:
 
 
 def settings_of(config: Config, folder: Path) -> dict[str, Any]:
-    """All that the files depend on, as JSON; paths from ``folder``, so that it may be moved."""
+    """All that the files depend on, as JSON; paths are relative to ``folder``, so it can be moved."""
     data = {key: getattr(config.data, key) for key in ("prompt_key", "label_key")}
     for key in ("train", "eval", "tokenizer"):
         data[key] = os.path.relpath(getattr(config.data, key), folder)
@@ -87,7 +99,7 @@ def is_made(paths: Sequence[Path], settings_path: Path, settings: dict[str, Any]
     """Whether all files are there, made with ``settings``.
 
     Raises:
-        ValueError: there are files made with other or unknown settings.
+        ConfigError: there are files made with other or unknown settings.
     """
     present = [path for path in paths if path.exists()]
     found = read_settings(settings_path)
@@ -109,8 +121,8 @@ def replace(
 ) -> None:
     """Writes the files and their settings over what is there.
 
-    Old files go first, then the settings are written, then the new files: what is there after a
-    kill in between was made with the settings next to it.
+    Removes the old files first, then writes the settings, then the new files. So after a kill at any
+    point, every file was made with the settings next to it.
     """
     for path in paths:
         path.unlink(missing_ok=True)
@@ -121,7 +133,7 @@ def replace(
 
 
 def read_settings(path: Path) -> dict[str, Any] | None:
-    """The settings written there: None without a file, {} where it holds something else."""
+    """The settings in a task.json: None if there is none, {} if it holds something else."""
     if not path.exists():
         return None
     try:
@@ -153,7 +165,7 @@ def flat(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def make(config: Config) -> tuple[bytes, ...]:
-    """Contents of the files (train, eval, tokenizer); says what is in them."""
+    """Contents of the files (train, eval, tokenizer); prints what is in them."""
     task = config.task
     with console.status(f"drawing {task.train_size} + {task.eval_size} problems of {task.name}"):
         train, held_out = make_task(
@@ -179,10 +191,10 @@ def file_row(row: Row, data: DataConfig) -> Row:
 
 
 def make_tokenizer(rows: list[Row], vocab_size: int) -> bytes:
-    """A tokenizer for all rows, held-out ones too: a character seen only there needs a piece.
+    """A tokenizer for all rows, also the held-out ones: a character seen only there needs a piece.
 
     Raises:
-        ValueError: ``vocab_size`` is too small, or a text does not survive the tokenizer.
+        ConfigError: ``vocab_size`` is too small, or a text does not survive the tokenizer.
     """
     texts = [text for row in rows for text in (row["prompt"], row["label"]) if text]
     with TemporaryDirectory() as folder:

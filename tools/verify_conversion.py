@@ -1,16 +1,17 @@
-"""Proves that a Megatron checkpoint holds a Hugging Face model: names, bits, logits, answers.
+"""Verifies that a Megatron checkpoint holds a Hugging Face model: names, bits, logits, answers.
 
     python tools/verify_conversion.py --hf-path DIR --megatron-path DIR [--tp N] [--pp N]
         [--dtype bf16] [--tolerance X] [--vllm PYTHON]
 
-Names and bits: every tensor of one side has its counterpart, equal bit for bit in Megatron's form
-and back in Hugging Face's. Logits: of random tokens, computed by the checkpoint on N × N ranks that
-this program starts and by transformers; they may differ by 1e-5 (fp32) or 5e-2 (bf16) of the
-largest logit. Answers: 64 greedy tokens, the same in fp32; in bf16 they are only shown, since
-rounding decides near-ties. Prints a table and a verdict; the exit code is 0 only where all holds.
+Names and bits: every tensor has its counterpart on the other side, and the two are equal bit for
+bit, both in Megatron's form and in Hugging Face's. Logits: the checkpoint, on tp × pp ranks that
+this program starts, and transformers compute logits for the same random tokens; they may differ by
+1e-5 (fp32) or 5e-2 (bf16) of the largest logit. Answers: 64 greedy tokens, which must be the same in
+fp32; in bf16 they are only shown, because rounding decides near-ties. Prints a table and a verdict.
+The exit code is 0 only if everything agrees.
 
---vllm: the answer of vLLM, too, from the Hugging Face directory, by an interpreter that has it. It
-pins its own torch and transformers, so it wants an environment of its own; without a GPU:
+--vllm also compares the answer of vLLM, run on the Hugging Face directory by the given interpreter.
+vLLM pins its own torch and transformers, so it needs its own environment. Without a GPU:
 
     python3.11 -m venv runs/vllm
     runs/vllm/bin/pip install --no-deps -r tools/requirements-vllm.txt \\
@@ -21,257 +22,73 @@ pins its own torch and transformers, so it wants an environment of its own; with
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import shutil
-import signal
-import socket
 import subprocess
 import sys
-import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-import torch.multiprocessing as mp
 from rich.console import Console
-from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs without an installation
 
-from megatron_rpp.checkpoint import store
-from megatron_rpp.config import ModelConfig, ParallelConfig
-from megatron_rpp.config.model import RopeScalingConfig
+from megatron_rpp.config import ParallelConfig
 from megatron_rpp.config.validation import check_layout
-from megatron_rpp.conversion.models import HfModel, MegatronModel, in_force
 from megatron_rpp.lifecycle.config_error import ConfigError, reading
 
 TOLERANCES = {"fp32": 1e-5, "bf16": 5e-2}
-SEQUENCES, LENGTH, PROMPT, ANSWER = 2, 48, 16, 64
-VLLM_SECONDS = 900
-
-
-@dataclass(frozen=True)
-class Outputs:
-    """What a model makes of the same tokens."""
-
-    logits: torch.Tensor  # [b, s, v] fp32
-    answer: list[int]
-
-
-class NoEnd:
-    """The tokenizer of answers that have no end."""
-
-    eos_ids = ()
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--hf-path", required=True)
-    parser.add_argument("--megatron-path", required=True)
+    parser.add_argument("--hf-path", required=True, help="Hugging Face directory")
+    parser.add_argument("--megatron-path", required=True, help="checkpoint directory")
     parser.add_argument("--tp", type=int, default=1, help="tensor-parallel size")
     parser.add_argument("--pp", type=int, default=1, help="pipeline-parallel size")
-    parser.add_argument("--dtype", choices=TOLERANCES, default="fp32", help="of the arithmetic")
-    parser.add_argument("--tolerance", type=float, help="of the logits, share of the largest one")
-    parser.add_argument("--vllm", metavar="PYTHON", help="also the vLLM of this interpreter")
+    parser.add_argument("--dtype", choices=TOLERANCES, default="fp32", help="precision of the computation; default: fp32")
+    parser.add_argument("--tolerance", type=float, help="largest difference of logits, as a share of the largest logit")
+    parser.add_argument("--vllm", metavar="PYTHON", help="also compare with the vLLM of this interpreter")
     options = parser.parse_args(argv)
     if options.vllm and not has_vllm(options.vllm):
         parser.error(f"--vllm {options.vllm}: no Python that has vLLM; see the head of this file")
-    # A file or a pipe is as wide as the table needs.
+    # torch is imported only now, so that --help answers at once.
+    from megatron_rpp.checkpoint import store
+    from megatron_rpp.conversion.models import HfModel, MegatronModel, current
+    from tools import model_outputs as outputs
+
+    # A file or a pipe gets lines as wide as the table needs.
     width = None if sys.stdout.isatty() else 160
     console = Console(highlight=False, soft_wrap=True, width=width)
     try:
         parallel = ParallelConfig(tensor=options.tp, pipeline=options.pp)
         source = HfModel(options.hf_path)
-        store.require(in_force(options.megatron_path))
+        store.require(current(options.megatron_path))
         checkpoint = MegatronModel.open(options.megatron_path)
         if source.settings != checkpoint.settings:
-            console.print(f"the architectures differ: {difference(source, checkpoint)}")
+            console.print(f"the architectures differ: {outputs.difference(source, checkpoint)}")
             return 1
-        check_layout(model_config(source.settings, options.dtype), parallel)
-        sound = compare_weights(source, checkpoint, console)
+        check_layout(outputs.model_config(source.settings, options.dtype), parallel)
+        sound = outputs.compare_weights(source, checkpoint, console)
         vocab_size = source.settings["vocab_size"]
         with reading(f"{source.directory}", "transformers has to load it, to be compared with"):
-            theirs = transformers_outputs(options.hf_path, vocab_size, options.dtype)
-        ours = on_ranks(options.megatron_path, source.settings, parallel, options.dtype)
+            theirs = outputs.transformers_outputs(options.hf_path, vocab_size, options.dtype)
+        ours = outputs.on_ranks(options.megatron_path, source.settings, parallel, options.dtype)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     tolerance = options.tolerance or TOLERANCES[options.dtype]
     exact = options.dtype == "fp32"
-    sound &= compare_outputs(ours, theirs, tolerance, exact, console)
+    sound &= outputs.compare_outputs(ours, theirs, tolerance, exact, console)
     if options.vllm:
-        answer = vllm_answer(options.vllm, options.hf_path, vocab_size, options.dtype)
-        sound &= compare_answers("vLLM", answer, theirs.answer, exact, console)
+        answer = outputs.vllm_answer(options.vllm, options.hf_path, vocab_size, options.dtype)
+        sound &= outputs.compare_answers("vLLM", answer, theirs.answer, exact, console)
     console.print("verdict: the same model" if sound else "verdict: NOT the same model")
     return 0 if sound else 1
 
 
-def difference(source: HfModel, checkpoint: MegatronModel) -> str:
-    """The settings in which the architectures differ, in words."""
-    theirs = checkpoint.settings
-    return ", ".join(
-        f"{name} is {value} in Hugging Face, {theirs.get(name)} in Megatron"
-        for name, value in source.settings.items()
-        if theirs.get(name) != value
-    )
-
-
-def compare_weights(source: HfModel, checkpoint: MegatronModel, console: Console) -> bool:
-    """A line per tensor; whether all are equal bit for bit, in either form."""
-    table, sound = Table("weight", "shape", "type", "largest difference", "verdict"), True
-    table.columns[0].no_wrap = True
-    for row in source.rows:
-        theirs, ours = source.read(row), checkpoint.read(row)
-        back = zip(row.hf, checkpoint.split(row), strict=True)
-        equal = theirs.dtype == ours.dtype and torch.equal(theirs, ours)
-        equal &= all(torch.equal(source.weights.read(name), part) for name, part in back)
-        difference = float((theirs.double() - ours.double()).abs().max())
-        kind = str(ours.dtype).removeprefix("torch.")
-        verdict = "equal" if equal else "DIFFERENT"
-        table.add_row(row.megatron, str(list(ours.shape)), kind, f"{difference:.3g}", verdict)
-        sound &= equal
-    console.print(table)
-    return sound
-
-
-def compare_outputs(
-    ours: Outputs, theirs: Outputs, tolerance: float, exact: bool, console: Console
-) -> bool:
-    """Logits within `tolerance` of the largest; equal answers where `exact`."""
-    largest = float(theirs.logits.abs().max())
-    share = float((ours.logits - theirs.logits).abs().max()) / largest
-    near = share <= tolerance
-    console.print(
-        f"logits: largest difference {share:.2e} of the largest logit {largest:.3g}, tolerance "
-        f"{tolerance:.0e}: {'within' if near else 'OUTSIDE'}"
-    )
-    return near & compare_answers("Megatron", ours.answer, theirs.answer, exact, console)
-
-
-def compare_answers(
-    name: str, ours: list[int], theirs: list[int], exact: bool, console: Console
-) -> bool:
-    """Equal to those of transformers, where `exact`."""
-    same = sum(a == b for a, b in zip(ours, theirs, strict=True))
-    console.print(f"greedy tokens, {name} and transformers: {same} of {ANSWER} equal")
-    return same == ANSWER or not exact
-
-
-def sample_tokens(vocab_size: int) -> torch.Tensor:
-    """[b, s] token ids, the same for both sides."""
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(vocab_size, (SEQUENCES, LENGTH), generator=generator)
-
-
-def on_ranks(path: str, settings: dict, parallel: ParallelConfig, dtype: str) -> Outputs:
-    """The checkpoint's outputs, computed by tensor × pipeline processes."""
-    world = parallel.tensor * parallel.pipeline
-    with socket.socket() as free, tempfile.TemporaryDirectory() as folder:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-        free.close()
-        result = Path(folder) / "outputs.pt"
-        mp.spawn(_rank, (world, port, path, settings, parallel, dtype, result), nprocs=world)
-        logits, answer = torch.load(result, weights_only=True)
-    return Outputs(logits, answer)
-
-
-def _rank(rank, world, port, path, settings, parallel, dtype, result) -> None:
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
-    place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in place.items()})
-    from megatron_rpp.parallel import groups
-
-    groups.start(**parallel.sizes(), seed=0)
-    outputs = megatron_outputs(path, settings, parallel, dtype)
-    if rank == world - 1:
-        torch.save((outputs.logits.cpu(), outputs.answer), result)
-    groups.stop()
-
-
-def model_config(settings: dict, dtype: str) -> ModelConfig:
-    """The model of an architecture, with a context that holds prompt and answer."""
-    scaling = RopeScalingConfig(**settings["rope_scaling"])
-    context = {"max_length": max(LENGTH, PROMPT + ANSWER), "dtype": dtype}
-    return ModelConfig(**(settings | context | {"rope_scaling": scaling}))
-
-
-@torch.no_grad()
-def megatron_outputs(path: str, settings: dict, parallel: ParallelConfig, dtype: str) -> Outputs:
-    """Collective; whole on the last pipeline stage, without logits on the others."""
-    from megatron_rpp.checkpoint import state as checkpoint
-    from megatron_rpp.model import build, pipeline
-    from megatron_rpp.model.language_model import chunks
-    from megatron_rpp.parallel import device, groups
-    from megatron_rpp.records import Request, Sampling
-    from megatron_rpp.rollout.engine import MegatronEngine
-
-    model = model_config(settings, dtype)
-    stage = build.build_model(model, parallel, model.vocab_size, seed=0)
-    checkpoint.load_weights(stage, path)
-    stage.requires_grad_(False).eval()
-    tokens = sample_tokens(model.vocab_size)
-    hidden = pipeline.stage_forward(stage, tokens.to(device.device()))
-    logits = torch.empty(0)
-    if groups.is_last_stage():
-        logits = chunks(stage)[-1].sampling_logits(hidden.flatten(0, 1))
-        logits = logits.unflatten(0, hidden.shape[:2]).transpose(0, 1)
-    engine = MegatronEngine(stage, NoEnd(), max_batch=1)
-    prompt = Request(tuple(tokens[0, :PROMPT].tolist()), sample_id=0)
-    sampling = Sampling(max_new_tokens=ANSWER, temperature=0.0)
-    return Outputs(logits, engine.generate([prompt], sampling, seed=0, step=0)[0].tokens)
-
-
-@torch.no_grad()
-def transformers_outputs(path: str, vocab_size: int, dtype: str) -> Outputs:
-    """The oracle: logits, and the answer token by token with its cache."""
-    from transformers import AutoModelForCausalLM
-
-    kind = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
-    model = AutoModelForCausalLM.from_pretrained(
-        path, dtype=kind, attn_implementation="eager", local_files_only=True
-    ).eval()
-    tokens = sample_tokens(vocab_size)
-    logits = model(tokens, use_cache=False).logits.float()
-    answer, cache, given = [], None, tokens[:1, :PROMPT]
-    for _ in range(ANSWER):
-        result = model(given, past_key_values=cache, use_cache=True)
-        cache, given = result.past_key_values, result.logits[:, -1:].argmax(-1)
-        answer.append(int(given))
-    return Outputs(logits, answer)
-
-
 def has_vllm(python: str) -> bool:
-    """Without the many seconds of importing it."""
+    """Whether an interpreter has vLLM; told without importing it, which takes many seconds."""
     asked = "import importlib.util as u; raise SystemExit(u.find_spec('vllm') is None)"
     return bool(shutil.which(python)) and not subprocess.run([python, "-c", asked]).returncode
-
-
-def vllm_answer(python: str, path: str, vocab_size: int, dtype: str) -> list[int]:
-    """The greedy tokens of `python`'s vLLM (tools/vllm_answer.py) after the same prompt.
-
-    Raises SystemExit where it fails or takes over VLLM_SECONDS.
-    """
-    prompt = sample_tokens(vocab_size)[0, :PROMPT].tolist()
-    asked = {"model": path, "dtype": dtype, "prompt": prompt, "new_tokens": ANSWER}
-    with tempfile.TemporaryDirectory() as folder:
-        answer, log = Path(folder) / "answer.json", Path(folder) / "log"
-        words = json.dumps(asked | {"answer": str(answer)})
-        command = [python, str(Path(__file__).with_name("vllm_answer.py")), words]
-        with log.open("w") as output, subprocess.Popen(
-            command, stdout=output, stderr=output, start_new_session=True
-        ) as process:
-            try:
-                code = process.wait(VLLM_SECONDS)
-            except subprocess.TimeoutExpired:
-                code = f"none within {VLLM_SECONDS} s"
-            finally:
-                if process.poll() is None:
-                    os.killpg(process.pid, signal.SIGKILL)  # its engine is a process of its own
-        if code:
-            raise SystemExit(f"error: vLLM failed, exit code {code}:\n{log.read_text()[-2000:]}")
-        return json.loads(answer.read_text())
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import torch
 from megatron_rpp.checkpoint import manifest
 from megatron_rpp.checkpoint.store import POINTER
 from megatron_rpp.config.infer_settings import HF_FOLDER
-from megatron_rpp.conversion import dist_checkpoint
+from megatron_rpp.conversion import DTYPE_NAMES, dist_checkpoint
 from megatron_rpp.conversion.models import HfModel, MegatronModel, Progress
 from megatron_rpp.conversion.output_dir import (
     atomic_directory,
@@ -36,7 +36,7 @@ from megatron_rpp.hf.json_object import read_json
 from megatron_rpp.parallel.ranks import raise_on_all_ranks, rank, world_size
 
 RELEASE = "release"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = dict(zip(DTYPE_NAMES, (torch.float32, torch.bfloat16, torch.float16), strict=True))
 Counting = Callable[[int], AbstractContextManager[Progress]]
 """Gives the progress of a number of tensors."""
 

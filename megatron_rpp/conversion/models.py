@@ -78,10 +78,10 @@ class HfModel:
         return Entry(place, self.dtypes[row.megatron], read)
 
 
-def in_force(path: str | Path) -> Path:
-    """The checkpoint in force in a directory, which may be a checkpoint itself; not checked.
+def current(path: str | Path) -> Path:
+    """The current checkpoint of a directory, or the directory itself if it is a checkpoint.
 
-    Raises ConfigError where there is none.
+    Its checksums are not verified. Raises ConfigError if there is none.
     """
     with reading(f"{Path(path).absolute()}", _GIVE):
         return store.current(Path(path).absolute())
@@ -105,7 +105,7 @@ class MegatronModel:
         """
         path = Path(path).absolute()
         with reading(f"{path}", _GIVE):
-            folder = in_force(path)
+            folder = current(path)
             checkpoint = Checkpoint(folder)
             side = side_folder(folder)
             recorded = checkpoint.common().get("architecture")

@@ -1,5 +1,8 @@
-"""How a program of this package ends: what it raised becomes a message and an exit code, the same
-on every rank (the codes: lifecycle/exit_codes.py)."""
+"""How a program of this package ends: what it raised becomes a message and an exit code.
+
+Both are the same on every rank (exit_codes.py lists the codes). torch is not imported here, so that
+`--help` and a mistake on the command line are answered at once.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +12,12 @@ import sys
 import traceback
 from typing import Callable
 
-import torch.distributed as dist
-from torch.distributed.checkpoint.api import CheckpointException
-
 from megatron_rpp.lifecycle.config_error import ConfigError
 from megatron_rpp.lifecycle.exit_codes import FAILED, PREEMPTED, REFUSED, RunFailure
 
 
 def _print_once(text: str) -> None:
-    """Once per node: the ranks of a node meet the same mistake at the same time."""
+    """Prints once per node: all ranks of a node meet the same mistake at the same time."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         nodes = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
         where = f"[{socket.gethostname()}] " if nodes > 1 else ""
@@ -28,16 +28,27 @@ def _leave(code: int) -> None:
     """Ends this process at once: an orderly exit would wait for ranks that wait for this one."""
     sys.stdout.flush()
     sys.stderr.flush()
-    if dist.is_initialized():
+    distributed = sys.modules.get("torch.distributed")  # not imported: there is no process group
+    if distributed is not None and distributed.is_initialized():
         os._exit(code)
     sys.exit(code)
+
+
+def _is_failure(error: BaseException) -> bool:
+    """Whether an error is the program's: torch's CheckpointException is no Exception."""
+    api = sys.modules.get("torch.distributed.checkpoint.api")
+    return isinstance(error, Exception) or (
+        api is not None and isinstance(error, api.CheckpointException)
+    )
 
 
 def run(main: Callable[[], None]) -> None:
     """Runs `main` and turns what it raises into a message and an exit code."""
     try:
         main()
-    except (Exception, CheckpointException) as error:  # the second is not one of the first
+    except BaseException as error:
+        if not _is_failure(error):
+            raise
         if isinstance(error, RunFailure):
             word = "stopped" if error.exit_code == PREEMPTED else "error"
             _print_once(f"{word}: {error}")

@@ -35,7 +35,7 @@ def converted(tmp_path_factory):
 def forked(monkeypatch):
     """The tool's ranks are as real, but do not each import everything anew; the test in bf16 starts
     them as users do."""
-    monkeypatch.setattr(verify_conversion.mp, "spawn", fork)
+    monkeypatch.setattr("torch.multiprocessing.spawn", fork)
 
 
 def verify(hf, megatron, *options):
