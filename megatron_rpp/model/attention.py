@@ -3,17 +3,17 @@
 Shape legend: t tokens of a packed row on this rank, c context-parallel ranks, m sequences in it,
 s sequence, b batch, n query heads of this rank, k key-value heads of this rank, d head size.
 
-Training and scoring: sequences lie end to end in a row (`PackedRow`), causal within each. Without
-TransformerEngine the row is laid out as m padded sequences for this one operation; where it is split
-over context-parallel ranks, keys and values are gathered from them first (and their gradients
-reduce-scattered). With TransformerEngine its own kernels take the row as it is.
+Training and log-probs: sequences lie end to end in one row (`PackedRow`), and attention is causal
+within each of them. With TransformerEngine, its kernels take the row as it is. Without it, the row
+is laid out as m padded sequences for this operation only. If the row is split over context-parallel
+ranks, its keys and values are gathered first (and their gradients reduce-scattered).
 
-Generation: without a cache, whole right-padded sequences (what follows a token never reaches it, so
-padding needs no mask). With a cache (`KeyValueCache`, set on the module by `model.decoding`) the
-first call writes the prompts, each later call adds one token per sequence, at its own position.
+Generation without a cache takes whole right-padded sequences: a token never attends to what follows
+it, so padding needs no mask. With a cache (`KeyValueCache`, which `language_model.decoding` sets on
+the module), the first call writes the prompts and each later call adds one token per sequence.
 
-Left out: ring attention (keys and values of one layer exist whole on each context-parallel rank
-meanwhile), torch's kernels for packed rows, attention dropout and biases.
+Left out: ring attention (each context-parallel rank holds all keys and values of one layer at a
+time), torch's kernels for packed rows, attention dropout and biases.
 """
 
 from __future__ import annotations
@@ -34,19 +34,20 @@ from megatron.core.transformer.module import MegatronModule
 
 @dataclass
 class PackedRow(PackedSeqParams):
-    """The boundaries of a packed row, on Megatron's way to its attention modules.
+    """Carries a `Packing` through Megatron to its attention modules.
 
-    Not in the format "thd", for which Megatron would turn the rotary angles by itself: ours come
-    with each token's position.
+    The format is not "thd", because Megatron then applies rotary angles of its own. The angles here
+    are computed from each token's position.
     """
 
     packing: Packing | None = None
 
     @classmethod
-    def of(cls, packing: Packing | None) -> "PackedRow | None":
+    def of(cls, packing: Packing | None) -> PackedRow | None:
         return None if packing is None else cls(qkv_format="sbhd", packing=packing)
 
     def for_transformer_engine(self) -> PackedSeqParams:
+        assert self.packing is not None
         bounds, longest = self.packing.boundaries, self.packing.longest
         return PackedSeqParams(
             qkv_format="thd",
@@ -75,12 +76,14 @@ class KeyValueCache:
 
     def append(self, key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor) -> None:
         """Stores one token's key and value [b, k, d] per sequence at `positions` [b]."""
+        assert self.keys is not None and self.values is not None, "write the prompts first"
         rows = torch.arange(len(positions), device=positions.device)
         self.keys[rows, :, positions] = key
         self.values[rows, :, positions] = value
 
     def select(self, rows: torch.Tensor) -> None:
-        """Leaves sequences `rows` (int64 indices, possibly repeated) in the cache."""
+        """Keeps only the sequences `rows` (int64 indices, possibly repeated), in that order."""
+        assert self.keys is not None and self.values is not None, "write the prompts first"
         self.keys, self.values = self.keys[rows], self.values[rows]
 
 
@@ -104,9 +107,10 @@ class CoreAttention(MegatronModule):
         self.cache: KeyValueCache | None = None
         self.decode_positions: torch.Tensor | None = None  # [b]; None while prompts are read
         self.decode_mask: torch.Tensor | None = None  # [b, 1, 1, t] bool, True = attend
-        # In a list, so that its empty "extra state" stays out of checkpoints, which load without it.
+        # A list hides the module from state_dict. Its empty "extra state" must stay out of
+        # checkpoints, because they also load without TransformerEngine.
         self.fused: list[torch.nn.Module] = []
-        # Its kernels for packed rows take 16-bit types alone.
+        # TransformerEngine's kernels for packed rows take 16-bit types only.
         if devices.has_transformer_engine() and config.params_dtype != torch.float32:
             self.fused.append(
                 _transformer_engine()(
@@ -130,11 +134,15 @@ class CoreAttention(MegatronModule):
         attention_bias=None,
         packed_seq_params: PackedRow | None = None,
     ):
-        """query [s, b, n, d], key and value [s, b, k, d] -> context [s, b, n*d]; packed: [t, 1, ...]."""
+        """Maps query [s, b, n, d], key and value [s, b, k, d] to context [s, b, n·d].
+
+        In packed rows [t, 1, ...] takes the place of [s, b, ...].
+        """
         assert attention_bias is None
         if packed_seq_params is not None and self.fused:
             return self._transformer_engine(query, key, value, packed_seq_params)
         if packed_seq_params is not None:
+            assert packed_seq_params.packing is not None
             return self._packed(query, key, value, packed_seq_params.packing)
         if self.decode_positions is not None:
             return self._decode(query, key, value)
@@ -144,8 +152,8 @@ class CoreAttention(MegatronModule):
         return self._attend(query, key, value).permute(2, 0, 1, 3).flatten(2)
 
     def _attend(self, query, key, value, visible=None):
-        """[b, heads, s, d] each; causal, or what `visible` [b, 1, s, s'] allows."""
-        if visible is not None:  # no kernel that keeps scores in blocks takes a mask and groups
+        """Attention over [b, heads, s, d] each: causal, or limited to `visible` [b, 1, s, s']."""
+        if visible is not None:  # no memory-efficient kernel takes both a mask and grouped heads
             repeats = query.shape[1] // key.shape[1]
             key, value = (x.repeat_interleave(repeats, 1) for x in (key, value))
         return F.scaled_dot_product_attention(
@@ -159,7 +167,7 @@ class CoreAttention(MegatronModule):
         )
 
     def _packed(self, query, key, value, packing: Packing):
-        """A packed row, its sequences side by side for this one operation."""
+        """Attention over a packed row, laid out as padded sequences for this operation."""
         count = len(packing.boundaries) - 1
         if packing.gathered is not None:
             key, value = self._gather(torch.cat([key, value], -1), packing).chunk(2, -1)
@@ -173,7 +181,7 @@ class CoreAttention(MegatronModule):
         return context.transpose(1, 2).flatten(0, 1)[packing.query_cells].flatten(1)[:, None]
 
     def _gather(self, values: torch.Tensor, packing: Packing) -> torch.Tensor:
-        """[t, 1, k, d] of this rank -> [t·c, 1, k, d] in the order of the row."""
+        """Gathers [t, 1, k, d] of this rank into [t·c, 1, k, d] in the order of the row."""
         ranks = gather_from_sequence_parallel_region(values, group=self.context_group)
         return ranks[packing.gathered]
 
@@ -190,12 +198,15 @@ class CoreAttention(MegatronModule):
         return context.reshape(len(query), 1, -1)
 
     def _decode(self, query, key, value):
-        """One new token per sequence against its cache.
+        """Attention of one new token per sequence over the cache.
 
-        The n/k query heads that share a key-value head become its query rows, so that keys and
-        values are read once and never repeated.
+        The n/k query heads that share a key-value head become its query rows, so keys and values
+        are read once and never repeated.
         """
+        assert self.cache is not None and self.decode_mask is not None
+        assert self.decode_positions is not None
         self.cache.append(key[0], value[0], self.decode_positions)
+        assert self.cache.keys is not None and self.cache.values is not None
         _, batch, heads, size = query.shape
         groups, attended = key.shape[2], self.decode_mask.shape[-1]
         context = F.scaled_dot_product_attention(
@@ -209,7 +220,7 @@ class CoreAttention(MegatronModule):
 
 
 def _side_by_side(values: torch.Tensor, cells: torch.Tensor, count: int, width: int):
-    """[t, 1, heads, d] -> [count, heads, width, d], zero where no token lies."""
+    """Lays [t, 1, heads, d] out as [count, heads, width, d]; cells without a token are zero."""
     flat = values.new_zeros(count * width, *values.shape[2:])
     flat = flat.index_copy(0, cells, values[:, 0])
     return flat.view(count, width, *values.shape[2:]).transpose(1, 2)

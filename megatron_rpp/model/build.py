@@ -1,9 +1,10 @@
-"""Builds policy and reference from the configuration: one builder, one set of weights.
+"""Builds the policy and the reference model from the configuration, with the same builder.
 
-With TransformerEngine Megatron's fused linear and norm modules are used, without it the local
-ones and our RMSNorm; core attention is ours in both (it carries the key-value cache).
+With TransformerEngine the layers use Megatron's fused linear and norm modules, without it the local
+ones and our RMSNorm. Core attention is ours in both cases, because it holds the key-value cache.
 
-A rank's part is a ModuleList of chunks: one, or parallel.virtual_pipeline interleaved ones.
+A rank's part of the model is a ModuleList of one chunk, or of parallel.virtual_pipeline interleaved
+chunks.
 
 Left out: mixture of experts, stages of different sizes.
 """
@@ -32,12 +33,12 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 
-def _leave(parameter: torch.Tensor) -> torch.Tensor:
+def _no_init(parameter: torch.Tensor) -> torch.Tensor:
     return parameter
 
 
 def transformer_config(model: ModelConfig, parallel: ParallelConfig) -> TransformerConfig:
-    """Megatron's configuration of a Llama-like decoder: RMSNorm, SwiGLU."""
+    """Returns Megatron's configuration of a Llama-like decoder: RMSNorm, SwiGLU."""
     bf16, virtual = model.dtype == "bf16", parallel.virtual_pipeline
     dtype = torch.bfloat16 if bf16 else torch.float32
     return TransformerConfig(
@@ -56,10 +57,10 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig) -> Transfor
         qk_layernorm=model.qk_norm,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        # Megatron marks the sharded parameters while it initialises them; initialization.py then
-        # fills them, so nothing is drawn here.
-        init_method=_leave,
-        output_layer_init_method=_leave,
+        # Megatron must run its initialisation, because it marks the sharded parameters there.
+        # initialization.py sets the values afterwards, so none are drawn here.
+        init_method=_no_init,
+        output_layer_init_method=_no_init,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=bf16,
@@ -68,12 +69,13 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig) -> Transfor
         virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
         context_parallel_size=parallel.context,
         sequence_parallel=parallel.sequence_parallel,
-        # Interleaved stages send both ways in one turn. With two stages both ways lead to the same
-        # rank, and batched messages cross: so they go one by one, and all have one shape.
+        # Interleaved stages send forward and backward at once. With two stages both messages go to
+        # the same rank, which mixes them up if they are batched. So each is sent separately, and
+        # all of them have the same shape.
         overlap_p2p_comm=virtual > 1,
         batch_p2p_comm=virtual == 1,
         variable_seq_lengths=parallel.pipeline > 1 and virtual == 1,
-        moe_token_dispatcher_type="alltoall",  # Megatron asks for it even without experts
+        moe_token_dispatcher_type="alltoall",  # Megatron checks it even without experts
         calculate_per_token_loss=True,
         gradient_accumulation_fusion=devices.has_apex(),
         bias_activation_fusion=not devices.ON_CPU,
@@ -84,7 +86,7 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig) -> Transfor
 
 
 def layer_spec(qk_norm: bool):
-    """TransformerEngine's layer where it is present, else Megatron's own; attention is ours."""
+    """Returns TransformerEngine's layer if it is installed, else Megatron's; attention is ours."""
     if devices.has_transformer_engine():
         spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_norm)
     else:
@@ -101,7 +103,7 @@ def layer_spec(qk_norm: bool):
 def build_model(
     model: ModelConfig, parallel: ParallelConfig, vocab_size: int, seed: int
 ) -> torch.nn.ModuleList:
-    """This rank's chunks, on its device, with weights drawn from `seed`.
+    """Builds this rank's chunks on its device, with weights drawn from `seed`.
 
     The same seed gives the same whole model on every layout.
     """
@@ -111,7 +113,7 @@ def build_model(
         _build_chunk(model, parallel, config, vocab_size, chunk, count) for chunk in range(count)
     )
     stage.to(devices.device())
-    for chunk in stage:
+    for chunk in chunks(stage):
         initialization.fill(chunk, model.init_std, seed)
     return stage
 
@@ -142,7 +144,7 @@ def _build_chunk(
 def wrap_for_training(
     stage: torch.nn.ModuleList, distributed_optimizer: bool
 ) -> torch.nn.ModuleList:
-    """Megatron's DDP around each chunk: gradient buffers in fp32, reduced over DP × CP."""
+    """Wraps each chunk in Megatron's DDP: gradient buffers in fp32, reduced over DP × CP."""
     config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=False,
@@ -154,13 +156,13 @@ def wrap_for_training(
 
 
 def parameter_count(model: torch.nn.ModuleList) -> int:
-    """Parameters of the whole model; weights that tensor-parallel ranks repeat count once."""
+    """Counts the parameters of the whole model; weights that every rank holds count once."""
     tensor = groups.tensor_group()
-    own = 0
+    local = 0
     for chunk in chunks(model):
         for name, parameter in chunk.named_parameters():
             tied_copy = chunk.share_embeddings_and_output_weights and "output_layer" in name
             sharded = initialization.is_tensor_sharded(parameter)
             if not tied_copy and (sharded or tensor.rank() == 0):
-                own += parameter.numel()
-    return int(groups.reduce_sums([float(own)], groups.model_group())[0])
+                local += parameter.numel()
+    return int(groups.reduce_sums([float(local)], groups.model_group())[0])

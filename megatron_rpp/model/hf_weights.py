@@ -1,6 +1,6 @@
-"""Fills a rank's part of the model from a Hugging Face directory; each rank reads its own slices only.
+"""Loads a rank's part of the model from a Hugging Face directory.
 
-A file is memory-mapped, so a rank touches the bytes of its own layers and tensor-parallel parts.
+Files are memory-mapped, so a rank reads only the bytes of its layers and tensor-parallel shards.
 """
 
 from __future__ import annotations
@@ -22,29 +22,32 @@ from megatron_rpp.parallel.ranks import raise_on_all_ranks
 def _check_architecture(
     stage: torch.nn.Module, theirs: dict[str, Any], directory: str | Path
 ) -> None:
-    """Raises ConfigError where the directory, a model of the settings `theirs`, is another than
-    `stage`."""
+    """Raises ConfigError if `theirs`, the settings of the directory's model, do not fit `stage`."""
     ours = chunks(stage)[0].architecture
-    other = [
+    differences = [
         f"{name} is {theirs[name]} there, {value} here"
         for name, value in ours.items()
         if theirs[name] != value and name != "max_length"
     ]
     if ours["max_length"] > theirs["max_length"]:
-        other.append(f"max_length is {theirs['max_length']} at most there, {ours['max_length']} here")
-    if other:
+        differences.append(
+            f"max_length is {theirs['max_length']} at most there, {ours['max_length']} here"
+        )
+    if differences:
         raise ConfigError(
-            f"{directory} does not fit the model: {'; '.join(other)}. Leave these settings of the "
-            f"model section out: model.hf_path brings its own"
+            f"{directory} does not fit the model: {'; '.join(differences)}. Remove these settings "
+            f"from the model section: model.hf_path sets them"
         )
 
 
 @torch.no_grad()
 def load_hf(stage: torch.nn.Module, directory: str | Path) -> None:
-    """Fills every parameter of `stage`, cast to the stage's own type.
+    """Loads every parameter of `stage`, cast to the dtype of the stage.
 
-    Collective where there is a process group. Raises ConfigError, the same on every rank, where the
-    directory holds another model, or none (hf/source.py).
+    Collective if there is a process group.
+
+    Raises ConfigError, the same on every rank, if the directory holds a different model or none
+    (hf/source.py).
     """
     source = raise_on_all_ranks(lambda: check_source(directory))
     _check_architecture(stage, source.settings, directory)
@@ -58,14 +61,14 @@ def load_hf(stage: torch.nn.Module, directory: str | Path) -> None:
 def local_shard(
     model: LanguageModel, row: Row, parameter: torch.nn.Parameter, weights: Weights
 ) -> torch.Tensor:
-    """This rank's part of the tensor of `row`, read as slices of its sources."""
+    """Reads this rank's shard of the tensor of `row` as slices of its source tensors."""
     tensor = model.pg_collection.tp
     rank, size = tensor.rank(), tensor.size()
     if row.megatron in (EMBEDDING, OUTPUT):
         return _vocabulary_rows(row, parameter, weights, rank * len(parameter))
     if not initialization.is_tensor_sharded(parameter):
         rank, size = 0, 1
-    dim = parameter.partition_dim if size > 1 else 0
+    dim = vars(parameter)["partition_dim"] if size > 1 else 0
     parts = []
     for name in row.hf:
         length = weights.shapes[name][dim] // size
@@ -74,10 +77,11 @@ def local_shard(
 
 
 def _vocabulary_rows(row: Row, parameter, weights: Weights, first: int) -> torch.Tensor:
-    """Rows from `first` on; those past the vocabulary pad it and are zero."""
+    """Reads the rows from `first` on; the padding rows after the vocabulary are zero."""
     (name,) = row.hf
-    words = weights.shapes[name][0]
-    part = torch.zeros(parameter.shape, dtype=weights.dtypes[name], device="cpu")
-    own = weights.read(name, 0, min(first, words), min(first + len(parameter), words))
-    part[: len(own)] = own
-    return part
+    vocab_size = weights.shapes[name][0]
+    shard = torch.zeros(parameter.shape, dtype=weights.dtypes[name], device="cpu")
+    last = min(first + len(parameter), vocab_size)
+    valid = weights.read(name, 0, min(first, vocab_size), last)
+    shard[: len(valid)] = valid
+    return shard

@@ -1,8 +1,8 @@
 """Random weights that depend on the seed and the parameter's global name, never on the layout.
 
 Every rank draws the whole parameter from a generator seeded by (seed, name) and keeps its own
-part, so TP2 and PP2 start from the bits that one process would have. It costs one full parameter
-of host memory at a time; large models start from a checkpoint, not from here.
+shard, so TP2 and PP2 start from the same bits as one process. This needs host memory for one whole
+parameter at a time; large models start from a checkpoint anyway.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ import torch
 
 from megatron_rpp.model.language_model import LanguageModel
 
-# Projections back into the residual stream start smaller, by 1/sqrt(2·layers) (GPT-2).
+# The std of projections into the residual stream is smaller by 1/sqrt(2·layers) (GPT-2).
 RESIDUAL_OUTPUTS = ("linear_proj.weight", "linear_fc2.weight")
 
 
 def is_tensor_sharded(parameter: torch.nn.Parameter) -> bool:
-    """Whether the tensor-parallel ranks hold different parts of it."""
-    return "tensor_model_parallel" in vars(parameter) and parameter.tensor_model_parallel
+    """Whether the tensor-parallel ranks hold different shards of it."""
+    return bool(vars(parameter).get("tensor_model_parallel"))
 
 
 def global_name(model: LanguageModel, name: str) -> str:
-    """`name` with the layer's number in the whole model instead of in this pipeline stage."""
+    """Replaces the layer's number in this pipeline stage by its number in the whole model."""
     parts = name.split(".")
     if parts[:2] == ["decoder", "layers"]:
         parts[2] = str(model.decoder.layers[int(parts[2])].layer_number - 1)
@@ -39,14 +39,14 @@ def _generator(seed: int, name: str) -> torch.Generator:
 
 
 def _local_shard(whole: torch.Tensor, dim: int, blocks: int, rank: int, size: int) -> torch.Tensor:
-    """This rank's part along `dim`; `blocks` stacked matrices are each split (gate and up)."""
+    """Cuts this rank's shard along `dim`; each of `blocks` stacked matrices (gate, up) is split."""
     pieces = [block.chunk(size, dim)[rank] for block in whole.chunk(blocks, dim)]
     return torch.cat(pieces, dim)
 
 
 @torch.no_grad()
 def fill(model: LanguageModel, std: float, seed: int) -> None:
-    """Draws every matrix of `model` from N(0, std²); norm weights are one, biases zero."""
+    """Draws every matrix of `model` from N(0, std²); sets norm weights to one, biases to zero."""
     tensor = model.pg_collection.tp
     residual_std = std / math.sqrt(2 * model.config.num_layers)
     for name, parameter in model.named_parameters():
@@ -61,5 +61,5 @@ def fill(model: LanguageModel, std: float, seed: int) -> None:
         scale = residual_std if name.endswith(RESIDUAL_OUTPUTS) else std
         whole.normal_(0.0, scale, generator=_generator(seed, global_name(model, name)))
         blocks = 2 if name.endswith("linear_fc1.weight") else 1
-        part = _local_shard(whole, dim, blocks, tensor.rank() if sharded else 0, size)
-        parameter.copy_(part.to(parameter.dtype))
+        shard = _local_shard(whole, dim, blocks, tensor.rank() if sharded else 0, size)
+        parameter.copy_(shard.to(parameter.dtype))

@@ -1,10 +1,10 @@
-"""The policy network: Megatron's GPTModel, stopped before the output projection.
+"""The policy network: Megatron's GPTModel without the output projection.
 
-`forward` returns hidden states. The output projection is left to `logprobs.py` (training and
-scoring: response rows only, in chunks) and to `sampling_logits` (generation: one row a sequence),
-so the logits of a whole micro-batch never exist.
+`forward` returns hidden states. `logprobs.py` applies the output projection to response rows, in
+chunks; `sampling_logits` applies it to one row per sequence in generation. So the logits of a whole
+micro-batch never exist.
 
-A rank's part of the model is a list of chunks, one without interleaved pipeline stages.
+A rank's part of the model is a list of chunks: a single one unless pipeline stages are interleaved.
 
 Shape legend: t tokens of a packed row, s sequence, b batch, h hidden, v vocabulary rows of this
 tensor-parallel rank.
@@ -13,6 +13,7 @@ tensor-parallel rank.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 
 import torch
 
@@ -31,7 +32,7 @@ class LanguageModel(GPTModel):
     def __init__(self, *, architecture: dict, **kwargs):
         super().__init__(position_embedding_type="rope", **kwargs)
         self.architecture = architecture  # see ModelConfig.architecture; checkpoints keep it
-        self.true_vocab_size = architecture["vocab_size"]  # the embedding pads it with rows
+        self.true_vocab_size = architecture["vocab_size"]  # without the embedding's padding rows
         self._rotary_table: torch.Tensor | None = None
 
     def forward(
@@ -40,19 +41,20 @@ class LanguageModel(GPTModel):
         positions: torch.Tensor | None = None,
         packing: Packing | None = None,
     ) -> torch.Tensor:
-        """Hidden states after this chunk.
+        """Returns the hidden states after this chunk.
 
         Args:
-            tokens: [b, s] token ids, or [1, t] packed; only the first chunk reads them, all need
-                their shape.
-            positions: [t] of each token of a packed row; [b] of each sequence's one token (s = 1)
-                while decoding; None for whole sequences from position 0.
-            packing: where the sequences of a packed row lie; None for a batch.
+            tokens: [b, s] token ids, or [1, t] packed. Only the first chunk reads the ids; all
+                chunks read the shape.
+            positions: [t], the position of each token of a packed row; [b], that of each sequence's
+                single token (s = 1) while decoding; None for whole sequences from position 0.
+            packing: the positions of the sequences in a packed row; None for a batch.
         Returns:
-            [s, b, h] ([t, 1, h]), normalised by the last chunk; the sequence dimension is split over
-            the tensor-parallel ranks between chunks under sequence parallelism, whole on the last.
+            [s, b, h], packed [t, 1, h]; normalised after the last chunk. Under sequence parallelism
+            the sequence dimension is split over the tensor-parallel ranks, except after the last
+            chunk.
         """
-        hidden = None  # later chunks read what set_input_tensor left in the decoder
+        hidden = None  # later chunks read the input that set_input_tensor stored in the decoder
         if self.pre_process:
             hidden = self.embedding(input_ids=tokens, position_ids=None)
         hidden = self.decoder(
@@ -68,9 +70,9 @@ class LanguageModel(GPTModel):
         return hidden
 
     def _rotary(self, length: int, positions: torch.Tensor | None, packed: bool) -> torch.Tensor:
-        """Rotary angles [s, 1, 1, d]; packed [t, 1, 1, d]; [1, b, 1, d] while decoding."""
+        """Returns rotary angles: [s, 1, 1, d], packed [t, 1, 1, d], while decoding [1, b, 1, d]."""
         if self._rotary_table is None:
-            # Where ranks share a sequence, padding may follow one as long as the context.
+            # If ranks share a sequence, it is padded, even one of the maximum length.
             padding = 2 * self.pg_collection.cp.size() * self.pg_collection.tp.size()
             self._rotary_table = self.rotary_pos_emb.get_emb(self.max_sequence_length + padding)
         if positions is None:
@@ -80,28 +82,28 @@ class LanguageModel(GPTModel):
 
     @property
     def output_weight(self) -> torch.Tensor:
-        """This rank's rows [v, h] of the output projection (last chunk only)."""
+        """This rank's rows [v, h] of the output projection; only on the last chunk."""
         if self.share_embeddings_and_output_weights:
             return self.shared_embedding_or_output_weight()
         return self.output_layer.weight
 
     @property
     def valid_vocab_rows(self) -> int:
-        """How many of this rank's rows are words and not padding."""
+        """How many of this rank's rows belong to the vocabulary; the rest is padding."""
         rows = self.output_weight.shape[0]
         return max(0, min(rows, self.true_vocab_size - self.pg_collection.tp.rank() * rows))
 
     def sampling_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """fp32 logits [n, vocabulary] of hidden rows [n, h], whole on every tensor-parallel rank.
+        """Returns fp32 logits [n, vocabulary] of hidden rows [n, h] on every tensor-parallel rank.
 
-        One row per sequence, so gathering it costs less than sorting in shards would.
+        There is one row per sequence, so gathering it costs less than sorting the shards would.
         """
         shard = devices.matmul_fp32(hidden, self.output_weight.t())
         whole = all_gather_last_dim_from_tensor_parallel_region(shard, group=self.pg_collection.tp)
         return whole[:, : self.true_vocab_size]
 
 
-# The marks by which Megatron's modules split the sequence over tensor-parallel ranks.
+# The attributes that make Megatron's modules split the sequence over tensor-parallel ranks.
 _SEQUENCE_PARALLEL_MARKS = (
     "sequence_parallel",
     "scatter_to_sequence_parallel",
@@ -112,7 +114,8 @@ _SEQUENCE_PARALLEL_MARKS = (
 class Decoding:
     """The key-value caches of this rank's chunks for one batch of sequences.
 
-    One token per sequence cannot be split over ranks, so sequence parallelism is off meanwhile.
+    A single token per sequence cannot be split over ranks, so decoding turns sequence parallelism
+    off.
     """
 
     def __init__(self, model: torch.nn.Module, length: int):
@@ -133,7 +136,7 @@ class Decoding:
             setattr(owner, mark, value)
 
     def set_positions(self, positions: torch.Tensor) -> None:
-        """From now on each call brings one token per sequence, at `positions` [b]."""
+        """Makes the next forward call take one token per sequence, at `positions` [b]."""
         attended = int(positions.max()) + 1
         steps = torch.arange(attended, device=positions.device)
         mask = (steps <= positions[:, None])[:, None, None]
@@ -141,8 +144,9 @@ class Decoding:
             attention.decode_positions, attention.decode_mask = positions, mask
 
     def select(self, rows: torch.Tensor) -> None:
-        """Leaves sequences `rows` (int64 indices) in every cache: compaction, or repetition."""
+        """Keeps only the sequences `rows` (int64 indices, possibly repeated) in every cache."""
         for attention in self.attentions:
+            assert attention.cache is not None
             attention.cache.select(rows)
 
     def close(self) -> None:
@@ -152,7 +156,7 @@ class Decoding:
 
 
 @contextlib.contextmanager
-def decoding(model: torch.nn.Module, length: int):
+def decoding(model: torch.nn.Module, length: int) -> Iterator[Decoding]:
     """Gives `model` key-value caches for sequences of up to `length` tokens."""
     state = Decoding(model, length)
     try:
@@ -162,15 +166,17 @@ def decoding(model: torch.nn.Module, length: int):
 
 
 def unwrap(chunk: torch.nn.Module) -> LanguageModel:
-    """The model inside Megatron's DDP and mixed-precision wrappers."""
+    """Returns the model inside Megatron's DDP and mixed-precision wrappers."""
     while not isinstance(chunk, LanguageModel):
-        chunk = chunk.module
+        inner = chunk.module
+        assert isinstance(inner, torch.nn.Module)
+        chunk = inner
     return chunk
 
 
 def chunks(model: torch.nn.Module) -> list[LanguageModel]:
-    """The parts of the model that this rank holds, in the order of their layers.
+    """Returns this rank's chunks of the model, in the order of their layers.
 
-    model: the ModuleList that build.py makes, or one wrapped chunk.
+    `model` is the ModuleList that build.py returns, or one chunk; either may be wrapped.
     """
     return [unwrap(m) for m in (model if isinstance(model, torch.nn.ModuleList) else [model])]

@@ -1,9 +1,9 @@
 """Token log-probs and entropy from hidden states: vocabulary-parallel, chunked, never gathered.
 
-The output projection is part of the function: for a chunk of rows each tensor-parallel rank forms
-the logits of its own vocabulary rows in fp32, three reductions over the group (maximum, sum of
-exponentials, target logit) give the log-prob, and the chunk's logits are dropped. Backward forms
-them again. So the memory is that of one chunk, whatever the sequence length.
+The output projection is part of the function. For each chunk of rows, a tensor-parallel rank
+computes the logits of its vocabulary rows in fp32. Three reductions over the group (maximum, sum of
+exponentials, target logit) give the log-probs, and the logits are dropped. Backward computes them
+again. So the memory is that of one chunk, whatever the sequence length.
 
 With logits z = hidden·Wᵀ/τ and p = softmax(z):
     log-prob   l = z_y − logΣexp(z)        dl/dz = 1[y] − p
@@ -21,8 +21,8 @@ import torch.distributed as dist
 
 from megatron_rpp.parallel import device as devices
 
-# fp32 logits held at once: 8 MB on a CPU, whose caches they should fit; 256 MB on a GPU, which needs
-# many rows to be busy.
+# fp32 logits of one chunk: 8 MB on a CPU, to fit its caches; 256 MB on a GPU, which needs many rows
+# to be busy.
 CHUNK_ELEMENTS = 2**21 if devices.ON_CPU else 2**26
 
 
@@ -38,12 +38,12 @@ def _chunks(rows: int, columns: int) -> list[slice]:
 
 
 def _logits(hidden, weight, valid_rows: int, temperature: float) -> torch.Tensor:
-    """fp32 [n, valid_rows]: the padding rows of the vocabulary are left out, they have no log-prob."""
+    """Returns fp32 logits [n, valid_rows]. Padding rows have no log-prob, so they are left out."""
     return devices.matmul_fp32(hidden, weight[:valid_rows].t()).div_(temperature)
 
 
 def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    """total += left · right, in fp32 whatever the factors are in."""
+    """Adds left · right to `total` in fp32, whatever the dtype of the factors."""
     if left.dtype == total.dtype:
         torch.addmm(total, left, right, out=total)
     else:
@@ -77,7 +77,7 @@ class _VocabParallelLogProbs(torch.autograd.Function):
                 mean_logits[rows] = sums[2] / sums[0]
         ctx.save_for_backward(hidden, weight, local_targets, local_mask, log_sums, mean_logits)
         ctx.valid_rows, ctx.temperature, ctx.group = valid_rows, temperature, group
-        ctx.set_materialize_grads(False)  # an entropy that is only reported has no backward
+        ctx.set_materialize_grads(False)  # no entropy backward if the entropy is only reported
         return logprobs, log_sums - mean_logits if with_entropy else mean_logits
 
     @staticmethod
@@ -101,7 +101,7 @@ class _VocabParallelLogProbs(torch.autograd.Function):
             grad_logits = grad_logits.div_(temperature).to(hidden.dtype)
             grad_hidden[rows] = grad_logits @ weight[:valid_rows]
             _add_product(grad_weight[:valid_rows], grad_logits.t(), hidden[rows])
-        # Each rank saw only its part of the vocabulary: the input's gradient is the sum.
+        # Each rank has the gradient from its part of the vocabulary; the input's is their sum.
         _sum_over(ctx.group, grad_hidden)
         return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None, None
 
@@ -115,19 +115,19 @@ def vocab_parallel_logprobs(
     group: dist.ProcessGroup,
     with_entropy: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Log-probs of `targets`, and the entropy of each row's distribution.
+    """Computes the log-probs of `targets` and the entropy of each row's distribution.
 
     Args:
         hidden: [n, h], the same on every rank of `group`.
-        weight: [v, h] this rank's rows of the output projection.
-        targets: [n] token ids in the whole vocabulary.
+        weight: [v, h], this rank's rows of the output projection.
+        targets: [n], token ids in the whole vocabulary.
         valid_rows: how many of this rank's rows belong to the vocabulary; the rest is padding.
         temperature: divides the logits, as it did when the tokens were sampled.
         group: the tensor-parallel ranks.
-        with_entropy: also compute the entropy in nats (else None).
+        with_entropy: also compute the entropy in nats.
     Returns:
-        fp32 ([n], [n] or None), differentiable in `hidden` and `weight`; gradients with respect
-        to `hidden` are already summed over `group`.
+        (log-probs [n], entropies [n] or None), fp32, differentiable in `hidden` and `weight`. The
+        gradient of `hidden` is already summed over `group`.
     """
     logprobs, entropy = _VocabParallelLogProbs.apply(
         hidden, weight, targets, valid_rows, temperature, group, with_entropy

@@ -1,8 +1,8 @@
 """RMSNorm (arXiv 1910.07467) that works under sequence parallelism.
 
-Megatron-Core's torch fallback refuses sequence parallelism. There each tensor-parallel rank
-normalises its own part of the sequence, so the weight's gradient is a partial sum; the
-`sequence_parallel` mark makes Megatron all-reduce it over the tensor-parallel group.
+Megatron-Core's torch fallback does not support it. Under sequence parallelism each tensor-parallel
+rank normalises its part of the sequence, so the weight's gradient is a partial sum. The attribute
+`sequence_parallel` makes Megatron all-reduce it over the tensor-parallel group.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ class RMSNorm(torch.nn.Module):
         weight = torch.ones(hidden_size, dtype=config.params_dtype, device=devices.device())
         self.eps = eps
         self.weight = torch.nn.Parameter(weight)
-        self.weight.sequence_parallel = config.sequence_parallel
+        # Megatron reads this attribute of a parameter; torch does not declare it.
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.rms_norm(x, (x.shape[-1],), self.weight, self.eps)

@@ -1,4 +1,4 @@
-"""Megatron's AdamW and learning-rate schedule from the configuration.
+"""Builds Megatron's AdamW and learning-rate schedule from the configuration.
 
 Left out: other optimizers, loss scaling (bf16 and fp32 need none), overlapped gradient reduction.
 """
@@ -8,21 +8,21 @@ from __future__ import annotations
 import torch
 
 from megatron_rpp.config import OptimizerConfig
-from megatron_rpp.parallel import device as _device  # noqa: F401  (before megatron)
+from megatron_rpp.parallel import device as _device  # noqa: F401  # before megatron
 
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-# "Never" for Megatron's scheduler, which wants a length for a schedule that stays constant.
+# Megatron's scheduler needs a length even if the learning rate stays constant.
 _NO_END = 2**31
 
 
 def build_optimizer(
     model: torch.nn.ModuleList, config: OptimizerConfig, bf16: bool
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
-    """AdamW over DDP-wrapped chunks, and its schedule counted in optimizer steps."""
+    """Returns AdamW over DDP-wrapped chunks, and its schedule, counted in optimizer steps."""
     optimizer = get_megatron_optimizer(
         MegatronOptimizerConfig(
             optimizer="adam",
@@ -53,7 +53,7 @@ def build_optimizer(
         end_wd=config.weight_decay,
         wd_incr_steps=0,
         wd_incr_style="constant",
-        # A resumed run keeps its own (possibly changed) schedule and the checkpoint's position.
+        # A resumed run uses the schedule of its configuration, from the checkpoint's position on.
         override_opt_param_scheduler=True,
         use_checkpoint_opt_param_scheduler=False,
     )

@@ -1,18 +1,19 @@
 """Runs a model over micro-batches: the only caller of Megatron's forward-backward schedules.
 
-Training and scoring go through the same schedules (no pipelining, 1F1B over the stages, or
-interleaved where each stage holds several chunks). Generation passes one batch through the stages
-with `stage_forward`.
+Training and log-probs use the same schedules: no pipelining, 1F1B over the stages, or interleaved
+if each stage holds several chunks. Generation sends one batch through the stages with
+`stage_forward`.
 
-Left out: overlapping several batches in generation, so that while one stage computes a token the
-others wait.
+Left out: overlapping several batches in generation. While one stage computes a token, the others
+wait.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,8 +26,9 @@ from megatron_rpp.records import MicroBatch
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-# Hidden states [t, 1, h] of a micro-batch -> (loss sum, count, report). Megatron sums both over
-# micro-batches and data-parallel ranks, and divides the gradient once: a global mean on any layout.
+# Hidden states [t, 1, h] of a micro-batch -> (loss sum, count, report). Megatron adds up sums and
+# counts over micro-batches and data-parallel ranks and divides the gradient once, so the loss is a
+# global mean on any layout.
 LossFunction = Callable[[MicroBatch, torch.Tensor], tuple[torch.Tensor, torch.Tensor, Any]]
 
 
@@ -41,7 +43,8 @@ def _run(model, micro_batches: list[MicroBatch], last_stage, **schedule) -> list
         data_iterator=iterators if len(model) > 1 else iterators[0],
         model=list(model),
         num_microbatches=len(micro_batches),
-        # Read where all rows have one shape, else the stages tell each other: the whole row.
+        # Length of the whole row; Megatron reads it only if all rows have the same shape. If they
+        # differ, the stages send each other the shapes.
         seq_length=micro_batches[0].tokens.shape[1] * groups.context_group().size(),
         micro_batch_size=1,
         **schedule,
@@ -50,20 +53,20 @@ def _run(model, micro_batches: list[MicroBatch], last_stage, **schedule) -> list
 
 @dataclass(frozen=True)
 class Backward:
-    """What a rank knows of a backward pass, beside the gradients in its buffers."""
+    """The results of a backward pass on one rank, besides the gradients in its buffers."""
 
     reports: list[Any]
-    """Of the loss function, one per micro-batch, on the last stage; [] elsewhere."""
+    """The loss function's report on each micro-batch, on the last stage; [] on the others."""
     local_grad_norms: list[torch.Tensor]
-    """Norm of each gradient buffer before other ranks' gradients were added to it."""
+    """Norm of each gradient buffer before the gradients of other ranks are added to it."""
 
 
 def train(model, micro_batches: list[MicroBatch], loss: LossFunction) -> Backward:
-    """Forward and backward over `micro_batches`: gradients of the global mean in the buffers."""
-    local_grad_norms = []
+    """Runs forward and backward; leaves the gradients of the global mean in the buffers."""
+    local_grad_norms: list[torch.Tensor] = []
 
     def finalize(wrapped, *args, **kwargs):
-        # Afterwards one rank's NaN is in the buffers of all, and nobody could say whose it was.
+        # Taken before the reduction, which spreads one rank's NaN to the buffers of all ranks.
         buffers = (buffer for chunk in wrapped for buffer in chunk.buffers)
         local_grad_norms.extend(buffer.grad_data.norm() for buffer in buffers)
         finalize_model_grads(wrapped, *args, **kwargs)
@@ -77,7 +80,7 @@ def train(model, micro_batches: list[MicroBatch], loss: LossFunction) -> Backwar
 def score(
     model, micro_batches: list[MicroBatch], head: Callable[[MicroBatch, torch.Tensor], Any]
 ) -> list[Any]:
-    """`head(batch, hidden)` of every micro-batch on the last stage; [] elsewhere."""
+    """Returns `head(batch, hidden)` of every micro-batch on the last stage; [] on the others."""
 
     def last_stage(batch, hidden, non_loss_data=True):
         return head(batch, hidden)
@@ -86,13 +89,15 @@ def score(
 
 
 def stage_forward(model, tokens: torch.Tensor, positions: torch.Tensor | None = None):
-    """One batch through this rank's chunks, each received from the rank before and sent on.
+    """Runs one batch through this rank's chunks.
+
+    Each chunk receives its input from the previous rank and sends its output to the next.
 
     Args:
         tokens: [b, s], the same on every stage.
         positions: [b] while decoding, else None (see LanguageModel.forward).
     Returns:
-        the hidden states [s, b, h] of this rank's last chunk.
+        The hidden states [s, b, h] of this rank's last chunk.
     """
     group = groups.pipeline_group()
     for chunk in chunks(model):

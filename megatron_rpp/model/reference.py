@@ -1,13 +1,14 @@
 """The frozen reference model: a second model on the device, or weights on the host.
 
-`resident` costs a second copy of the weights on the device; `offload` costs a copy in host memory
-and two exchanges with the policy's weights per scoring, which restore the policy bit for bit.
+`resident` needs a second copy of the weights on the device. `offload` needs a copy in host memory,
+and swaps it with the policy's weights and back each time; the policy is restored bit for bit.
 """
 
 from __future__ import annotations
 
 import contextlib
-from typing import Iterator, Protocol
+from collections.abc import Iterator
+from typing import Protocol
 
 import torch
 
@@ -16,7 +17,7 @@ from megatron_rpp.parallel import device as devices
 
 class Reference(Protocol):
     def active(self) -> contextlib.AbstractContextManager[torch.nn.Module]:
-        """A model that holds the reference weights while the context is open."""
+        """Yields a model that holds the reference weights while the context is open."""
 
 
 class ResidentReference:
@@ -31,7 +32,7 @@ class ResidentReference:
 
 
 class OffloadedReference:
-    """The reference weights on the host, taken from `policy` as it is now."""
+    """A copy on the host of the weights that `policy` has at construction."""
 
     def __init__(self, policy: torch.nn.Module):
         self.policy = policy
@@ -45,9 +46,9 @@ class OffloadedReference:
     @torch.no_grad()
     def _swap(self) -> None:
         for parameter, host in zip(self.policy.parameters(), self.host, strict=True):
-            mine = parameter.detach().to("cpu", copy=True)
+            current = parameter.detach().to("cpu", copy=True)
             parameter.copy_(host)
-            host.copy_(mine)
+            host.copy_(current)
 
     @contextlib.contextmanager
     def active(self) -> Iterator[torch.nn.Module]:

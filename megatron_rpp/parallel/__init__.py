@@ -4,4 +4,4 @@ Import this package before `megatron.core`: on a machine without CUDA it makes "
 Only this room, `model/` and `checkpoint/` know Megatron.
 """
 
-from megatron_rpp.parallel import device as device  # noqa: F401  (first, for its effect)
+from megatron_rpp.parallel import device as device  # first, for its effect

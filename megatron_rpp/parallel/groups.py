@@ -1,8 +1,9 @@
 """Process groups: which ranks compute together.
 
-A data-parallel replica is the tensor × pipeline × context ranks that share one shard of the rollout
-buffer. Its tensor × pipeline ranks hold one copy of the model; its context-parallel ranks work on
-different parts of each sequence. Every rank of a group joins every collective in the same order.
+A data-parallel replica is the tensor × pipeline × context ranks that share one shard of the
+rollout buffer. Its tensor × pipeline ranks hold one copy of the model; its context-parallel ranks
+work on different parts of each sequence. Every rank of a group joins every collective, in the same
+order.
 
 Left out: expert parallelism.
 """

@@ -94,7 +94,7 @@ def test_outputs_and_gradients_are_those_of_fp64(ranks, context):
     for rank in ranks[:context]:
         found, own, pieces = rank[context]
         held += own.tolist()
-        for name, ours, whole in zip("output query key value".split(), found, oracle(pieces)):
+        for name, ours, whole in zip(("output", "query", "key", "value"), found, oracle(pieces)):
             error = (ours.double() - whole[own]).abs().max() / whole.abs().max()
             assert error <= TOLERANCE, (name, float(error))
     assert sorted(held) == list(range(sum(pieces)))
