@@ -126,14 +126,14 @@ class CoreAttention(MegatronModule):
 
     def forward(
         self,
-        query,
-        key,
-        value,
-        attention_mask=None,
-        attn_mask_type=None,
-        attention_bias=None,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: torch.Tensor | None = None,
         packed_seq_params: PackedRow | None = None,
-    ):
+    ) -> torch.Tensor:
         """Maps query [s, b, n, d], key and value [s, b, k, d] to context [s, b, n·d].
 
         In packed rows [t, 1, ...] takes the place of [s, b, ...].
@@ -151,7 +151,13 @@ class CoreAttention(MegatronModule):
             self.cache.write_prompts(key, value)
         return self._attend(query, key, value).permute(2, 0, 1, 3).flatten(2)
 
-    def _attend(self, query, key, value, visible=None):
+    def _attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        visible: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Attention over [b, heads, s, d] each: causal, or limited to `visible` [b, 1, s, s']."""
         if visible is not None:  # no memory-efficient kernel takes both a mask and grouped heads
             repeats = query.shape[1] // key.shape[1]
@@ -166,7 +172,9 @@ class CoreAttention(MegatronModule):
             enable_gqa=query.shape[1] != key.shape[1],
         )
 
-    def _packed(self, query, key, value, packing: Packing):
+    def _packed(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packing: Packing
+    ) -> torch.Tensor:
         """Attention over a packed row, laid out as padded sequences for this operation."""
         count = len(packing.boundaries) - 1
         if packing.gathered is not None:
@@ -185,7 +193,9 @@ class CoreAttention(MegatronModule):
         ranks = gather_from_sequence_parallel_region(values, group=self.context_group)
         return ranks[packing.gathered]
 
-    def _transformer_engine(self, query, key, value, row: PackedRow):
+    def _transformer_engine(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, row: PackedRow
+    ) -> torch.Tensor:
         query, key, value = (x.squeeze(1) for x in (query, key, value))
         context = self.fused[0](
             query,
@@ -197,7 +207,9 @@ class CoreAttention(MegatronModule):
         )
         return context.reshape(len(query), 1, -1)
 
-    def _decode(self, query, key, value):
+    def _decode(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> torch.Tensor:
         """Attention of one new token per sequence over the cache.
 
         The n/k query heads that share a key-value head become its query rows, so keys and values
@@ -219,7 +231,9 @@ class CoreAttention(MegatronModule):
         return context.reshape(1, batch, heads * size)
 
 
-def _side_by_side(values: torch.Tensor, cells: torch.Tensor, count: int, width: int):
+def _side_by_side(
+    values: torch.Tensor, cells: torch.Tensor, count: int, width: int
+) -> torch.Tensor:
     """Lays [t, 1, heads, d] out as [count, heads, width, d]; cells without a token are zero."""
     flat = values.new_zeros(count * width, *values.shape[2:])
     flat = flat.index_copy(0, cells, values[:, 0])

@@ -29,7 +29,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
-from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 
@@ -85,7 +85,7 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig) -> Transfor
     )
 
 
-def layer_spec(qk_norm: bool):
+def layer_spec(qk_norm: bool) -> ModuleSpec:
     """Returns TransformerEngine's layer if it is installed, else Megatron's; attention is ours."""
     if devices.has_transformer_engine():
         spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_norm)
@@ -119,7 +119,12 @@ def build_model(
 
 
 def _build_chunk(
-    model: ModelConfig, parallel: ParallelConfig, config, vocab_size: int, chunk: int, count: int
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    config: TransformerConfig,
+    vocab_size: int,
+    chunk: int,
+    count: int,
 ) -> LanguageModel:
     block = layer = layer_spec(model.qk_norm)
     if not devices.has_transformer_engine():

@@ -76,7 +76,9 @@ def local_shard(
     return row.merge(parts, model.config.kv_channels)
 
 
-def _vocabulary_rows(row: Row, parameter, weights: Weights, first: int) -> torch.Tensor:
+def _vocabulary_rows(
+    row: Row, parameter: torch.nn.Parameter, weights: Weights, first: int
+) -> torch.Tensor:
     """Reads the rows from `first` on; the padding rows after the vocabulary are zero."""
     (name,) = row.hf
     vocab_size = weights.shapes[name][0]

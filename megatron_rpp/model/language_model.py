@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -29,7 +30,7 @@ from megatron.core.tensor_parallel.mappings import all_gather_last_dim_from_tens
 class LanguageModel(GPTModel):
     """One chunk (pipeline stage, or part of one) of a decoder-only transformer."""
 
-    def __init__(self, *, architecture: dict, **kwargs):
+    def __init__(self, *, architecture: dict[str, Any], **kwargs: Any) -> None:
         super().__init__(position_embedding_type="rope", **kwargs)
         self.architecture = architecture  # see ModelConfig.architecture; checkpoints keep it
         self.true_vocab_size = architecture["vocab_size"]  # without the embedding's padding rows

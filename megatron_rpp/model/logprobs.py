@@ -37,7 +37,9 @@ def _chunks(rows: int, columns: int) -> list[slice]:
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
-def _logits(hidden, weight, valid_rows: int, temperature: float) -> torch.Tensor:
+def _logits(
+    hidden: torch.Tensor, weight: torch.Tensor, valid_rows: int, temperature: float
+) -> torch.Tensor:
     """Returns fp32 logits [n, valid_rows]. Padding rows have no log-prob, so they are left out."""
     return devices.matmul_fp32(hidden, weight[:valid_rows].t()).div_(temperature)
 
@@ -67,10 +69,10 @@ class _VocabParallelLogProbs(torch.autograd.Function):
             target = logits.new_zeros(len(logits))
             target[held] = logits[held].gather(1, local_targets[rows][held, None]).squeeze(1)
             exponentials = torch.exp(logits - peak[:, None])
-            sums = [exponentials.sum(-1), target]
+            terms = [exponentials.sum(-1), target]
             if with_entropy:
-                sums.append((exponentials * logits).sum(-1))
-            sums = _sum_over(group, torch.stack(sums))
+                terms.append((exponentials * logits).sum(-1))
+            sums = _sum_over(group, torch.stack(terms))
             log_sums[rows] = peak + sums[0].log()
             logprobs[rows] = sums[1] - log_sums[rows]
             if with_entropy:

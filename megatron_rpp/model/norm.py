@@ -7,15 +7,21 @@ rank normalises its part of the sequence, so the weight's gradient is a partial 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from megatron_rpp.parallel import device as devices
+
+from megatron.core.transformer import TransformerConfig
 
 
 class RMSNorm(torch.nn.Module):
     """y = x / sqrt(mean(x²) + eps) · weight over the last dimension."""
 
-    def __init__(self, config, hidden_size: int, eps: float = 1e-5, **_):
+    def __init__(
+        self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any
+    ) -> None:
         super().__init__()
         weight = torch.ones(hidden_size, dtype=config.params_dtype, device=devices.device())
         self.eps = eps

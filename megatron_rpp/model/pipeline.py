@@ -32,7 +32,12 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 LossFunction = Callable[[MicroBatch, torch.Tensor], tuple[torch.Tensor, torch.Tensor, Any]]
 
 
-def _run(model, micro_batches: list[MicroBatch], last_stage, **schedule) -> list[Any]:
+def _run(
+    model: torch.nn.ModuleList,
+    micro_batches: list[MicroBatch],
+    last_stage: Callable[..., Any],
+    **schedule: Any,
+) -> list[Any]:
     def forward_step(batches, chunk):
         batch = next(batches)
         return chunk(batch.tokens, batch.positions, batch.packing), partial(last_stage, batch)
@@ -61,7 +66,9 @@ class Backward:
     """Norm of each gradient buffer before the gradients of other ranks are added to it."""
 
 
-def train(model, micro_batches: list[MicroBatch], loss: LossFunction) -> Backward:
+def train(
+    model: torch.nn.ModuleList, micro_batches: list[MicroBatch], loss: LossFunction
+) -> Backward:
     """Runs forward and backward; leaves the gradients of the global mean in the buffers."""
     local_grad_norms: list[torch.Tensor] = []
 
@@ -78,7 +85,9 @@ def train(model, micro_batches: list[MicroBatch], loss: LossFunction) -> Backwar
 
 @torch.no_grad()
 def score(
-    model, micro_batches: list[MicroBatch], head: Callable[[MicroBatch, torch.Tensor], Any]
+    model: torch.nn.ModuleList,
+    micro_batches: list[MicroBatch],
+    head: Callable[[MicroBatch, torch.Tensor], Any],
 ) -> list[Any]:
     """Returns `head(batch, hidden)` of every micro-batch on the last stage; [] on the others."""
 
@@ -88,7 +97,9 @@ def score(
     return _run(model, micro_batches, last_stage, forward_only=True, collect_non_loss_data=True)
 
 
-def stage_forward(model, tokens: torch.Tensor, positions: torch.Tensor | None = None):
+def stage_forward(
+    model: torch.nn.ModuleList, tokens: torch.Tensor, positions: torch.Tensor | None = None
+) -> torch.Tensor:
     """Runs one batch through this rank's chunks.
 
     Each chunk receives its input from the previous rank and sends its output to the next.
