@@ -19,7 +19,7 @@ from megatron_rpp.lifecycle.extras import require_extra
 PANELS = {
     "Reward (rollouts)": ("metrics.jsonl", "reward/mean", "mean score"),
     "Held-out accuracy (greedy)": ("evaluations.jsonl", "accuracy", "share correct"),
-    "KL from the reference (k1)": ("metrics.jsonl", "kl/k1", "nats a token"),
+    "KL from the reference (k1)": ("metrics.jsonl", "kl/k1", "nats per token"),
     "Response length": ("metrics.jsonl", "response/length_mean", "tokens"),
 }
 

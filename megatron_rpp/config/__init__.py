@@ -1,8 +1,8 @@
-"""Every setting of a run: one frozen, keyword-only dataclass per section, checked when it is made.
+"""Every setting of a run: one frozen, keyword-only dataclass per section, checked on creation.
 
-Each field has a docstring with its meaning and unit; ``--help`` prints it. A value out of range
-raises ConfigError and names ``section.field``, the value and the range. Nothing here opens a file
-or needs a device, torch or Megatron.
+Every field has a docstring with its meaning and unit, which ``--help`` prints. A value out of range
+raises a ConfigError that names ``section.field``, the value and the range. Nothing here opens a
+file or needs a device, torch or Megatron.
 """
 
 from megatron_rpp.config.data import DataConfig, TaskConfig

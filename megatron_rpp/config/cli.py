@@ -1,10 +1,10 @@
 """Command line and YAML files in, one checked Config out.
 
-``--config FILE`` (more than one: the later wins), over it ``--section.key value`` (wherever it
-stands) and Megatron's own flag names. jsonargparse converts the types and lays the sources over
-each other; ``--help`` prints the docstrings of the fields. Ours is a thin layer around it: aliases,
-and strict keys, so that every mistake is one line with the nearest known name. No setting is read
-from the environment: torchrun's RANK only decides which process prints.
+Files come from ``--config FILE``; if several are given, later ones win. ``--section.key value`` and
+Megatron's own flag names override all files, wherever they stand on the command line. jsonargparse
+converts the types, merges the sources and prints the docstrings of the fields for ``--help``. This
+module adds aliases and strict keys, so that every mistake is one line with the nearest known name.
+No setting is read from the environment: torchrun's RANK only decides which process prints.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import json
 import os
 import re
 import sys
+import textwrap
 from collections.abc import Iterator
 from dataclasses import asdict, is_dataclass
 from functools import cache
@@ -40,10 +41,10 @@ class Arguments(NamedTuple):
 
 
 def parse(argv: list[str] | None = None, program: Literal["train", "sft"] = "train") -> Arguments:
-    """Arguments of ``argv`` (None = the process's own).
+    """Parses ``argv`` (None = the arguments of this process).
 
-    Exits with code 0 after ``--help`` and ``--print-config``, with code 2 after a one-line message
-    on stderr for any mistake. Every rank parses the same words and exits alike; only rank 0 prints.
+    Exits with code 0 after ``--help`` and ``--print-config``. On any mistake, prints one line on
+    stderr and exits with code 2. All ranks parse the same words and exit alike; only rank 0 prints.
     """
     with contextlib.ExitStack() as stack:
         if os.environ.get("RANK", "0") != "0":
@@ -61,12 +62,14 @@ def parse(argv: list[str] | None = None, program: Literal["train", "sft"] = "tra
 
 
 def _parse(argv: list[str], program: str) -> tuple[Arguments, bool]:
-    """Arguments, and whether only to print them."""
+    """The arguments, and whether to print them and exit."""
     aliases = aliases_of(program)
     parser = _settings_parser(program)
-    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    _add_program_options(own)
-    options, words = own.parse_known_args(argv)
+    program_parser = argparse.ArgumentParser(
+        add_help=False, allow_abbrev=False, exit_on_error=False
+    )
+    _add_program_options(program_parser)
+    options, words = program_parser.parse_known_args(argv)
     if {"-h", "--help"} & set(words):
         parser.parse_args(["--help"])
     words = list(_settings(words, aliases))
@@ -84,7 +87,7 @@ def _parse(argv: list[str], program: str) -> tuple[Arguments, bool]:
 
 
 def _hints(section: type = Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted name, type) of every setting, sections left out."""
+    """Yields (dotted name, type) of every setting; sections themselves are left out."""
     for name, hint in get_type_hints(section).items():
         if is_dataclass(hint):
             yield from _hints(hint, f"{prefix}{name}.")
@@ -110,7 +113,10 @@ def _settings_parser(program: str) -> jsonargparse.ArgumentParser:
 
 
 class _HelpFormatter(jsonargparse.DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Types and defaults after each help text; the list of aliases keeps its lines."""
+    """Shows type and default after each help text, and keeps the lines of the list of aliases."""
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
 
 
 def _add_program_options(parser: argparse.ArgumentParser) -> None:
@@ -119,31 +125,33 @@ def _add_program_options(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         action="append",
         default=[],
-        help="YAML file of settings; may be given more than once, the later wins",
+        help="YAML file of settings; may be given more than once, later files win",
     )
     parser.add_argument(
         "--print-config",
         "--print_config",
         action="store_true",
-        help="print the resolved settings as YAML, which --config reads back, and exit",
+        help="print all settings as YAML, which --config can read back, and exit",
     )
     parser.add_argument(
-        "--dry-run", "--dry_run", action="store_true",
-        help="check the cluster (train), build everything, run no step",  # fmt: skip
+        "--dry-run",
+        "--dry_run",
+        action="store_true",
+        help="build everything but run no step; train also checks the cluster",  # fmt: skip
     )
     parser.add_argument(
         "--micro-batch-size",
         metavar="N",
         type=int,
-        help="sequences per micro-batch, as Megatron counts them: micro-batches are planned by a "
-        "token budget here, so this sets train.max_tokens_per_microbatch = N x model.max_length",
+        help="sequences per micro-batch, as in Megatron; micro-batches are planned by a token "
+        "budget here, so this sets train.max_tokens_per_microbatch = N x model.max_length",
     )
 
 
 def _add_settings(
     parser: jsonargparse.ArgumentParser, section: object, about: str, prefix: str = ""
 ) -> None:
-    """One group per section, the nested sections after the fields of their own."""
+    """Adds one group per section; nested sections follow the fields of their parent."""
     hints, nested = get_type_hints(type(section)), []
     group = parser.add_argument_group(prefix.rstrip(".") or "settings", about)
     for text in docstring_parser.parse_from_object(type(section)).params:
@@ -159,11 +167,13 @@ def _add_settings(
 
 
 def _settings(words: list[str], aliases: dict[str, str]) -> Iterator[str]:
-    """The words as ``--section.key=value``, so that -1e-3 is a value too."""
+    """Rewrites the words as ``--section.key=value``, so that -1e-3 can be a value too."""
     rest = iter(words)
     for word in rest:
         if not word.startswith("--"):
-            raise ConfigError(f"unexpected argument '{word}': write settings as --section.key value")
+            raise ConfigError(
+                f"unexpected argument '{word}': write settings as --section.key value"
+            )
         flag, equals, value = word[2:].partition("=")
         name = aliases.get(flag, flag)
         if "=" in name:
@@ -178,17 +188,17 @@ def _settings(words: list[str], aliases: dict[str, str]) -> Iterator[str]:
             if value.startswith("--"):
                 raise ConfigError(f"--{flag} needs a value, got none")
         if name == "data.train" and value[:1] in ("[", "-") and os.path.exists(value):
-            value = json.dumps([value])  # a file called [math] is no list of files
+            value = json.dumps([value])  # a file named [math] is not a list of files
         yield f"--{name}={value}"
 
 
 def _is_known(name: str) -> bool:
-    """A setting, or an entry of a mapping, such as task.params.min_terms."""
+    """Whether this names a setting, or an entry of a mapping such as task.params.min_terms."""
     return name in _TYPES or get_origin(_TYPES.get(name.rpartition(".")[0])) is dict
 
 
 def _unknown_key(name: str, where: str, known: list[str]) -> str:
-    """The message: the same field in another section is nearer than a similar spelling."""
+    """The error message. The same field in another section beats a similar spelling."""
     field = name.rpartition(".")[2]
     same = [key for key in known if key.rpartition(".")[2] == field]
     near = difflib.get_close_matches(name, same or known, n=1, cutoff=0.0 if same else 0.6)
@@ -201,7 +211,7 @@ def _unknown_key(name: str, where: str, known: list[str]) -> str:
 
 
 def _checked(content: dict, section: type, file: str, prefix: str = "") -> dict[str, Any]:
-    """``content`` of a file, whose keys and sections are known; sections without lines left out."""
+    """The ``content`` of a file after its keys were checked; empty sections are left out."""
     hints, checked = get_type_hints(section), {}
     for key, value in content.items():
         name = f"{prefix}{key}"
@@ -221,7 +231,7 @@ def _checked(content: dict, section: type, file: str, prefix: str = "") -> dict[
 
 
 def _converted(where: str, read: Any, source: Any, below: jsonargparse.Namespace) -> Any:
-    """``source`` read over the values ``below``; of a wrong type: ConfigError with key and value."""
+    """Reads ``source`` over the values ``below``; a value of the wrong type is a ConfigError."""
     try:
         values = read(source, namespace=below)
     except argparse.ArgumentError as error:
@@ -258,7 +268,7 @@ def _describe(hint: Any) -> str:
 
 
 def _set_microbatch(values: jsonargparse.Namespace, sequences: int, words: list[str]) -> None:
-    """Megatron's micro-batch size as a token budget; it overrides a file like any other flag."""
+    """Turns Megatron's micro-batch size into a token budget. Like any flag, it overrides files."""
     setting = "train.max_tokens_per_microbatch"
     if sequences < 1:
         raise ConfigError(f"--micro-batch-size must be at least 1, got {sequences}")
@@ -270,7 +280,7 @@ def _set_microbatch(values: jsonargparse.Namespace, sequences: int, words: list[
 
 
 def _build(section: type, values: dict[str, Any], path: tuple[str, ...] = ()) -> Any:
-    """The dataclass ``section``, which stands at ``path``, from its nested ``values``."""
+    """Builds the dataclass ``section``, found at ``path``, from its nested ``values``."""
     arguments = {
         name: _build(hint, values[name], (*path, name)) if is_dataclass(hint) else values[name]
         for name, hint in get_type_hints(section).items()
@@ -278,5 +288,5 @@ def _build(section: type, values: dict[str, Any], path: tuple[str, ...] = ()) ->
     try:
         return section(**arguments)
     except ConfigError as error:
-        # sft.optimizer, like every section, names itself alone ("optimizer.lr must ...").
+        # A nested section such as sft.optimizer knows only its own name ("optimizer.lr must ...").
         raise ConfigError("".join(f"{owner}." for owner in path[:-1]) + str(error)) from error

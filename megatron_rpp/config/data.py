@@ -1,7 +1,4 @@
-"""The sections that say what is learned: prompts with their tokenizer, and the task they come from.
-
-Part of config.py, which names every section and describes the rules; import from there.
-"""
+"""Sections about what is learned: the prompts, their tokenizer, and the task they come from."""
 
 from __future__ import annotations
 
@@ -22,40 +19,44 @@ class DataConfig:
     """Prompts and tokenizer."""
 
     train: list[str] | str = ""
-    """Training prompts: a JSONL, .parquet or .csv file, a directory of the datasets library (with
-    @split), hub:owner/name[:configuration][@split], or a list of them."""
+    """Training prompts: a JSONL, .parquet or .csv file; a directory of such files or one saved by
+    the datasets library, with @split if needed; hub:owner/name[:configuration][@split]; or a list
+    of these."""
     weights: list[float] = field(default_factory=list)
-    """Share of each of several training sources; empty = by their numbers of rows."""
+    """Share of the training prompts that each source provides; empty = in proportion to its
+    rows."""
     eval: str = ""
-    """Held-out prompts, a source like those of train."""
+    """Held-out prompts for evaluation: one source, written as in train."""
     eval_split: float = 0.0
-    """Where eval is empty: rows of train to hold out, drawn from the seed: a share below 1, a
-    number from 1 on; 0 = none."""
+    """Rows of train to hold out if eval is empty, drawn at random from the seed. A value below 1 is
+    a share of the rows, a value of 1 or more is a number of rows; 0 = none."""
     max_prompt_tokens: int | None = None
-    """Longest prompt in tokens; null = model.max_length - rollout.max_new_tokens, the most it can
-    be."""
+    """Longest allowed prompt in tokens; null = model.max_length - rollout.max_new_tokens, which is
+    also the upper limit."""
     overlong_prompts: Literal["refuse", "drop"] = "refuse"
-    """What happens to longer prompts; in sft also to rows that exceed model.max_length with their
-    label."""
+    """What to do with longer prompts: refuse = stop with an error, drop = leave them out. In sft
+    this also applies to rows whose prompt and label together exceed model.max_length."""
     cache_dir: str | None = None
-    """Directory of what is known of the data files between runs; null = megatron_rpp in Hugging
-    Face's cache."""
+    """Directory that caches what was found in the data files, so that later runs start faster; null
+    = megatron_rpp in the Hugging Face cache."""
     tokenizer: str = ""
-    """SentencePiece .model file, or directory of a Hugging Face tokenizer; empty = the one that came
-    with the weights of model.hf_path or model.init_path."""
+    """SentencePiece .model file or directory of a Hugging Face tokenizer; empty = the tokenizer
+    that comes with the weights in model.hf_path or model.init_path."""
     trust_remote_code: bool = False
-    """Run the Python code that a tokenizer's directory brings along."""
+    """Run Python code from the directory of the tokenizer, if it contains any."""
     chat_template: str | None = None
-    """File of a chat template (Jinja); null = the tokenizer's own."""
+    """File with a chat template (Jinja); null = the template of the tokenizer."""
     apply_chat_template: bool = False
-    """Ask prompts that are texts as one user message; lists of messages always go through the
-    template."""
+    """Turn a prompt that is plain text into one user message and apply the chat template. Lists of
+    messages always go through the template."""
     system_prompt: str = ""
-    """System message in front of conversations that have none; empty = none."""
+    """System message to put in front of conversations that have none; empty = none."""
     prompt_key: str = "prompt"
-    """Field of the prompt, a text or a list of messages {role, content}; may be a path a.b."""
+    """Field of a row that holds the prompt, a text or a list of messages {role, content}. A path
+    such as a.b reaches into nested objects."""
     label_key: str = "label"
-    """Field of the label handed to the reward; may be a path a.b."""
+    """Field of a row that holds the label, which is passed to the reward functions. May be a path
+    such as a.b."""
 
     def __post_init__(self) -> None:
         check_choices("data", self)
@@ -78,7 +79,7 @@ class DataConfig:
 
     @property
     def sources(self) -> list[str]:
-        """The sources of training prompts, a single one too."""
+        """The sources of training prompts as a list, even if there is only one."""
         return [self.train] if isinstance(self.train, str) else self.train
 
 
@@ -89,17 +90,18 @@ class TaskConfig:
     name: str = "chain_sum"
     """Name of the reasoning-gym task."""
     params: dict[str, Any] = field(default_factory=dict)
-    """Parameters of the task, by reasoning-gym's names; one of them: --task.params.NAME VALUE."""
+    """Parameters of the task, as reasoning-gym names them. On the command line:
+    --task.params.NAME VALUE."""
     train_size: int = 20000
-    """Training prompts."""
+    """Number of training prompts to generate."""
     eval_size: int = 256
-    """Held-out prompts."""
+    """Number of held-out prompts to generate."""
     train_seed: int = 1
     """Seed of the training prompts."""
     eval_seed: int = 2
-    """Seed of the held-out prompts, another than train_seed."""
+    """Seed of the held-out prompts. It must differ from train_seed."""
     vocab_size: int = 64
-    """Pieces of the SentencePiece tokenizer trained on the task."""
+    """Number of pieces of the SentencePiece tokenizer that is trained on the task."""
 
     def __post_init__(self) -> None:
         check_filled("task", self, "name")

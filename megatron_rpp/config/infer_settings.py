@@ -1,4 +1,4 @@
-"""Settings that a model directory brings along: its architecture, and where its tokenizer is."""
+"""Infers settings from the directory of the model: its architecture and its tokenizer."""
 
 from __future__ import annotations
 
@@ -14,31 +14,34 @@ _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 def side_folder(checkpoint: str | Path) -> Path | None:
-    """Where a checkpoint, or a directory of them, keeps its model's Hugging Face files, if it does."""
+    """The folder of Hugging Face files in a checkpoint or a directory of checkpoints, if it has
+    one."""
     path = Path(checkpoint)
     folders = (path / HF_FOLDER, path.parent / HF_FOLDER)
     return next((folder for folder in folders if (folder / "config.json").is_file()), None)
 
 
 def hf_source(hf_path: str | None, init_path: str | None) -> Path | None:
-    """The Hugging Face files that belong to the weights a run starts from; None where none do."""
+    """The Hugging Face files that belong to the weights a run starts from; None if there are
+    none."""
     if hf_path is not None:
         return Path(hf_path)
     return None if init_path is None else side_folder(init_path)
 
 
 def infer_settings(settings: dict[str, Any], defaults: ModelConfig) -> None:
-    """Fills `settings` (all sections, by name) from the directory its weights come from.
+    """Fills `settings` (all sections, by name) from the directory that the weights come from.
 
-    What is left at its default is taken from there; model.max_length stays, it may be shorter.
-    Raises ConfigError where a setting says otherwise than the directory.
+    A setting at its default takes its value from the directory. model.max_length is left alone: it
+    may be shorter than the model's context. Raises ConfigError if a setting contradicts the
+    directory.
     """
     model = settings["model"]
     with reading(f"{model['hf_path'] or model['init_path']}", "correct the path of the model"):
         folder = hf_source(model["hf_path"], model["init_path"])
     if folder is None:
         return
-    from megatron_rpp.hf.architecture import read_architecture  # here: it loads torch
+    from megatron_rpp.hf.architecture import read_architecture  # imported here: it loads torch
 
     theirs = dict(read_architecture(folder).settings)
     context = theirs.pop("max_length")
@@ -47,7 +50,7 @@ def infer_settings(settings: dict[str, Any], defaults: ModelConfig) -> None:
         if model[name] not in (value, asdict(defaults)[name]):
             raise ConfigError(
                 f"model.{name} is {model[name]}, but the model in {folder.absolute()} has {value}: "
-                f"leave it out, the directory brings it"
+                f"leave it out, it is read from the directory"
             )
         model[name] = value
     if model["max_length"] > context:

@@ -1,7 +1,4 @@
-"""The sections that say how it is learned: rollout, reward, algorithm, reference, evaluation.
-
-Part of config.py, which names every section and describes the rules; import from there.
-"""
+"""Sections about how the policy learns: rollout, reward, algorithm, reference, evaluation."""
 
 from __future__ import annotations
 
@@ -12,9 +9,10 @@ from megatron_rpp.config.validation import check_characters, check_choices, chec
 from megatron_rpp.lifecycle.config_error import ConfigError
 
 LOWEST_TEMPERATURE = 1e-3
-"""Logits are divided by the temperature in fp32, whose spacing at 100 / 0.001 is 2^-7: rounding moves
-a log-prob, and with it the ratio of two policies, by up to 1%, far inside the clip range of 20%. At
-a tenth of it rounding alone would leave that range; at 1e-36 logits of 1,000 overflow."""
+"""Logits are divided by the temperature in fp32. At 100 / 0.001 the spacing of fp32 is 2^-7, so
+rounding changes a log-prob, and with it the ratio of two policies, by up to 1%: well within the
+clip range of 20%. At a tenth of this temperature, rounding alone would exceed that range; at 1e-36,
+logits of 1,000 overflow."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,29 +20,34 @@ class RolloutConfig:
     """Sampling of the responses of one step."""
 
     prompts_per_step: int = 32
-    """Prompts per step over all data-parallel replicas; each replica takes whole prompts."""
+    """Prompts per step, over all data-parallel replicas. All samples of a prompt stay on one
+    replica."""
     samples_per_prompt: int = 8
-    """Responses per prompt."""
+    """Responses sampled for each prompt."""
     max_new_tokens: int = 64
-    """Longest response in tokens, end-of-text included."""
+    """Longest response in tokens, including end-of-sequence."""
     min_new_tokens: int = 0
-    """End-of-text is not sampled before this many tokens."""
+    """Shortest response in tokens: end-of-sequence is not sampled earlier."""
     temperature: float = 1.0
-    """Divides the logits before sampling; at least 0.001. Evaluations are greedy."""
+    """Sampling temperature, at least 0.001: logits are divided by it. Evaluations are always
+    greedy."""
     top_p: float = 1.0
-    """Sample among the likeliest tokens that hold this probability; 1 = all."""
+    """Sample from the smallest set of likeliest tokens with at least this total probability; 1 =
+    all tokens."""
     top_k: int = 0
-    """Sample among this many likeliest tokens; 0 = all."""
+    """Sample from this many likeliest tokens; 0 = all tokens."""
     stop: list[str] = field(default_factory=list)
-    """Texts that end a response; one that is a special token of the tokenizer is that token."""
+    """Texts that end a response. A text that is a special token of the tokenizer stands for that
+    token."""
     stop_token_ids: list[int] = field(default_factory=list)
-    """Tokens that end a response, beside the end-of-sequence tokens of tokenizer and model."""
+    """Token ids that end a response, in addition to the end-of-sequence tokens of tokenizer and
+    model."""
     max_batch: int = 256
-    """Sequences decoded at once per data-parallel replica."""
+    """Largest number of sequences that a data-parallel replica decodes at once."""
 
     @property
     def samples_per_step(self) -> int:
-        """Responses of a step over all replicas."""
+        """Responses per step, over all replicas."""
         return self.prompts_per_step * self.samples_per_prompt
 
     def __post_init__(self) -> None:
@@ -69,33 +72,37 @@ class RolloutConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RewardConfig:
-    """Score of a response: weighted sum, then normalise, scale, clip, in this order."""
+    """Score of a response: the weighted sum of reward functions, then normalised, scaled and
+    clipped."""
 
     functions: list[str] = field(default_factory=lambda: ["exact_match"])
-    """Reward functions: exact_match, math_verify, regex, length, reasoning_gym,
+    """Reward functions. Each is exact_match, math_verify, regex, length, reasoning_gym,
     path/to/file.py:function, package.module:function, or the URL of a reward model."""
     options: dict[str, Any] = field(default_factory=dict)
-    """Options of functions, by name: regex {pattern, equals_label}, length {max_tokens,
-    buffer_tokens}, a URL {shape, batch, concurrency, timeout, retries, token_variable}."""
+    """Options of the functions, by function name: regex {pattern, equals_label}, length
+    {max_tokens, buffer_tokens}, URLs {shape, batch, concurrency, timeout, retries,
+    token_variable}."""
     workers: int = 4
-    """Processes per replica for math_verify, regex and functions of yours, which see one sample at
-    a time; 0 = in the training process, on the whole batch and without time limit."""
+    """Worker processes per replica that run math_verify, regex, reasoning_gym and your own
+    functions, one sample at a time; 0 = run them in the training process, on the whole batch and
+    without a time limit."""
     timeout: float = 10.0
-    """Seconds for one sample in a worker process."""
+    """Time limit in seconds for one sample in a worker process."""
     timeout_score: float = 0.0
-    """Score of a sample whose function takes longer, or kills its process."""
+    """Score of a sample if the function exceeds the time limit or its worker process dies."""
     weights: list[float] = field(default_factory=list)
-    """Weight of each function in the sum; empty = 1 each."""
+    """Weight of each function in the sum; empty = 1 for each."""
     normalize: bool = False
-    """Whiten the scores over the global batch."""
+    """Whiten the scores over the global batch: subtract the mean, divide by the standard
+    deviation."""
     scale: float = 1.0
-    """Factor on the score."""
+    """Factor that multiplies the score."""
     clip: float | None = None
-    """Clip the score to [-clip, clip]; null = off."""
+    """Clip the score to [-clip, clip]; null = no clipping."""
     keep_special_tokens: bool = True
-    """Special tokens of a response (<think>, <tool_call>) are part of the text that rewards and logs
-    see; begin-of-sequence, padding and the token that ends the response never are. false = all
-    special tokens are left out, as most other trainers do."""
+    """Keep special tokens of a response, such as <think> or <tool_call>, in the text that rewards
+    and logs see. Begin-of-sequence, padding and the token that ends the response are never part of
+    it. false = leave out all special tokens, as most other trainers do."""
 
     def __post_init__(self) -> None:
         check_range("reward", self, "scale clip timeout", above=0)
@@ -117,47 +124,53 @@ class RewardConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AlgorithmConfig:
-    """REINFORCE++ (arXiv 2501.03262), and two other estimators to compare it with."""
+    """Advantages, KL terms and loss of REINFORCE++ (arXiv 2501.03262), GRPO and RLOO."""
 
     name: Literal["reinforce++", "reinforce++_baseline", "grpo", "rloo"] = "reinforce++"
-    """Advantage estimator: reinforce++ = returns with the KL in the reward, normalised over the
-    global batch; reinforce++_baseline = reward minus the mean of its prompt's samples, normalised
-    over the global batch; grpo = the same divided by the samples' standard deviation instead; rloo
-    = reward minus the mean of the prompt's other samples, not normalised. In the last three the KL
-    is a term of the loss (kl_loss_coef)."""
+    """Advantage estimator. reinforce++: returns with a KL penalty in the reward, normalised over
+    the global batch. reinforce++_baseline: reward minus the mean over the samples of its prompt,
+    normalised over the global batch. grpo: reward minus that mean, divided by the standard
+    deviation of the samples of the prompt. rloo: reward minus the mean of the other samples of the
+    prompt, not normalised. In the last three, the KL is a term of the loss (kl_loss_coef)."""
     kl_coef: float = 0.01
-    """beta, weight of the KL penalty in the token rewards of reinforce++; 0 = off."""
+    """Weight beta of the KL penalty in the token rewards of reinforce++; 0 = no penalty."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"
-    """Estimator of that penalty, and of the KL that the adaptive controller measures."""
+    """KL estimator of that penalty and of the adaptive controller."""
     gamma: float = 1.0
-    """Discount per token of the return."""
+    """Discount of the return per token."""
     clip_low: float = 0.2
-    """The probability ratio is clipped from below at 1 - clip_low."""
+    """The probability ratio is clipped below at 1 - clip_low."""
     clip_high: float = 0.2
-    """The probability ratio is clipped from above at 1 + clip_high."""
+    """The probability ratio is clipped above at 1 + clip_high."""
     dual_clip: float | None = None
-    """Bound of the ratio where the advantage is negative, above 1; null = off."""
+    """Upper bound of the ratio for tokens with a negative advantage, above 1; null = no dual
+    clip."""
     kl_loss_coef: float = 0.0
-    """lambda, weight of the k2 loss term of the current policy; 0 = off."""
+    """Weight lambda of the k2 KL term in the loss; 0 = no term."""
     kl_controller: Literal["fixed", "adaptive"] = "fixed"
-    """adaptive = after every step kl_coef and kl_loss_coef are multiplied so as to lead the KL to
-    kl_target (arXiv 1909.08593)."""
+    """fixed = the KL coefficients are constant; adaptive = after every step, kl_coef and
+    kl_loss_coef are multiplied by a factor that moves the KL towards kl_target (arXiv
+    1909.08593)."""
     kl_target: float = 0.1
-    """KL that the adaptive controller leads to, in nats a token as the log's kl/* are."""
+    """Target of the adaptive controller, in nats per token like the metrics kl/*."""
     kl_horizon: int = 10000
-    """Responses over which the adaptive controller answers an error; at least those of a step."""
+    """Number of responses over which the adaptive controller corrects an error; at least the
+    responses of one step."""
     old_logprobs: Literal["recompute", "rollout"] = "recompute"
-    """Log-probs of the policy before its update: recompute = by a pass over the samples; rollout =
-    the rollout engine's, which saves that pass and takes the engine's rounding for the policy's."""
+    """Log-probs of the policy before its update. recompute = by a forward pass over the samples;
+    rollout = those of the rollout engine, which saves that pass but ignores that the engine rounds
+    differently."""
     rollout_correction: Literal["none", "cap", "mask"] = "none"
-    """Importance weights of tokens that the rollout engine saw with another probability: cap =
-    min(w, C); mask = w within [1/C, C], else 0; C = rollout_correction_max."""
+    """Importance weights w that correct for the difference between policy and rollout engine, per
+    token, with C = rollout_correction_max. cap = min(w, C); mask = w if it lies in [1/C, C], else
+    0; none = no weights."""
     rollout_correction_max: float = 2.0
-    """C, bound of these weights, at least 1."""
+    """Bound C of these weights, at least 1."""
     entropy_coef: float = 0.0
-    """Weight of the entropy bonus; 0 = off."""
+    """Weight of the entropy bonus; 0 = no bonus."""
     aggregation: Literal["token_mean", "sequence_mean"] = "token_mean"
-    """Mean of the loss over a mini-batch: over its tokens, or over the means of its sequences."""
+    """How the loss of a mini-batch is averaged: over all its tokens, or over the means of its
+    sequences."""
 
     def __post_init__(self) -> None:
         check_choices("algorithm", self)
@@ -179,17 +192,17 @@ class AlgorithmConfig:
 
     @property
     def kl_summary(self) -> str:
-        """What becomes of the KL, for the start-up log."""
+        """How the KL is used, in words, for the start-up log."""
         terms = [f"{self.kl_coef} × {self.kl_estimator} in the reward"] * self.kl_in_reward
         terms += [f"{self.kl_loss_coef} × k2 in the loss"] * (self.kl_loss_coef > 0)
         if not terms:
             return "no KL"
-        target = f", towards {self.kl_target} nats a token" * (self.kl_controller == "adaptive")
+        target = f", towards {self.kl_target} nats per token" * (self.kl_controller == "adaptive")
         return f"KL: {' and '.join(terms)}, {self.kl_controller}{target}"
 
     @property
     def kl_in_reward(self) -> bool:
-        """Whether the token rewards hold a KL penalty."""
+        """Whether the token rewards contain a KL penalty."""
         return self.name == "reinforce++" and self.kl_coef > 0
 
 
@@ -198,8 +211,8 @@ class ReferenceConfig:
     """The frozen model that the KL terms compare with."""
 
     placement: Literal["resident", "offload"] = "resident"
-    """resident = a second model beside the policy; offload = a host copy of the weights, swapped
-    in for scoring."""
+    """Where the reference lives. resident = a second model next to the policy; offload = a copy of
+    the weights in host memory, swapped into the policy to compute log-probs."""
 
     def __post_init__(self) -> None:
         check_choices("reference", self)
@@ -210,11 +223,11 @@ class EvaluationConfig:
     """Accuracy on held-out prompts."""
 
     interval: int = 10
-    """Steps between evaluations; 0 = only before the first and after the last step."""
+    """Steps between evaluations; 0 = evaluate only before the first and after the last step."""
     prompts: int = 256
-    """Held-out prompts per evaluation; 0 = all."""
+    """Number of held-out prompts per evaluation; 0 = all."""
     samples: int = 4
-    """Answers shown in the log per evaluation."""
+    """Number of answers that the log shows per evaluation."""
 
     def __post_init__(self) -> None:
         check_range("evaluation", self, "interval prompts samples", at_least=0)

@@ -1,14 +1,14 @@
-"""Megatron-LM's flag names, accepted beside our own, so that a known command line keeps working.
+"""Megatron-LM's flag names, accepted as aliases of our settings, so that known commands work.
 
---micro-batch-size is not here: it sets a product (cli.py). Left out: flags without a setting of
-ours, such as --expert-model-parallel-size; they are refused like any unknown key.
+--micro-batch-size is not listed here because it sets a product (cli.py). Left out: flags that have
+no setting here, such as --expert-model-parallel-size. They are unknown keys.
 """
 
 from __future__ import annotations
 
 import re
 
-# Megatron's flag: our setting. Where the setting brings its value, the flag is a bare switch.
+# Megatron's flag: our setting. If the setting includes a value, the flag is a bare switch.
 _ALIASES = {
     "tensor-model-parallel-size": "parallel.tensor",
     "pipeline-model-parallel-size": "parallel.pipeline",
@@ -48,7 +48,7 @@ _ALIASES = {
     "async-save": "checkpoint.async_save=true",
     "tensorboard-dir": "logging.dir",
 }
-# The warm start has settings of its own: there the same flag must not fall on one it never reads.
+# The warm start (sft) has separate settings: an alias must not set one that it never reads.
 _SFT_SETTINGS = {
     "train.steps": "sft.steps",
     "evaluation.interval": "sft.eval_interval",
@@ -58,7 +58,8 @@ _NOT_IN_SFT = ("load", "save-interval", "async-save", "tensorboard-dir")
 
 
 def aliases_of(program: str) -> dict[str, str]:
-    """Flag: setting, of ``train`` or ``sft``; ``setting=value`` for a bare switch."""
+    """The aliases of ``train`` or ``sft``: flag -> setting, or ``setting=value`` for a bare
+    switch."""
     if program == "train":
         return _ALIASES
     return {
@@ -69,9 +70,9 @@ def aliases_of(program: str) -> dict[str, str]:
 
 
 def list_aliases(aliases: dict[str, str]) -> str:
-    """The lines below ``--help``."""
+    """The lines that ``--help`` prints at its end."""
     lines = [
-        f"  --{alias + ('' if '=' in setting else ' VALUE'):40}--{setting}"
+        f"  --{alias + ('' if '=' in setting else ' VALUE'):45} --{setting}"
         for alias, setting in aliases.items()
     ]
-    return "\n".join(["Megatron's names, accepted for:", *lines])
+    return "\n".join(["Names of Megatron-LM that are accepted as aliases:", *lines])

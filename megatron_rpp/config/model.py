@@ -1,6 +1,6 @@
-"""The architecture of the model, checked when it is made; config.py holds the other sections.
+"""The section about the architecture of the model.
 
-Left out: mixture of experts, sliding windows, biases elsewhere than on queries, keys and values.
+Left out: mixture of experts, sliding windows, biases other than on queries, keys and values.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from megatron_rpp.lifecycle.config_error import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class RopeScalingConfig:
-    """Llama 3's scaling: long wavelengths are stretched by factor, short ones kept."""
+    """Llama 3's scaling: long wavelengths are stretched by factor, short ones are unchanged."""
 
     kind: Literal["none", "llama3"] = "none"
-    """none, or llama3; the other fields belong to llama3."""
+    """Kind of scaling; the other fields apply to llama3 only."""
     factor: float = 8.0
-    """How many times long wavelengths are stretched."""
+    """Factor by which long wavelengths are stretched."""
     low_freq_factor: float = 1.0
-    """Wavelengths above original_max_length / low_freq_factor are stretched in full."""
+    """Wavelengths above original_max_length / low_freq_factor are stretched by the full factor."""
     high_freq_factor: float = 4.0
-    """Wavelengths below original_max_length / high_freq_factor are kept."""
+    """Wavelengths below original_max_length / high_freq_factor are unchanged."""
     original_max_length: int = 8192
-    """Context in tokens that the model was trained with before the scaling."""
+    """Context in tokens that the model was trained with before scaling."""
 
     def __post_init__(self) -> None:
         check_choices("rope_scaling", self)
@@ -35,19 +35,19 @@ class RopeScalingConfig:
         check_range("rope_scaling", self, "original_max_length", at_least=1)
 
 
-# Embedding rows are padded to a multiple of this (and of the tensor-parallel size), so that the
-# padded size, and with it a checkpoint's shapes, is the same for every usual tensor-parallel size.
+# Embedding rows are padded to a multiple of this and of the tensor-parallel size. So the padded
+# size, and with it the shapes in a checkpoint, is the same for every usual tensor-parallel size.
 VOCAB_MULTIPLE = 64
 
 
 def padded_vocab_size(vocab_size: int, tensor: int) -> int:
-    """Rows of the embedding on all of `tensor` ranks together."""
+    """Rows of the embedding, all `tensor` ranks together."""
     multiple = math.lcm(VOCAB_MULTIPLE, tensor)
     return -(-vocab_size // multiple) * multiple
 
 
-# What a checkpoint of this model may have otherwise: tensors' shapes tell the sizes, and the context
-# is no property of the weights.
+# Settings that a resume does not compare with the checkpoint: the shapes of the tensors show the
+# sizes, and the context is not a property of the weights.
 NOT_COMPARED = ("layers", "hidden", "ffn_hidden", "max_length")
 _ARCHITECTURE = (
     *NOT_COMPARED, "heads", "kv_heads", "head_dim", "rope_theta", "rope_scaling", "qkv_bias",
@@ -60,43 +60,44 @@ class ModelConfig:
     """Decoder-only transformer: RMSNorm, rotary positions, SwiGLU, grouped-query attention."""
 
     layers: int = 4
-    """Transformer layers."""
+    """Number of transformer layers."""
     hidden: int = 128
     """Width of the residual stream."""
     ffn_hidden: int = 344
-    """Width of the SwiGLU inner layer."""
+    """Width of the inner layer of the SwiGLU feed-forward network."""
     heads: int = 4
-    """Query heads."""
+    """Number of query heads."""
     kv_heads: int | None = None
-    """Key and value heads, a divisor of heads (grouped-query attention); null = heads."""
+    """Number of key-value heads, a divisor of heads (grouped-query attention); null = heads."""
     head_dim: int | None = None
-    """Channels per head, even; null = hidden / heads."""
+    """Channels per head, an even number; null = hidden / heads."""
     vocab_size: int | None = None
-    """Token ids before padding; null = the size of the tokenizer."""
+    """Number of token ids before padding; null = the size of the tokenizer."""
     max_length: int = 256
-    """Context in tokens, prompt and response together."""
+    """Context length in tokens; prompt and response must fit into it together."""
     rope_theta: float = 10000.0
-    """Base of the rotary frequencies."""
+    """Base of the rotary position frequencies."""
     qkv_bias: bool = False
-    """Biases on the query, key and value projections (Qwen2)."""
+    """Add biases to the query, key and value projections, as in Qwen2."""
     qk_norm: bool = False
-    """RMSNorm over the channels of each query and key head (Qwen3)."""
+    """Normalise the channels of each query and key head with RMSNorm, as in Qwen3."""
     norm_eps: float = 1e-5
     """Epsilon inside the square root of RMSNorm."""
     rope_scaling: RopeScalingConfig = field(default_factory=RopeScalingConfig)
-    """Stretching of the rotary frequencies to a longer context."""
+    """Scaling of the rotary frequencies for a longer context."""
     tied_embeddings: bool = False
-    """Use one matrix for the input embedding and the output layer."""
+    """Share one matrix between the input embedding and the output layer."""
     init_std: float = 0.02
     """Standard deviation of the random initial weights."""
     dtype: Literal["fp32", "bf16"] = "fp32"
-    """Arithmetic of forward and backward; the optimizer always keeps fp32 master weights."""
+    """Precision of forward and backward; the optimizer always keeps fp32 master weights."""
     init_path: str | None = None
-    """Megatron checkpoint directory whose weights policy and reference start from; null = random
-    weights from the seed. A converted one brings the settings above that are left at their
-    defaults, and the tokenizer."""
+    """Megatron checkpoint directory that policy and reference start from; null = random weights
+    drawn from the seed. If the checkpoint was converted from Hugging Face, the architecture
+    settings above that are left at their defaults, and the tokenizer, are read from it."""
     hf_path: str | None = None
-    """The same from a Hugging Face model directory (safetensors)."""
+    """Hugging Face model directory (safetensors) to start from instead of init_path. Architecture
+    and tokenizer are read from it in the same way."""
 
     def __post_init__(self) -> None:
         check_range("model", self, "layers hidden ffn_hidden heads kv_heads vocab_size", at_least=1)
@@ -109,19 +110,20 @@ class ModelConfig:
         head_dim = self.head_dim or self.hidden // self.heads
         if head_dim % 2:
             raise ConfigError(
-                f"model.head_dim (model.hidden / model.heads where it is null) must be even, got "
+                f"model.head_dim (model.hidden / model.heads if it is null) must be even, got "
                 f"{head_dim}: rotary positions turn pairs of channels"
             )
         if self.hf_path is not None and self.init_path is not None:
             raise ConfigError(
                 f"model.hf_path {self.hf_path} and model.init_path {self.init_path} are both set: "
-                f"the weights come from one of them"
+                f"the weights come from only one of them, remove the other"
             )
         if self.kv_heads is not None:
             check_divides("model.heads", self.heads, "model.kv_heads", self.kv_heads)
 
     def architecture(self, vocab_size: int) -> dict[str, Any]:
-        """The settings that make the function of the weights, by name, none of them null."""
+        """The settings that define the function the weights compute, by name; none of them is
+        null."""
         settings = {name: asdict(self)[name] for name in _ARCHITECTURE}
         settings["kv_heads"] = self.kv_heads or self.heads
         settings["head_dim"] = self.head_dim or self.hidden // self.heads

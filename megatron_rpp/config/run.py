@@ -1,6 +1,6 @@
-"""The configuration of a run: all sections together, and what they must agree on.
+"""The configuration of a run: all sections, and the checks that concern more than one of them.
 
-What depends on the number of processes is checked by ``check_world_size``.
+``check_world_size`` checks what depends on the number of processes.
 """
 
 from __future__ import annotations
@@ -33,19 +33,21 @@ class Config:
     """All settings of a run."""
 
     seed: int = 1234
-    """Seed of the weights, the order of the prompts and the sampling."""
+    """Seed of the initial weights, the order of the prompts and the sampling."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """Architecture of the policy and of the reference."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    """How one model is cut; data-parallel size = world size / (tensor x pipeline x context)."""
+    """How one model is split over ranks; data-parallel size = world size / (tensor x pipeline x
+    context)."""
     data: DataConfig = field(default_factory=DataConfig)
     """Prompts and tokenizer."""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     """Sampling of the responses of one step."""
     reward: RewardConfig = field(default_factory=RewardConfig)
-    """Score of a response: weighted sum, then normalise, scale, clip, in this order."""
+    """Score of a response: the weighted sum of reward functions, then normalised, scaled and
+    clipped."""
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
-    """Advantages, KL terms and loss of REINFORCE++ (arXiv 2501.03262)."""
+    """Advantages, KL terms and loss of REINFORCE++ (arXiv 2501.03262), GRPO and RLOO."""
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     """The frozen model that the KL terms compare with."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -55,7 +57,7 @@ class Config:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     """Accuracy on held-out prompts."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    """Saving and resume."""
+    """Saving and exact resume."""
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     """Metrics."""
     sft: SftConfig = field(default_factory=SftConfig)
@@ -73,7 +75,7 @@ class Config:
 def count_replicas(sizes: ParallelConfig, world_size: int) -> int:
     """The data-parallel size of ``world_size`` processes: world / (tensor x pipeline x context).
 
-    Raises ConfigError where the model does not fit the processes a whole number of times.
+    Raises ConfigError if the processes do not make a whole number of replicas.
     """
     ranks = sizes.tensor * sizes.pipeline * sizes.context
     if world_size < 1 or world_size % ranks:
@@ -87,17 +89,16 @@ def count_replicas(sizes: ParallelConfig, world_size: int) -> int:
 
 
 def check_world_size(config: Config, world_size: int) -> int:
-    """As ``count_replicas``, for a program that samples rollouts.
+    """Does the same as ``count_replicas``, for a program that samples rollouts.
 
-    Raises ConfigError, too, where the prompts of a step do not fit the replicas (each takes whole
-    prompt groups, all equally many).
+    Also raises ConfigError if the prompts of a step cannot be split evenly over the replicas.
     """
     replicas = count_replicas(config.parallel, world_size)
     if config.rollout.prompts_per_step % replicas:
         raise ConfigError(
             f"rollout.prompts_per_step {config.rollout.prompts_per_step} is not divisible by the "
             f"data-parallel size {replicas} (world size {world_size} / {world_size // replicas} "
-            f"ranks a replica): make it a multiple of {replicas} or start another number of "
+            f"ranks per replica): make it a multiple of {replicas} or start another number of "
             "processes"
         )
     return replicas

@@ -1,4 +1,4 @@
-"""The sections that say how a run goes: layout, optimizer, loop, checkpoints, logging, warm start."""
+"""Sections about how a run proceeds: layout, optimizer, loop, checkpoints, logs, warm start."""
 
 from __future__ import annotations
 
@@ -11,26 +11,28 @@ from megatron_rpp.lifecycle.config_error import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """How one model is cut; data-parallel size = world size / (tensor x pipeline x context)."""
+    """How one model is split over ranks; data-parallel size = world size / (tensor x pipeline x
+    context)."""
 
     tensor: int = 1
-    """Tensor-parallel size: ranks that share each layer."""
+    """Tensor-parallel size: number of ranks that share each layer."""
     pipeline: int = 1
-    """Pipeline-parallel size: stages the layers are cut into."""
+    """Pipeline-parallel size: number of stages that the layers are split into."""
     virtual_pipeline: int = 1
-    """Parts of the model that each pipeline stage holds, interleaved (1 = one part, no interleaving):
-    smaller bubbles, more messages."""
+    """Number of model chunks per pipeline stage. More chunks interleave the stages: smaller
+    pipeline bubbles, but more messages; 1 = no interleaving."""
     context: int = 1
-    """Context-parallel size: ranks that share the tokens of each sequence."""
+    """Context-parallel size: number of ranks that share the tokens of each sequence."""
     sequence_parallel: bool = False
-    """Split the activations between the tensor-parallel regions along the sequence."""
+    """Split activations outside the tensor-parallel regions along the sequence, to save memory."""
 
     def __post_init__(self) -> None:
         check_range("parallel", self, "tensor pipeline virtual_pipeline context", at_least=1)
         if self.virtual_pipeline > 1 and self.pipeline == 1:
             raise ConfigError(
                 f"parallel.virtual_pipeline needs parallel.pipeline of at least 2, got "
-                f"{self.virtual_pipeline} parts on one stage: raise parallel.pipeline, or leave it out"
+                f"{self.virtual_pipeline} parts on one stage: raise parallel.pipeline, or leave it "
+                "out"
             )
         if self.sequence_parallel and self.tensor == 1:
             raise ConfigError(
@@ -55,25 +57,26 @@ class OptimizerConfig:
     lr: float = 1e-4
     """Peak learning rate."""
     min_lr: float = 0.0
-    """Learning rate at the end of the decay."""
+    """Learning rate after the decay."""
     warmup_steps: int = 0
-    """Steps of linear warm-up from 0."""
+    """Number of steps in which the learning rate rises linearly from 0 to lr."""
     decay_steps: int | None = None
-    """Step at which min_lr is reached, the warm-up included; null = constant after the warm-up."""
+    """Step at which the learning rate reaches min_lr, counted from the start of the warm-up; null =
+    constant after the warm-up."""
     decay_style: Literal["linear", "cosine"] = "cosine"
     """Shape of the decay."""
     weight_decay: float = 0.0
-    """Decoupled weight decay."""
+    """Decoupled weight decay, as in AdamW."""
     beta1: float = 0.9
-    """Adam's decay of the first moment."""
+    """Decay rate of Adam's first moment."""
     beta2: float = 0.95
-    """Adam's decay of the second moment."""
+    """Decay rate of Adam's second moment."""
     eps: float = 1e-8
     """Adam's epsilon."""
     clip_grad: float = 1.0
-    """Largest global gradient norm; 0 = no clipping."""
+    """Gradients are scaled down to this global norm if theirs is larger; 0 = no clipping."""
     distributed: bool = True
-    """Shard Adam's state over the data-parallel ranks."""
+    """Shard the optimizer state over the data-parallel ranks."""
 
     def __post_init__(self) -> None:
         check_choices("optimizer", self)
@@ -96,25 +99,25 @@ class TrainConfig:
     """The training loop."""
 
     steps: int = 100
-    """Steps of rollout and update."""
+    """Number of training steps; each is one rollout and its updates."""
     minibatches: int = 1
-    """Mini-batches, each one optimizer step, that a rollout batch is cut into."""
+    """Number of mini-batches per rollout batch; each is one optimizer step."""
     epochs: int = 1
-    """Passes over each rollout batch."""
+    """Number of passes over each rollout batch."""
     max_tokens_per_microbatch: int = 8192
-    """Token budget of one forward and backward pass per data-parallel replica."""
+    """Most tokens in one forward and backward pass of a data-parallel replica."""
     max_skipped_updates: int = 10
-    """The run stops when this many updates in a row were skipped because a loss or a gradient was
-    NaN or infinite."""
+    """Stop the run after this many skipped updates in a row. An update is skipped if any rank finds
+    NaN or infinity in its loss or gradients."""
     stop_accuracy: float | None = None
     """Stop when the held-out accuracy reaches this share; null = never."""
     exit_duration_minutes: float | None = None
-    """Save and end with exit code 75 at the first safe point this long after the start, for a job
-    with a time limit; null = never."""
+    """Save and exit with code 75 at the first safe point after this many minutes, for jobs with a
+    time limit; null = never."""
     hang_timeout_minutes: float | None = 20.0
-    """End the run with exit code 70, naming the missing rank, when a rank has gone this long
-    without a sign of life (a new stage, mini-batch, part of a save, generated token, or response
-    scored by a worker); null = never."""
+    """End the run with exit code 70 and name the missing rank if a rank gives no sign of life for
+    this long. Signs of life are a new stage or mini-batch, a part of a save, a generated token, and
+    a response scored by a worker; null = never."""
 
     def __post_init__(self) -> None:
         check_range("train", self, "exit_duration_minutes", at_least=0)
@@ -129,24 +132,27 @@ class CheckpointConfig:
     """Saving and exact resume."""
 
     dir: str = "runs/default/checkpoints"
-    """Directory that checkpoints are written to."""
+    """Directory to which checkpoints are written."""
     load: str | None = None
-    """Directory (or checkpoint) to start from where dir holds no checkpoint yet; so a run that is
-    submitted again with the same command goes on from its own newest one. null = start anew."""
+    """Checkpoint, or directory of checkpoints, to start from if dir holds none yet. A run that is
+    submitted again with the same command resumes from its own newest checkpoint in dir. null =
+    start from scratch."""
     interval: int = 0
-    """Steps between checkpoints; 0 = only at the end."""
+    """Steps between checkpoints; 0 = save only at the end."""
     async_save: bool = False
-    """Write checkpoints in a process of their own while the run goes on; the last one waits."""
+    """Write checkpoints in a separate process while training continues. The end of the run waits
+    for the last one."""
     keep: int = 2
-    """Newest checkpoints kept; older ones are deleted."""
+    """Number of newest checkpoints to keep; older ones are deleted."""
     keep_best: bool = False
-    """Keep the checkpoint of the highest held-out accuracy too (of those saved after an evaluation)
-    and name it in best_checkpointed_iteration.txt."""
+    """Also keep the checkpoint with the highest held-out accuracy, of those saved after an
+    evaluation. best_checkpointed_iteration.txt names it."""
     export_hf: str | None = None
-    """Directory that the final policy is written to as a Hugging Face model; null = none."""
+    """Directory to which the final policy is written as a Hugging Face model; null = no export."""
     save_rollouts: bool = False
-    """Keep finished rollouts and their scores on disk until a checkpoint has their step behind it,
-    so that a kill does not cost the time to generate them again."""
+    """Save the rollouts of a step and their scores to disk as soon as they are finished, so that a
+    killed run does not generate them again. They are deleted once a checkpoint includes their
+    step."""
 
     def __post_init__(self) -> None:
         check_filled("checkpoint", self, "dir")
@@ -159,7 +165,7 @@ class LoggingConfig:
     """Metrics."""
 
     dir: str = "runs/default/logs"
-    """Directory of metrics.jsonl and of the TensorBoard events."""
+    """Directory for metrics.jsonl and the TensorBoard event files."""
 
     def __post_init__(self) -> None:
         check_filled("logging", self, "dir")
@@ -170,19 +176,19 @@ class SftConfig:
     """Supervised warm start (megatron_rpp.sft)."""
 
     steps: int = 1000
-    """Optimizer steps."""
+    """Number of optimizer steps."""
     batch_size: int = 64
-    """Samples per step over all ranks."""
+    """Samples per step, over all ranks."""
     dir: str = "runs/default/sft"
-    """Directory of the checkpoint and the logs of the warm start."""
+    """Directory for the checkpoints and the logs of the warm start."""
     eval_interval: int = 50
-    """Steps between evaluations; 0 = only after the last step."""
+    """Steps between evaluations; 0 = evaluate only after the last step."""
     checkpoint_interval: int = 0
-    """Steps between checkpoints; 0 = only at the end, or where the run is told to stop."""
+    """Steps between checkpoints; 0 = save only at the end, or when the run is told to stop."""
     stop_accuracy: float | None = None
     """Stop when the held-out accuracy reaches this share; null = never."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    """AdamW and schedule of the warm start, apart from those of the training."""
+    """AdamW and learning-rate schedule of the warm start, independent of the section optimizer."""
 
     def __post_init__(self) -> None:
         check_filled("sft", self, "dir")

@@ -1,7 +1,7 @@
-"""The checks that the dataclasses of config.py run on themselves.
+"""The checks that the sections run when they are created, and those across sections.
 
 Every failure is a ConfigError with one message: ``section.field``, what it must be, what it is, and
-the remedy where the range does not say it. Types are checked by the command line (cli.py).
+the remedy if the range does not imply it. The command line (cli.py) checks types.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ _BOUNDS = {
 
 
 def check_range(section: str, config: object, names: str, **bounds: float) -> None:
-    """Every number of ``names`` (separated by blanks) is finite and within ``bounds``.
+    """Checks that each number of ``names`` (separated by blanks) is finite and within ``bounds``.
 
-    ``bounds``: at_least, above, at_most, below. None, a number that is off, passes.
+    ``bounds``: at_least, above, at_most, below. None means that a setting is off, and passes.
     """
     must = " and ".join(f"{word.replace('_', ' ')} {bound}" for word, bound in bounds.items())
     for name in names.split():
@@ -40,7 +40,7 @@ def check_range(section: str, config: object, names: str, **bounds: float) -> No
 
 
 def check_choices(section: str, config: object) -> None:
-    """Every field annotated with a Literal holds one of its values."""
+    """Checks that every field annotated with a Literal holds one of its values."""
     for name, hint in get_type_hints(type(config)).items():
         value = getattr(config, name)
         if get_origin(hint) is Literal and value not in get_args(hint):
@@ -49,35 +49,37 @@ def check_choices(section: str, config: object) -> None:
 
 
 def check_filled(section: str, config: object, names: str) -> None:
-    """Every text of ``names`` (separated by blanks) is not empty."""
+    """Checks that no text of ``names`` (separated by blanks) is empty."""
     for name in names.split():
         if not getattr(config, name):
             raise ConfigError(f"{section}.{name} must not be empty, got {getattr(config, name)!r}")
 
 
 def check_characters(setting: str, *texts: str) -> None:
-    """Every text can be encoded: a command line in another encoding, and half of a surrogate pair,
-    cannot."""
+    """Checks that every text can be encoded.
+
+    Half of a surrogate pair cannot; a command line that is not in UTF-8 contains such halves.
+    """
     for text in texts:
         try:
             text.encode()
         except UnicodeEncodeError as error:
             raise ConfigError(
-                f"{setting} holds {ascii(error.object[error.start])}, which is no character: write "
-                "the text in UTF-8"
+                f"{setting} holds {ascii(error.object[error.start])}, which is not a character: "
+                "write the text in UTF-8"
             ) from error
 
 
 def check_divides(
     whole: str, count: int, part: str, divisor: int, remedy: str = "change one of them"
 ) -> None:
-    """``count`` (the setting ``whole``) is a multiple of ``divisor`` (the setting ``part``)."""
+    """Checks that ``count`` (setting ``whole``) is a multiple of ``divisor`` (setting ``part``)."""
     if count % divisor:
         raise ConfigError(f"{whole} must be divisible by {part} = {divisor}, got {count}: {remedy}")
 
 
 def check_layout(model: ModelConfig, parallel: ParallelConfig) -> None:
-    """Every rank gets the same number of heads, feed-forward channels and layers."""
+    """Checks that every rank gets the same number of heads, feed-forward channels and layers."""
     tensor = "parallel.tensor", parallel.tensor
     check_divides("model.heads", model.heads, *tensor)
     if model.kv_heads is not None:
@@ -89,7 +91,7 @@ def check_layout(model: ModelConfig, parallel: ParallelConfig) -> None:
 
 
 def check_rollout(config: Config) -> None:
-    """A step's responses fit the model's context, the mini-batches and the algorithm."""
+    """Checks that the responses of a step suit the context, the mini-batches and the algorithm."""
     rollout, max_length = config.rollout, config.model.max_length
     if rollout.max_new_tokens >= max_length:
         raise ConfigError(

@@ -1,8 +1,8 @@
-"""YAML of configuration files, stricter than PyYAML's default where that hides a mistake.
+"""YAML of configuration files, read more strictly than PyYAML does by default.
 
-1e-4 is a number (YAML 1.2; PyYAML follows 1.1 and reads a text), and a key given twice in one
-mapping is refused (PyYAML keeps the last). What ``dump_yaml`` writes, ``read_yaml`` reads back.
-"""
+1e-4 is a number, as in YAML 1.2 (PyYAML follows YAML 1.1 and reads a string). A key that appears
+twice in one mapping is an error (PyYAML keeps the last). ``read_yaml`` reads back what
+``dump_yaml`` writes."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _EXPONENT_FLOAT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
 
 
 class _Loader(yaml.SafeLoader):
-    """Checks the keys as written, before ``<<`` merges others into the mapping."""
+    """Checks the keys as written, before ``<<`` merges other mappings in."""
 
     def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
         seen = set()
         for key, _ in node.value:
-            # A key may itself be a mapping or a list, whose value does not hash: keyed by its text.
+            # A key may be a mapping or a list, which cannot be hashed: compare their texts.
             text = str(key.value)
             if text in seen:
                 line = key.start_mark.line + 1
@@ -34,7 +34,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes the texts that the loader would take for numbers."""
+    """Quotes strings that the loader would take for numbers."""
 
 
 for _class in (_Loader, _Dumper):
@@ -42,7 +42,7 @@ for _class in (_Loader, _Dumper):
 
 
 def read_yaml(file: str) -> dict[str, Any]:
-    """The mapping that ``file`` holds, empty for an empty file; ConfigError naming the file."""
+    """The mapping in ``file``; an empty file gives {}. Raises a ConfigError that names the file."""
     path = Path(file).absolute()
     try:
         content = yaml.load(path.read_bytes(), Loader=_Loader)
@@ -56,5 +56,5 @@ def read_yaml(file: str) -> dict[str, Any]:
 
 
 def dump_yaml(content: dict[str, Any]) -> str:
-    """``content`` as YAML, in its order; all ASCII, since PyYAML folds Unicode's line breaks."""
+    """``content`` as YAML, in its order. Only ASCII: PyYAML would fold Unicode line breaks."""
     return yaml.dump(content, Dumper=_Dumper, sort_keys=False)

@@ -1,4 +1,4 @@
-"""How a process lives and ends: exit codes, mistakes, heartbeats, the watchdog, atomic files.
+"""How a process lives and ends: exit codes, errors, heartbeat, watchdog, atomic files.
 
-The ground floor: nothing here imports another room of the package.
+This is the ground floor: nothing here imports another room of the package.
 """

@@ -1,4 +1,4 @@
-"""Atomic file writes: a file is there whole or not at all, also after a kill or a power cut."""
+"""Atomic file writes: a file is whole or absent, even after a kill or a power cut."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from pathlib import Path
 
 
 def this_process() -> str:
-    """A name that no other process has that is alive, on any node of a shared file system."""
+    """A name that no other living process has, on any node of a shared file system."""
     return f"{socket.gethostname()}_{os.getpid()}"
 
 
 def sync_directory(directory: str | Path) -> None:
-    """Brings the names in ``directory`` (what was made, renamed, removed) to the disk."""
+    """Flushes a directory to the disk: which names were created, renamed or removed in it."""
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
@@ -24,7 +24,7 @@ def sync_directory(directory: str | Path) -> None:
 def write_atomic(path: str | Path, content: bytes) -> None:
     """Writes ``content`` to a temporary file next to ``path`` and renames it over ``path``.
 
-    Missing parent directories are made. Not for several processes writing one path at a time.
+    Creates missing parent directories. Only one process at a time may write a given path.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
 """The user's mistake: `ConfigError`, one message, exit code 2 (exit_codes.py), no traceback.
 
-`reading` is the net around everything that reads what the user gave. If a library fails in there,
-it has met a mistake of the user's, whatever it raises.
+`reading` wraps all code that reads the user's files and settings. Whatever a library raises in
+there is treated as a mistake in the input.
 """
 
 from __future__ import annotations
@@ -13,12 +13,15 @@ from megatron_rpp.lifecycle.exit_codes import RunFailure
 
 
 class ConfigError(ValueError):
-    """A setting, a file or a row that cannot be used. The message names it, its value and the
-    remedy; it is the same on every rank."""
+    """A setting, a file or a row that cannot be used.
+
+    The message names it, its value and the remedy. It is the same on every rank.
+    """
 
 
 def reason(error: BaseException) -> str:
-    """What a library raised, in one line; where it names a cause, that tells more."""
+    """What a library raised, in one line. If an error has a cause, the cause is shown: it says
+    more."""
     while error.__cause__ is not None:
         error = error.__cause__
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
@@ -26,14 +29,14 @@ def reason(error: BaseException) -> str:
 
 @contextmanager
 def reading(what: str, remedy: str, verb: str = "read") -> Iterator[None]:
-    """Turns whatever is raised while `what` is read into a refusal that names it.
+    """Turns whatever is raised while `what` is read into a ConfigError that names it.
 
-    A refusal raised inside has named its place already and passes through unchanged.
+    A ConfigError raised inside already names its place and passes through unchanged.
 
     Args:
-        what: a file, a row of one, or a setting, as the message names it.
+        what: a file, a row of a file, or a setting, as the message names it.
         remedy: what the user can do about it.
-        verb: what could not be done with it.
+        verb: what failed, as a participle.
 
     Raises:
         ConfigError: "`what` cannot be `verb` (...): `remedy`".

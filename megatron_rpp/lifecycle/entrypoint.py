@@ -10,7 +10,7 @@ import os
 import socket
 import sys
 import traceback
-from typing import Callable
+from collections.abc import Callable
 
 from megatron_rpp.lifecycle.config_error import ConfigError
 from megatron_rpp.lifecycle.exit_codes import FAILED, PREEMPTED, REFUSED, RunFailure

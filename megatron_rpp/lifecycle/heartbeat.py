@@ -1,36 +1,39 @@
-"""What this process is doing, in a word: for the watchdog's reports, and tests that kill it there.
+"""The phase of work that this process is in, and its last sign of life.
 
-A process does one thing at a time, so there is one phase for the whole process, as there is one
-logging configuration.
+The watchdog reports both; tests use the phases to kill a process at a chosen point. A process does
+one thing at a time, so it has one heartbeat, just as it has one logging configuration.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Callable
 
 
 @dataclass
-class Phases:
-    """The phase entered last, when (time.monotonic) and as the how manyth."""
+class Heartbeat:
+    """The current phase and the last sign of life."""
 
     name: str = "start"
+    """The current phase."""
     since: float = field(default_factory=time.monotonic)
+    """Time of the last sign of life, by time.monotonic."""
     count: int = 0
+    """Number of phases entered so far."""
     listeners: list[Callable[[str], None]] = field(default_factory=list)
-    """Called with the name of every phase that is entered, in the thread that enters it."""
+    """Called with the name of each phase as it is entered, in the thread that enters it."""
 
     def beat(self) -> None:
-        """A sign of life within a long phase."""
+        """Gives a sign of life within a long phase."""
         self.since = time.monotonic()
 
     def enter(self, name: str) -> None:
-        """A new phase begins; the same name again is a sign of life within it."""
+        """Begins a phase. Entering the same phase again is a sign of life."""
         self.name, self.since, self.count = name, time.monotonic(), self.count + 1
         for listener in self.listeners:
             listener(name)
 
 
-current = Phases()
+current = Heartbeat()
 enter = current.enter

@@ -1,4 +1,4 @@
-"""Processes that do not outlive the one that started them (Linux); knows neither torch nor Megatron."""
+"""Ends a process when its parent ends (Linux)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 def end_with(parent: int, number: signal.Signals = signal.SIGKILL) -> None:
-    """Has the kernel send this process a signal when `parent`, which started it, ends."""
+    """Asks the kernel to send this process a signal when its parent, the process `parent`, ends."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
-    if os.getppid() != parent:  # it ended before the line above
+    if os.getppid() != parent:  # the parent ended before the line above
         os.kill(os.getpid(), number)

@@ -1,15 +1,14 @@
 """Ends a run that hangs, and says which rank is missing and where.
 
-A thread of every rank rewrites `<logging.dir>/alive/rank_00000` (its phase and a count that grows)
-as long as the process runs at all. Where the main thread has shown no sign of life for too long, in
-a collective, a reward or anywhere, the thread writes all stacks to `<logging.dir>/stacks/`, looks
-whose count has stopped growing, and ends the process with exit code HUNG; the launcher ends the
-others.
+On every rank, a thread keeps rewriting `<logging.dir>/alive/rank_00000` with the current phase and
+a growing count. If the main thread gives no sign of life for too long, in a collective, a reward or
+anywhere else, the thread writes all stacks to `<logging.dir>/stacks/`, checks which counts have
+stopped growing, and ends the process with exit code HUNG. The launcher then ends the other ranks.
 
-The two signs tell a stopped or dead process (its count stands still) from one that waits or is
-stuck (it counts on, in the phase that the report names).
+A count that stands still means a stopped or dead process. A count that still grows means a process
+that waits or is stuck, in the phase that the report names.
 
-Left out: what hangs before the run is built.
+Left out: hangs before the run is built.
 """
 
 from __future__ import annotations
@@ -22,23 +21,29 @@ import sys
 import threading
 import time
 from collections import defaultdict
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Iterator
 
 from megatron_rpp.lifecycle import heartbeat
 from megatron_rpp.lifecycle.exit_codes import HUNG
 
-MOST_SECONDS_BETWEEN_BEATS = 10.0
+LONGEST_INTERVAL = 10.0
+"""Seconds between two updates of the file of a rank, at most."""
 
 
 class Watchdog:
-    """Of one rank. `directory`: logging.dir; `minutes`: without a sign of life."""
+    """The watchdog of one rank."""
 
     def __init__(self, directory: str, rank: int, world: int, minutes: float):
+        """
+        Args:
+            directory: logging.dir.
+            minutes: how long the main thread may go without a sign of life.
+        """
         self._alive, self._stacks = Path(directory) / "alive", Path(directory) / "stacks"
         self._rank, self._world, self._limit = rank, world, 60 * minutes
-        self._interval = min(MOST_SECONDS_BETWEEN_BEATS, self._limit / 8)
+        self._interval = min(LONGEST_INTERVAL, self._limit / 8)
         self._beats, self._ending = 0, False
         self._over = threading.Event()
 
@@ -76,13 +81,11 @@ class Watchdog:
         temporary.replace(self._file(self._rank))
 
     def _signs(self) -> dict[int, dict]:
-        """The last sign of every rank that has given one."""
+        """The last sign of life of each rank that has given one."""
         found = {}
         for rank in range(self._world):
-            try:
+            with suppress(FileNotFoundError):
                 found[rank] = json.loads(self._file(rank).read_text())
-            except FileNotFoundError:
-                pass
         return found
 
     def _end(self) -> None:
@@ -99,7 +102,7 @@ class Watchdog:
         if self._rank == min(rank for rank in counting if after[rank]["ending"]):
             print(self._report(after, counting), file=sys.stderr, flush=True)
         else:
-            time.sleep(self._interval)  # the one that reports must not be ended before it has
+            time.sleep(self._interval)  # gives the reporting rank time to print
         os._exit(HUNG)
 
     def _report(self, signs: dict[int, dict], counting: list[int]) -> str:

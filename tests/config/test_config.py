@@ -180,7 +180,7 @@ def test_the_start_up_log_says_what_becomes_of_the_kl():
         AlgorithmConfig(name="rloo", kl_coef=0.05).kl_summary,
     ]
     assert said == [
-        "KL: 0.05 × k1 in the reward and 0.1 × k2 in the loss, adaptive, towards 0.1 nats a token",
+        "KL: 0.05 × k1 in the reward and 0.1 × k2 in the loss, adaptive, towards 0.1 nats per token",
         "KL: 0.1 × k2 in the loss, fixed",
         "no KL",
     ]

@@ -1,4 +1,4 @@
-"""Whatever a library raises while inputs are read becomes a refusal; what is no input's fault does not."""
+"""Whatever a library raises while the user's input is read becomes a ConfigError, and nothing else."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def caught(raising) -> ValueError:
         (lambda: int("1" * 5000), "ValueError: Exceeds the limit"),
     ],
 )
-def test_what_a_library_raises_is_a_refusal_that_names_the_input(raising, reason):
+def test_an_error_of_a_library_becomes_one_that_names_the_input(raising, reason):
     error = caught(raising)
     assert type(error) is ConfigError
     assert str(error).startswith("file x cannot be read (") and str(error).endswith("): correct it")
@@ -43,12 +43,12 @@ def test_the_innermost_name_stays():
 
 
 @pytest.mark.parametrize("failure", [RunFailure("a rank failed"), MemoryError()])
-def test_what_is_not_the_inputs_fault_passes(failure):
+def test_errors_that_are_not_about_the_input_pass(failure):
     with pytest.raises(type(failure)), reading("file x", "correct it"):
         raise failure
 
 
-def test_a_library_that_fails_elsewhere_is_not_refused():
+def test_an_error_outside_reading_is_unchanged():
     with pytest.raises(ValueError) as found:
         json.loads("{")
     assert not isinstance(found.value, ConfigError)

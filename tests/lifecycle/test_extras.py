@@ -1,4 +1,4 @@
-"""Packages that are optional: what needs one and does not find it says which extra installs it."""
+"""Optional packages: a feature that misses one says which extra installs it."""
 
 from __future__ import annotations
 
