@@ -9,10 +9,10 @@ k1 = log pi(y_t) - log pi_ref(y_t):
     k3 = exp(-k1) - 1 + k1    unbiased, never negative (up to rounding)
 
 Left out: the exact KL over the vocabulary (it needs the reference logits), and clamping, which
-would hide a policy that ran away.
+would hide a policy that has diverged.
 
 ``adapted_kl_factor`` is the adaptive controller of Ziegler et al. 2019 (arXiv 1909.08593, section
-2.2): a proportional controller in the logarithm of the coefficient, its error clipped.
+2.2): a proportional controller of the coefficient's logarithm with a clipped error.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ MAX_KL_ERROR = 0.2
 
 
 def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: str) -> Tensor:
-    """KL estimate of every token, in nats.
+    """Estimates the KL of every token, in nats.
 
     Args:
         logprobs: [B, T], log-prob of each sampled token under the policy.
@@ -35,8 +35,8 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: str) -> Tensor:
         kind: "k1", "k2" or "k3".
 
     Returns:
-        [B, T], at least fp32, differentiable. Where it is not finite (rubbish under a mask) its
-        gradient is 0.
+        [B, T], at least fp32, differentiable. If an estimate is not finite (undefined values of
+        masked-out tokens), its gradient is 0.
 
     Raises:
         ValueError: unknown kind.
@@ -53,7 +53,7 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: str) -> Tensor:
 
 
 def _k3(k1: Tensor) -> Tensor:
-    """expm1 and fp64: near k1 = 0, exp(-k1) - 1 loses the digits of the k1^2 / 2 that is left."""
+    """Uses expm1 and fp64: near k1 = 0, exp(-k1) - 1 + k1 cancels down to k1^2 / 2."""
     wide = k1.double()
     return (torch.expm1(-wide) + wide).to(k1.dtype)
 
@@ -61,15 +61,16 @@ def _k3(k1: Tensor) -> Tensor:
 def adapted_kl_factor(
     factor: float, kl: float, target: float, samples: int, horizon: int
 ) -> float:
-    """The factor on the KL coefficient for the next step.
+    """Returns the factor on the KL coefficient for the next step.
 
         e = clip((KL - target) / target, -0.2, 0.2)
         factor' = factor * (1 + e * samples / horizon)
 
     Args:
-        factor: of this step. kl: measured in this step, in the unit of ``target``.
-        samples: responses of this step. horizon: responses over which an error of e changes the
-            factor by about e; at least ``samples``, so that the factor stays positive.
+        factor: the factor of this step. kl: the KL of this step, in the unit of ``target``.
+        samples: the number of responses in this step.
+        horizon: the number of responses in which an error of e changes the factor by about e; at
+            least ``samples``, so that the factor stays positive.
     """
     error = min(max(kl / target - 1.0, -MAX_KL_ERROR), MAX_KL_ERROR)
     return factor * (1.0 + error * samples / horizon)

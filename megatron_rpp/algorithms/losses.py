@@ -1,12 +1,12 @@
-"""The clipped policy loss per token, its aggregation over a mini-batch, and its diagnostics.
+"""The clipped policy loss per token, its aggregation over a mini-batch, and its statistics.
 
     rho_t = exp(log pi_theta - log pi_old)
     loss_t = -min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A)
 
-PPO (arXiv 1707.06347) with the two bounds of DAPO (arXiv 2503.14476), and the dual clip of
-arXiv 1912.09729. Nothing here divides by a count of the whole mini-batch or talks to other ranks:
-``aggregate`` returns a numerator and a count, the caller reduces both over micro-batches and the
-DP x CP ranks, and divides once (Megatron's ``calculate_per_token_loss`` contract). Left out:
+This is PPO (arXiv 1707.06347) with the two bounds of DAPO (arXiv 2503.14476) and the dual clip of
+arXiv 1912.09729. Nothing here divides by a count of the whole mini-batch or communicates with other
+ranks: ``aggregate`` returns a numerator and a count, and the caller reduces both over micro-batches
+and the DP x CP ranks and divides once (Megatron's ``calculate_per_token_loss`` contract). Left out:
 sequence-level ratios (GSPO).
 """
 
@@ -36,22 +36,22 @@ def policy_loss(
     clip_high: float,
     dual_clip: float | None = None,
 ) -> Tensor:
-    """Clipped surrogate loss of every token.
+    """Computes the clipped surrogate loss of every token.
 
     Args:
         logprobs: [B, T], under the current policy, with gradient.
         old_logprobs: [B, T], under the policy before the update; constant.
         advantages: [B, T]; constant.
         clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high].
-        dual_clip: for A < 0 the loss is at most -dual_clip * A, so that one token whose ratio
-            exploded cannot rule the batch; must exceed 1. None: off.
+        dual_clip: if A < 0, the loss is at most -dual_clip * A, so that one token with a huge
+            ratio cannot dominate the batch. It must exceed 1; None switches it off.
 
     Returns:
-        [B, T], at least fp32. Where an input is NaN (rubbish under a mask) the loss is NaN and
-        its gradient 0: ``aggregate`` selects it away.
+        [B, T], at least fp32. If an input is NaN (undefined values of masked-out tokens), the loss
+        is NaN and its gradient 0; ``aggregate`` leaves such tokens out.
 
     Raises:
-        ValueError: a clip bound outside its range.
+        ValueError: a clip bound is outside its range.
     """
     _check_clip(clip_low, clip_high, dual_clip)
     assert logprobs.shape == old_logprobs.shape == advantages.shape
@@ -72,17 +72,17 @@ def policy_loss(
 def aggregation_weights(mask: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     """What each token adds to the numerator and the denominator of the mini-batch mean.
 
-    The weights know the whole response. With them the sums may be taken over any parts of it, such
-    as those on different context-parallel ranks.
+    The weights depend on the whole response. With them the sums may be taken over any parts of it,
+    such as those on different context-parallel ranks.
 
     Args:
         mask: [B, T] bool; a row is a whole response.
-        kind: "token_mean": every token counts alike. "sequence_mean": every row that has a token
-            does, so a token weighs 1 / tokens of its row.
+        kind: "token_mean": every token counts equally. "sequence_mean": every row with at least
+            one token counts equally, so a token weighs 1 / (tokens of its row).
 
     Returns:
-        (weights [B, T] fp64, counts [B, T] bool: the tokens to count, the last of each row for
-        "sequence_mean"); both 0 where the mask is.
+        (weights [B, T] fp64, counts [B, T] bool). The counts mark the tokens to count; for
+        "sequence_mean" that is the last of each row. Both are 0 where the mask is False.
 
     Raises:
         ValueError: unknown kind.
@@ -97,13 +97,13 @@ def aggregation_weights(mask: Tensor, kind: str) -> tuple[Tensor, Tensor]:
 
 
 def aggregate(per_token: Tensor, mask: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-    """Numerator and denominator of the mini-batch mean, of the rows given here.
+    """Returns what these rows add to the numerator and the denominator of the mini-batch mean.
 
     Both are plain sums over rows: add them up over micro-batches and ranks, then divide.
 
     Args:
-        per_token: [B, T], whatever it holds where the mask is False.
-        mask, kind: as ``aggregation_weights``.
+        per_token: [B, T]; values where the mask is False are ignored.
+        mask, kind: as in ``aggregation_weights``.
 
     Returns:
         (sum: scalar, at least fp32, with gradient; count: scalar int64).
@@ -115,12 +115,14 @@ def aggregate(per_token: Tensor, mask: Tensor, kind: str) -> tuple[Tensor, Tenso
 
 
 class PolicyStats(NamedTuple):
-    """Diagnostics as scalar tensors: add the first three over micro-batches and ranks, take the
-    maximum of the last. All 0 where there is no token."""
+    """Statistics of an update as scalar tensors; all are 0 if there are no tokens.
+
+    Over micro-batches and ranks, add up the first three and take the maximum of the last.
+    """
 
     tokens: Tensor
     clipped: Tensor
-    """Tokens whose clipped term is the loss, and which therefore have no gradient."""
+    """The number of tokens whose loss is the clipped term, so that they have no gradient."""
     approx_kl: Tensor
     """Sum of k3 for KL(old || current), nats: rho - 1 - log rho."""
     ratio_max: Tensor
@@ -135,7 +137,7 @@ def policy_stats(
     clip_low: float,
     clip_high: float,
 ) -> PolicyStats:
-    """What the clipping did to these tokens; arguments as ``policy_loss``, mask [B, T] bool."""
+    """Measures the effect of clipping; arguments as in ``policy_loss``, and mask [B, T] bool."""
     check_mask(mask, logprobs, old_logprobs, advantages)
     log_ratio = select(_log_ratio(logprobs, old_logprobs), mask)
     ratio = select(log_ratio.exp(), mask)
@@ -150,7 +152,7 @@ def policy_stats(
 
 
 def _log_ratio(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
-    """log rho [B, T], at least fp32, within +-MAX_LOG_RATIO: past it a token has no gradient."""
+    """log rho [B, T], at least fp32, clamped to +-MAX_LOG_RATIO; beyond it there is no gradient."""
     difference = at_least_fp32(logprobs) - at_least_fp32(old_logprobs.detach())
     return difference.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
 

@@ -1,4 +1,4 @@
-"""Reward processing of REINFORCE++ (arXiv 2501.03262): normalise, then scale, then clip.
+"""Reward shaping of REINFORCE++ (arXiv 2501.03262): normalise, then scale, then clip.
 
 Left out: running normalisation across steps, length penalties (write them as a reward function).
 """
@@ -17,7 +17,7 @@ from megatron_rpp.algorithms.statistics import Moments, global_whiten, moments
 
 @dataclass(frozen=True)
 class ShapingStats:
-    """What shaping did to the scores of all ranks; all 0 where there are none."""
+    """Statistics of the shaping over the scores of all ranks; all are 0 if there are no scores."""
 
     raw: Moments
     shaped: Moments
@@ -42,30 +42,30 @@ def shape_scores(
 
     Args:
         scores: [B], this rank's scores. normalize: to mean 0, variance 1 over the group's ranks.
-        scale: factor, 1 for none. clip: bound on the absolute value, None for none.
+        scale: a factor; 1 changes nothing. clip: a bound on the absolute value; None for no bound.
 
     Returns:
-        The shaped scores [B], and the statistics of raw and shaped ones over the group's ranks.
+        The shaped scores [B], and the statistics of raw and shaped scores over the group's ranks.
 
     Raises:
-        ValueError: clip not positive; a score that is not finite.
+        ValueError: clip is not positive, or a score is not finite.
     """
     if clip is not None and clip <= 0:
         raise ValueError(f"reward clip is {clip}: give a positive bound, or none to switch it off")
-    everything = torch.ones_like(scores, dtype=torch.bool)
+    every_score = torch.ones_like(scores, dtype=torch.bool)
     if normalize:
-        normalized, raw = global_whiten(scores, everything, group)
+        normalized, raw = global_whiten(scores, every_score, group)
     else:
-        normalized, raw = scores, moments(scores, everything, group)
+        normalized, raw = scores, moments(scores, every_score, group)
     scaled = normalized * scale
     shaped = scaled if clip is None else scaled.clamp(-clip, clip)
-    stats = moments(shaped, everything, group)
-    clipped = moments((shaped != scaled).to(scores), everything, group).mean
+    stats = moments(shaped, every_score, group)
+    clipped = moments((shaped != scaled).to(scores), every_score, group).mean
     return shaped, ShapingStats(raw, stats, *_range(shaped, group), clipped)
 
 
 def _range(values: Tensor, group: dist.ProcessGroup | None) -> tuple[float, float]:
-    """Smallest and largest value of all ranks of ``group``; (0, 0) where there is none."""
+    """Smallest and largest value over all ranks of ``group``; (0, 0) if there are no values."""
     bounds = values.new_full((2,), -torch.inf, dtype=torch.float64)
     if len(values):
         bounds[0], bounds[1] = -values.min(), values.max()

@@ -1,12 +1,12 @@
 """Mean and variance of masked values over the ranks of a process group, and whitening with them.
 
 REINFORCE++ (arXiv 2501.03262) normalises its advantages over all tokens of the whole rollout
-batch. So the statistics are those of the union of what the ranks hold: neither the mean of their
-means (wrong as soon as one holds more tokens), nor E[x^2] - E[x]^2 (cancels, goes negative for
-saturated rewards, and sqrt gives NaN). Each rank sends four fp64 numbers; all merge them in rank
-order with Chan's formula (Chan, Golub, LeVeque 1979), hence to the same bits. All of it is done on
-differences from one value of the batch, so that a large common offset costs no digits. Left out:
-running statistics across steps.
+batch. So the statistics are those of the union of all ranks' values. A mean of the ranks' means
+would be wrong if one rank holds more tokens than another, and E[x^2] - E[x]^2 cancels: for
+saturated rewards it goes negative, and its root is NaN. Each rank sends four fp64 numbers, and
+every rank merges them in rank order with Chan's formula (Chan, Golub, LeVeque 1979), so all get the
+same bits. The numbers are differences from one value of the batch, so a large common offset costs
+no digits. Left out: running statistics across steps.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ VARIANCE_FLOOR = 1e-8
 
 @dataclass(frozen=True)
 class Moments:
-    """Count, mean and population variance of a set of values; all 0 for the empty set."""
+    """Count, mean and population variance of a set of values; all are 0 for the empty set."""
 
     count: float
     mean: float
@@ -35,7 +35,7 @@ class Moments:
     def merge(self, other: Moments) -> Moments:
         """Moments of the union of two sets, by Chan's formula on (count, mean, M2 = count * var).
 
-        Equal means merge to exactly the same mean, the empty set changes nothing.
+        Two equal means merge to exactly that mean, and merging the empty set changes nothing.
         """
         if self.count == 0 or other.count == 0:
             return self if other.count == 0 else other
@@ -50,13 +50,12 @@ class Moments:
 def moments(values: Tensor, mask: Tensor, group: dist.ProcessGroup | None = None) -> Moments:
     """Moments of the masked values of all ranks of ``group``; the same bits on each of them.
 
-    Collective: every rank of the group calls it, also one whose mask is empty.
+    Collective: every rank of the group must call it, even if its mask is empty.
 
     Args:
-        values, mask: same shape, mask bool; this rank's part of the batch. Ranks must hold
-            different values: a replica would be counted twice.
-        group: the ranks that share the batch; None: this process alone. The numbers travel on
-            ``values.device``.
+        values, mask: this rank's part of the batch, of the same shape; the mask is bool. Ranks must
+            hold different values, because copies of a value are all counted.
+        group: the ranks that share the batch; None for this process alone.
 
     Raises:
         ValueError: a masked value of any rank is NaN or infinite (raised on every rank).
@@ -70,14 +69,14 @@ def global_whiten(
 ) -> tuple[Tensor, Moments]:
     """``(x - mean) / sqrt(max(var, 1e-8))`` under the mask, 0 elsewhere, over all ranks.
 
-    Values of zero variance become zeros; so does everything when all masks are empty.
+    If the variance is 0 or all masks are empty, the result is all zeros.
 
     Args, Raises:
-        as ``moments``.
+        as in ``moments``.
 
     Returns:
-        The whitened values, shape and dtype of ``values``, without gradient; and the moments from
-        before, for the log.
+        The whitened values, in the shape and dtype of ``values`` and without gradient; and the
+        moments before whitening, for the log.
     """
     values = values.detach()
     origin, stats = _from_origin(values, mask, group)
@@ -90,11 +89,11 @@ def global_whiten(
 def _from_origin(
     values: Tensor, mask: Tensor, group: dist.ProcessGroup | None
 ) -> tuple[float, Moments]:
-    """A value of the batch, and the moments of all ranks' values less it. Raises as ``moments``.
+    """Returns an origin and the moments of all ranks' values minus it. Raises as ``moments``.
 
-    The origin is the first value of the first rank that has one. Values near each other differ
-    from it without rounding, so their mean and variance keep all digits of fp64, however large
-    the values are; equal ones have a variance of exactly 0.
+    The origin is the first value of the first rank that has one. If the values are close to each
+    other, subtracting it rounds nothing, so mean and variance keep all digits of fp64, however
+    large the values are. Equal values have a variance of exactly 0.
     """
     check_mask(mask, values)
     gathered = [_local_moments(values, mask)]
@@ -118,9 +117,9 @@ def _from_origin(
 
 
 def _local_moments(values: Tensor, mask: Tensor) -> Tensor:
-    """fp64 [4] of this rank: count, first value, mean and variance of the values less the first.
+    """fp64 [4] of this rank: count, first value, mean and variance of the values minus the first.
 
-    Two passes, no E[x^2] - E[x]^2.
+    The variance takes two passes and not E[x^2] - E[x]^2, which cancels.
     """
     chosen = values.detach()[mask].double()
     if chosen.numel() == 0:
