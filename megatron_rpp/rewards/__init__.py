@@ -1,10 +1,10 @@
 """Rewards: named functions over a batch of responses, weighted and summed.
 
-A reward function is ``f(prompts, responses, labels, metadata) -> one score per response`` on lists
-of equal length: texts, texts, texts or None, dictionaries. Evaluation counts a response as correct
-when the first function gives it 1.0 or more. Functions that may hang or crash run in worker
-processes, one sample at a time (pool.py). Left out: reward models on Megatron, and normalisation,
-scale and clip of the total (algorithms/).
+A reward function is ``f(prompts, responses, labels, metadata) -> one score per response``. Its
+arguments are lists of equal length: texts, texts, texts or None, dictionaries. Evaluation counts a
+response as correct if the first function gives it 1.0 or more. Functions that may hang or crash run
+in worker processes, one sample at a time (pool.py). Left out: reward models on Megatron;
+normalisation, scaling and clipping of the total (algorithms/).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = ["RewardError", "RewardFunction", "RewardSet", "SampleError", "Scores"
 
 
 class RewardError(RunFailure):
-    """A reward function failed: names the function and shows the sample."""
+    """A reward function failed. The message names the function and shows the sample."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Scores:
     parts: dict[str, list[float]]
     """[B] scores before weighting, by function name, in the order of reward.functions."""
     timeouts: int = 0
-    """Scores that are the default, because the function hung or its process died."""
+    """Number of scores that are the default, because the function hung or its process died."""
 
 
 class RewardSet:
@@ -53,18 +53,18 @@ class RewardSet:
         timeout: float = 10.0,
         timeout_score: float = 0.0,
     ) -> None:
-        """Loads the functions; no weights = 1 each.
+        """Loads the functions. Without weights, each counts 1.
 
         Args:
-            options: of the functions, by name.
-            workers: processes for functions that may hang or crash; 0 = they run in this one, on
-                the whole batch and without limit.
-            timeout: seconds for a sample in a worker.
-            timeout_score: the score where it takes longer, or where the worker dies.
+            options: options of the functions, by function name.
+            workers: number of processes for functions that may hang or crash; 0 = they run in this
+                process, on the whole batch and without a time limit.
+            timeout: time limit in seconds for a sample in a worker.
+            timeout_score: score of a sample that exceeds the limit or whose worker dies.
 
         Raises:
-            ConfigError: none, doubled or unknown names, another number of weights, or one that is
-                not finite, or options that a function does not have.
+            ConfigError: there is no name, or one is given twice or unknown; the weights are too
+                few, too many or not finite; or a function does not have such options.
         """
         weights = list(weights) or [1.0] * len(names)
         if not names or len(set(names)) != len(names):
@@ -87,13 +87,13 @@ class RewardSet:
         self._outside = frozenset(outside)
 
     def row_problem(self, label: str | None, metadata: dict[str, Any]) -> str | None:
-        """Why a row of the data could never be scored, to refuse it before the run; None if none
-        of the functions knows a reason."""
+        """Why a row of the data could never be scored, to be told before the run; None if no
+        function knows a reason."""
         problems = (row_problem(*named, label, metadata) for named in self._functions.items())
         return next(filter(None, problems), None)
 
     def note_on(self, labels: Iterable[str | None]) -> str | None:
-        """What a user should know of the labels before the run, in words; None: nothing."""
+        """What the user should know about the labels before the run; None = nothing."""
         if "math_verify" not in self._functions:
             return None
         return unread(label for label in labels if label is not None)
@@ -106,13 +106,14 @@ class RewardSet:
         metadata: list[dict[str, Any]],
         alive: Callable[[], None] = lambda: None,
     ) -> Scores:
-        """Scores B responses. An empty batch is not shown to the functions.
+        """Scores B responses. The functions are not called for an empty batch.
 
-        alive: called after each function and, of those in workers, after each sample.
+        Args:
+            alive: called after each function and, for those in workers, after each sample.
 
         Raises:
-            RewardError: a function raised, gave another number of scores than B, or a score that
-                is not a finite number.
+            RewardError: a function raised, did not return B scores, or returned a score that is not
+                a finite number.
         """
         batch = _Batch(prompts, responses, labels, metadata)
         parts, timeouts = {}, 0

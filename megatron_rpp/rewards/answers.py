@@ -1,11 +1,11 @@
-r"""The final answer of a text, as text. Labels and responses are read by the same rules.
+r"""Finds the final answer in a text, as text. The same rules apply to labels and responses.
 
     text                                   final answer
-    ... \boxed{8} ...                      the last box that is closed and not blank; boxes that
-                                           only "and", "or", "," or ";" separate are one list
+    ... \boxed{8} ...                      the last closed box that is not blank; boxes separated
+                                           only by "and", "or", "," or ";" are one list
     ... #### 72                            what follows the last "####", if that is one line
-    The answer is 7. / Answer: B           what follows, up to the end of its sentence
-    Since $x=8$, the sum is $8+2=10$.      of sentences, the last expression
+    The answer is 7. / Answer: B           what follows, up to the end of the sentence
+    Since $x=8$, the sum is $8+2=10$.      the last expression of the sentences
     anything else                          the whole text
 
 Left out: what an answer means (equality.py).
@@ -26,17 +26,17 @@ _CHARACTERS = (
     | dict.fromkeys(_INVISIBLE)
     | str.maketrans(_SIGNS)
 )
-"""Characters that math-verify does not know, and what it calls them."""
+"""Characters that math-verify does not know, and what stands for them."""
 
 _FILLING = re.compile(
     r"\\(?:text|mbox|mathrm|boxed|fbox|q?quad|left|right|displaystyle)(?![a-zA-Z])"
     r"|\\[,;:!()\[\]\s\\$]|(?<!\\)[{}]|[\s$*#~.,]|\\$"
 )
-"""What is no answer on its own."""
+"""Text that is not an answer on its own."""
 
 _BRACE = re.compile(r"(?P<box>\\(?:boxed|fbox)\s*\{)|\\.|[{}]", re.DOTALL)
 _BOXES = 50
-"""So many, from the end, are looked at: thousands in one another would take minutes."""
+"""Only this many boxes are examined, from the end: thousands of nested ones would take minutes."""
 
 _ANNOUNCEMENT = re.compile(r"\banswer[\s*]*(?:is\b|[:=])[\s:*]*(?=\S)", re.IGNORECASE)
 _SENTENCE_END = re.compile(r"\n|\.\s")
@@ -50,7 +50,8 @@ _BESIDE_SEPARATORS = re.compile(r"\\text|\\q?quad|\\[()\[\],;\s]|[\s${}*]")
 
 _WORD = re.compile(r"(?<![\\a-zA-Z])(?!(?:and|or)\b)[a-zA-Z]{2,}")
 _STATEMENT = re.compile(r"(?!(?:All|Any|Every|No|None|Only)\b)[A-Z].*(?:\.|\n.*)", re.DOTALL)
-"""Sentences; but not "All integers above 5.", whose last number is a part of the answer."""
+"""Sentences, except such as "All integers above 5.", whose last number is only part of the
+answer."""
 _LINK = re.compile(
     r"\b(?:is|are|equals?|equal to|gets?|gives?|has|have|obtain|so|thus|hence|therefore)[\s:,]*\Z",
     re.IGNORECASE,
@@ -62,7 +63,7 @@ _MIXED_NUMBER = re.compile(r"(?<![\d./^_}])(\d+)\s+(\d+)/(\d+)(?![\d./])")
 
 
 def final_answer(text: str) -> str:
-    """The final answer, without what only surrounds it; it may be blank."""
+    """The final answer, without decoration around it; it may be blank."""
     text = tidy(text)
     marked = marked_answer(text)
     if marked is not None:
@@ -72,7 +73,7 @@ def final_answer(text: str) -> str:
 
 
 def marked_answer(text: str) -> str | None:
-    """The final answer of a text that marks it by a box or by "####"; it may be blank."""
+    """The final answer if the text marks it with a box or "####", else None; it may be blank."""
     text = tidy(text)
     box, hashes = _last_box(text), _after_hashes(text)
     if hashes is not None and (box is None or hashes.start > box.end):
@@ -81,7 +82,7 @@ def marked_answer(text: str) -> str | None:
 
 
 def _announced(text: str) -> str | None:
-    """What follows the last "answer is" or "answer:", up to the end of its sentence."""
+    """What follows the last "answer is" or "answer:", up to the end of the sentence."""
     announcements = list(_ANNOUNCEMENT.finditer(text))
     if not announcements:
         return None
@@ -92,12 +93,12 @@ def _announced(text: str) -> str | None:
 
 
 def is_blank(text: str) -> bool:
-    """Whether a text has no answer in it, whatever it is set in."""
+    """Whether a text holds no answer: nothing but space, markup and punctuation."""
     return not _FILLING.sub("", tidy(text))
 
 
 def tidy(text: str) -> str:
-    """A text in the characters that math-verify knows."""
+    """The text in characters that math-verify knows."""
     return text.translate(_CHARACTERS).strip()
 
 
@@ -110,13 +111,13 @@ class _Part(NamedTuple):
 class _Box(NamedTuple):
     start: int
     opened: int
-    """Where its content starts."""
+    """Start of the content."""
     closed: int
-    """Where it ends."""
+    """End of the content."""
 
 
 def _last_box(text: str) -> _Part | None:
-    """The last box that is not blank, and those that stand in one list with it."""
+    """The last box that is not blank, together with the boxes that form a list with it."""
     last = None
     for box in sorted(_boxes(text), reverse=True)[:_BOXES]:
         content = text[box.opened : box.closed]
@@ -130,7 +131,7 @@ def _last_box(text: str) -> _Part | None:
 
 
 def _boxes(text: str) -> list[_Box]:
-    """The closed boxes; if there is none, the one that was cut off."""
+    """The closed boxes; if there are none, the last one that was cut off."""
     closed: list[_Box] = []
     opened: list[re.Match] = []
     for brace in _BRACE.finditer(text):
@@ -155,12 +156,13 @@ def _after_hashes(text: str) -> _Part | None:
 
 
 def _separates(between: str) -> bool:
-    """Whether two answers with this between them are one list, as in "$x=3$ or $x=-3$"."""
+    """Whether two answers with this text between them form a list, as in "$x=3$ or $x=-3$"."""
     return _SEPARATOR.fullmatch(_BESIDE_SEPARATORS.sub("", between)) is not None
 
 
 def _last_expression(text: str) -> str:
-    """The last expression, or list of some, of a text in sentences; another text as it is."""
+    """The last expression, or list of expressions, of a text in sentences; any other text as it
+    is."""
     expressions = list(_EXPRESSION.finditer(text))
     words = _WORD.findall(_EXPRESSION.sub(" ", text))
     if not expressions or len(words) < 3:
@@ -180,7 +182,7 @@ def _bare(text: str) -> str:
 
 
 def _trimmed(text: str) -> str:
-    """Without space, bold marks and line breaks around it and punctuation after it."""
+    """The text without space, bold marks and line breaks around it and punctuation after it."""
     before = None
     while text != before:
         before = text
@@ -191,7 +193,7 @@ def _trimmed(text: str) -> str:
 
 
 def _balanced(text: str) -> str:
-    """A text with braces added or left out so that they match."""
+    """The text with braces added or removed so that they match."""
     parts, depth, end = [], 0, 0
     for brace in _BRACE.finditer(text):
         if brace[0] == "}" and depth == 0:

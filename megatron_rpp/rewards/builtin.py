@@ -11,7 +11,7 @@ import json
 import logging
 import re
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 from megatron_rpp.data.tasks import create_task, restore_entry
@@ -77,7 +77,7 @@ def _check_scorable(index: int, task: Any, entry: dict[str, Any], first: Excepti
         ) from first
 
 
-@lru_cache(maxsize=None)
+@cache
 def _task(name: str, params: str) -> Any:
     # Scorers read the entry, not the data set's own entries: any size and seed will do.
     return create_task(name, json.loads(params), size=10, seed=0)

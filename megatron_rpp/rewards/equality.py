@@ -1,9 +1,9 @@
-r"""Whether two final answers are equal: by math-verify, or else by their texts.
+r"""Decides whether two final answers are equal: with math-verify, or else by comparing their texts.
 
 math-verify reads much that is not mathematics as a product of letters ("Paris" = P*a*r*i*s) or as
 a quotient ("12:30" = 12/30). So words, times of day and numbers with a base are equal only if their
-texts are. Texts are compared without spaces, ``\text`` and the like, and, where there is no other
-LaTeX, in lower case. Left out: time limits; the workers have one.
+texts are. Texts are compared without spaces, ``\text`` and the like, and in lower case if there is
+no other LaTeX. Left out: time limits; the workers have one.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from megatron_rpp.rewards.answers import final_answer, marked_answer, tidy
 Value = Basic | MatrixBase
 
 _LONGEST, _DEEPEST = 500, 10
-"""Characters, and brackets in one another, of an answer that is parsed: the time of the parser
-grows with both, and thirty brackets take it seconds."""
+"""Most characters, and most nested brackets, of an answer that is parsed. The time of the parser
+grows with both: thirty nested brackets take seconds."""
 
 _NUMBER = re.compile(r"-?(?:\d+|\d{1,3}(?:,\d{3})+)(?:\.\d+)?")
 _LITERAL = {
@@ -36,7 +36,7 @@ _LITERAL = {
     "time": re.compile(r"(?:[01]?\d|2[0-4]):[0-5]\d(?:[ap]\.?m)?"),
     "based": re.compile(r"-?[\da-z.]+_\d+"),
 }
-"""What only its text is equal to."""
+"""Answers that are equal only if their texts are."""
 
 _WORD = re.compile(r"(?<!\\begin{)(?<!\\end{)(?<![\\a-zA-Z])[a-zA-Z]{4,}")
 
@@ -74,9 +74,9 @@ def is_equal(label: str, response: str) -> bool:
 
 
 def is_parsed(label: str) -> bool:
-    """Whether the final answer of a label is read as mathematics, not as words or not at all.
+    """Whether the final answer of a label is read as mathematics, not as words.
 
-    By the grammar: nothing is evaluated, so the time is bounded, whatever the label.
+    Only the grammar is checked and nothing is evaluated, so the time is bounded for any label.
     """
     text = final_answer(label)
     if _NUMBER.fullmatch(text):
@@ -106,36 +106,36 @@ def _are_literals_of_one_kind(gold: str, answer: str) -> bool:
 
 
 def _plain(text: str) -> str:
-    """An answer for the comparison of texts."""
+    """An answer as it is compared as text."""
     text = _SPACE.sub(" ", _SIZE.sub("", _TEXT.sub(r"\1", text)))
     text = re.sub(r"_{(\d+)}", r"_\1", re.sub(r"\\[dt]frac", r"\\frac", text))
     text = re.sub(r"\\frac(\d)(\d)", r"\\frac{\1}{\2}", text)
     text = re.sub(r",? ?\b(?:and|or)\b", ",", " ".join(text.split()))
     text = re.sub(r"(?<!\d) | (?!\d)|(?<!\.)\.\Z", "", text)
-    text = re.sub(r"\A\(?([a-zA-Z])\)\Z", r"\1", text)  # of multiple choice
+    text = re.sub(r"\A\(?([a-zA-Z])\)\Z", r"\1", text)  # multiple choice: (B) is B
     text = re.sub(r"\A0(?=\d:)", "", text)
     return text if "\\" in text else text.casefold()
 
 
 def _last_value(response: str) -> Value | None:
-    """Of a response that does not mark its answer: what math-verify finds in it."""
+    """What math-verify finds in a response that does not mark its answer."""
     found = parse(tidy(response), parsing_timeout=None)
     return next((_result(value) for value in found if isinstance(value, Value)), None)
 
 
 def _value(text: str, *, units: bool = False) -> Value | None:
-    """units: a unit is left out also where it could be a variable."""
+    """The value of an answer. units: also drop a unit that could be a variable."""
     if not _is_parsable(text):
         return None
     try:
         value = parse_latex_cached(_normalized(text, units=units))
-    except Exception:  # of any type; the library does the same
+    except Exception:  # the library itself catches any type here, too
         return None
     return _result(value) if isinstance(value, Value) and not value.has(nan, zoo) else None
 
 
 def _result(value: Value) -> Value:
-    """The right side of a computation, as 10 of "8 + 2 = 10"; another value as it is."""
+    """The right side of a computation, such as 10 of "8 + 2 = 10"; any other value as it is."""
     if is_equation(value) and not value.free_symbols:
         return take_last_relation(value).rhs
     return value
@@ -159,7 +159,7 @@ def _normalized(text: str, *, units: bool = False) -> str:
 
 
 def _has_unit(text: str) -> bool:
-    """Whether a text is a number with a unit: the h of "2 h" is one, that of "2 r h" is not."""
+    """Whether a text is a number with a unit: the h of "2 h" is a unit, that of "2 r h" is not."""
     return not _LETTER.search(_ASSIGNMENT.sub("", _UNIT.sub("", text)))
 
 
@@ -176,6 +176,6 @@ def _is_grammatical(latex: str) -> bool:
         recognizer.addErrorListener(_Strict())
     try:
         parser.math()
-    except Exception:  # the generated parser raises what it likes on top
+    except Exception:  # the generated parser may raise anything else as well
         return False
     return True

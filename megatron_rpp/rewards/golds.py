@@ -1,7 +1,4 @@
-"""Labels as golds of math_verify: which are refused, and which are compared as texts.
-
-Left out: reading the data (data/), and when to ask.
-"""
+"""Checks labels for math_verify: which are errors, and which are compared as plain text."""
 
 from __future__ import annotations
 
@@ -12,14 +9,14 @@ from megatron_rpp.rewards.answers import final_answer, is_blank
 from megatron_rpp.rewards.validation import short
 
 EXAMINED = 5000
-"""Labels that are parsed at the start of a run: numbers in no time, LaTeX in seconds."""
+"""Number of labels that are parsed at the start of a run; LaTeX takes seconds in all."""
 SHOWN = 3
 
 
 def gold_problem(label: str) -> str | None:
-    """Why no answer could ever equal a label, and what to do; None if one can.
+    """Why no answer could ever equal a label, and what to do about it; None if one can.
 
-    It goes on after the name of the reward function.
+    The text continues a message that begins with the name of the reward function.
     """
     if not is_blank(final_answer(label)):
         return None
@@ -31,8 +28,8 @@ def gold_problem(label: str) -> str | None:
 
 
 def unread(labels: Iterable[str]) -> str | None:
-    """Which of the first `EXAMINED` labels are compared as texts, in words; None if all are read as
-    mathematics."""
+    """A note on those of the first `EXAMINED` labels that are compared as text; None if all of them
+    are read as mathematics."""
     first = list(islice(labels, EXAMINED))
     different = dict.fromkeys(first)
     found = [label for label in different if not is_parsed(label)]
@@ -41,17 +38,18 @@ def unread(labels: Iterable[str]) -> str | None:
     shown = ", ".join(map(short, found[:SHOWN])) + ", ..." * (len(found) > SHOWN)
     return (
         f"math_verify reads {len(found)} of the {len(different)} different labels in the first "
-        f"{len(first)} rows as words and not as mathematics; only the same words equal them: {shown}"
+        f"{len(first)} rows as words and not as mathematics; only the same words equal them: "
+        f"{shown}"
     )
 
 
 def is_parsed(label: str) -> bool:
     """Whether math-verify reads a label as mathematics.
 
-    If not, only the same words equal it: "Paris", but also "72 clips", which 72 does not equal.
-    By the grammar alone: nothing is evaluated, so it ends, whatever the label. It takes some
-    milliseconds, at worst seconds; a number takes microseconds.
+    If not, only the same words equal it. That goes for "Paris", but also for "72 clips", which 72
+    does not equal. Only the grammar is checked and nothing is evaluated, so this ends for any
+    label. It takes milliseconds, at worst seconds; a number takes microseconds.
     """
-    from megatron_rpp.rewards import equality  # here: imports math-verify, which takes a second
+    from megatron_rpp.rewards import equality  # imported here: math-verify takes a second to import
 
     return equality.is_parsed(label)

@@ -1,13 +1,14 @@
 """A reward model behind a URL: batched POST requests with limits on time, tries and size.
 
-Request and answer have one of two shapes, both JSON:
+Requests and answers are JSON of one of two shapes:
 
     openrlhf  {"query": [prompt + response, ...], "prompts": [...], "labels": [...]}
               -> {"rewards": [number, ...]}
     slime     {"prompt": ..., "response": ..., "label": ...} for each sample -> number
 
-The prompt is that of the data set: of a conversation, its last user message. Redirects are not
-followed, so that a token goes nowhere else. Left out: other authentication than a bearer token.
+The prompt is that of the data set; for a conversation, it is the last user message. Redirects are
+not followed, so that the token goes nowhere else. Left out: authentication other than a bearer
+token.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _RETRIED = {408, 425, 429, 500, 502, 503, 504}
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.25, 30.0
 """Seconds; each pause is twice the one before."""
 _MAX_BYTES = 1 << 24
-"""Of one answer."""
+"""Largest size of one answer."""
 _CHUNK = 1 << 16
 
 
@@ -43,23 +44,23 @@ _OPENER = urllib.request.build_opener(_NoRedirect)
 
 
 class _Again(Exception):
-    """What may be over when the request is sent again."""
+    """A failure that may be over when the request is sent again."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class HttpReward:
-    """Called like any reward function; its fields but the URL are its options."""
+    """A reward function behind a URL. All fields except the URL are its options."""
 
     url: str
     shape: str = "openrlhf"
     batch: int = 32
     """Samples in a request of shape openrlhf."""
     concurrency: int = 8
-    """Requests under way at once."""
+    """Largest number of requests at the same time."""
     timeout: float = 60.0
-    """Seconds for one request."""
+    """Time limit in seconds for one request."""
     retries: int = 5
-    """Further tries after a server's error, a lost connection or a timeout."""
+    """Number of further tries after a server error, a lost connection or a timeout."""
     token_variable: str | None = None
     """Environment variable that holds the bearer token."""
 
@@ -95,7 +96,7 @@ class HttpReward:
         labels: list[str | None],
         metadata: list[dict[str, Any]],
     ) -> list[float]:
-        """Raises RuntimeError where the server fails for good, or its answer has another form."""
+        """Raises RuntimeError if the server keeps failing or its answer has another shape."""
         size = self.batch if self.shape == "openrlhf" else 1
         starts = range(0, len(responses), size)
         requests = [
@@ -152,7 +153,7 @@ class HttpReward:
 
 
 def _read(response: HTTPResponse, deadline: float) -> bytes:
-    """The whole answer: limits on size and time hold also for one that trickles in."""
+    """The whole answer. The limits on size and time also apply if it trickles in."""
     content = bytearray()
     while chunk := response.read1(_CHUNK):
         content += chunk

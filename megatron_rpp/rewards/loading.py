@@ -37,8 +37,8 @@ _WITH_OPTIONS = {"length": Length, "math_verify": MathVerify, "regex": Regex}
 _EXTRAS = {"math_verify": "math", "reasoning_gym": "tasks"}
 """Built-in functions that need an extra of the package."""
 _TRUSTED = {"exact_match", "length"}
-"""Built-in functions that run in the training process, because they always end. reasoning_gym is not
-among them: a few of its scorers evaluate the response as an expression."""
+"""Built-in functions that run in the training process, because they always end. reasoning_gym is
+not among them: a few of its scorers evaluate the response as an expression."""
 
 _ROW_CHECKS: dict[str, Callable[[Any, str | None, dict[str, Any]], None]] = {
     "exact_match": lambda function, label, metadata: require_labels([label]),
@@ -52,7 +52,8 @@ _ROW_CHECKS: dict[str, Callable[[Any, str | None, dict[str, Any]], None]] = {
 def row_problem(
     name: str, function: RewardFunction, label: str | None, metadata: dict[str, Any]
 ) -> str | None:
-    """Why the function could never score this row; None if it can, or if only running it would tell."""
+    """Why the function could never score this row; None if it can, or if only running it would
+    tell."""
     try:
         if name in _ROW_CHECKS:
             _ROW_CHECKS[name](function, label, metadata)
@@ -89,7 +90,9 @@ def load_reward(name: str, options: dict[str, Any] | None = None) -> RewardFunct
     if name in _WITH_OPTIONS:
         return _with_options(_WITH_OPTIONS[name], name, options)
     if options:
-        raise ConfigError(f"reward function {name!r} takes no reward.options, got {sorted(options)}")
+        raise ConfigError(
+            f"reward function {name!r} takes no reward.options, got {sorted(options)}"
+        )
     if name in _PLAIN:
         return _PLAIN[name]
     source, colon, attribute = name.rpartition(":")

@@ -1,9 +1,9 @@
 """Worker processes for reward functions, with a time limit for each sample.
 
-A worker has one sample at a time. One that is over the limit is killed with all it has started, one
-that died is replaced; the sample gets the default score and is counted. Which worker scores a
-sample does not matter, so the result depends on neither their number nor their speed. Left out:
-limits on the memory of a worker.
+A worker has one sample at a time. If it exceeds the limit, it is killed together with all processes
+it has started; if it dies, it is replaced. Either way the sample gets the default score and is
+counted. It does not matter which worker scores a sample, so the result depends neither on the
+number of workers nor on their speed. Left out: limits on the memory of a worker.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import sys
 import time
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
@@ -23,7 +24,7 @@ from typing import Any
 from megatron_rpp.rewards.validation import SampleError
 
 _START_SECONDS = 300.0
-"""Limit for a worker to import the functions."""
+"""Time limit for a worker to start and import the functions."""
 
 Sample = tuple[str, str, str | None, dict[str, Any]]
 """Prompt, response, label, metadata."""
@@ -35,21 +36,19 @@ class _Worker:
     connection: Connection
     ready: bool = False
     index: int | None = None
-    """The sample it has."""
+    """The sample that the worker has; None = it is idle."""
     deadline: float = 0.0
 
     def kill(self) -> None:
         self.connection.close()
-        try:
+        with suppress(ProcessLookupError):  # the process and all its children are gone
             os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:  # it is gone, and so are all its children
-            pass
         self.process.wait()
 
 
 @dataclass
 class _Work:
-    """Samples on their way through the workers."""
+    """A batch of samples on its way through the workers."""
 
     name: str
     samples: Sequence[Sample]
@@ -59,7 +58,7 @@ class _Work:
     following: int = 0
 
     def is_left(self) -> bool:
-        """Whether a sample is still to be given out: after a problem, none is."""
+        """Whether a sample is left to hand out. After a problem, no more are."""
         return not self.problems and self.following < len(self.samples)
 
 
@@ -75,8 +74,8 @@ class WorkerPool:
     ) -> None:
         """
         Args:
-            functions: (name, options) of all that the workers load.
-            timeout: seconds for one sample.
+            functions: (name, options) of the functions that the workers load.
+            timeout: time limit in seconds for one sample.
             default: score of a sample whose scorer hangs or dies.
         """
         self._functions = list(functions)
@@ -91,11 +90,12 @@ class WorkerPool:
     ) -> tuple[list[float], int]:
         """The scores of the function ``name``, and how many of them are the default.
 
-        alive: called after every answer, also one that is late.
+        Args:
+            alive: called after every answer, and after every sample that is given up.
 
         Raises:
-            SampleError: the function raised or returned no finite number; of several such samples
-                the first one. Or a worker could not start.
+            SampleError: the function raised or did not return a finite number (of several such
+                samples, the first is named), or a worker could not start.
         """
         work = _Work(name, samples, [self._default] * len(samples))
         self._start(min(self._count, len(samples)))
@@ -113,7 +113,7 @@ class WorkerPool:
         return work.scores, work.unscored
 
     def _assign(self, work: _Work) -> bool:
-        """Gives idle workers the next samples; False where none is left and none is out."""
+        """Hands idle workers the next samples. False if all samples are scored."""
         for worker in self._workers:
             if worker.ready and worker.index is None and work.is_left():
                 self._give(worker, work.name, work.following, work.samples[work.following])
@@ -121,7 +121,7 @@ class WorkerPool:
         return work.is_left() or any(worker.index is not None for worker in self._workers)
 
     def _take(self, worker: _Worker, work: _Work) -> None:
-        """What a worker that `_finished` has to say: that it is ready, a score, or nothing more."""
+        """Handles a worker of `_finished`: it is ready, has answered, or is late or dead."""
         index, answer = worker.index, _answer(worker)
         if not worker.ready:
             if answer is not None:
@@ -162,13 +162,13 @@ class WorkerPool:
 
     def _give(self, worker: _Worker, name: str, index: int, sample: Sample) -> None:
         worker.index, worker.deadline = index, time.monotonic() + self._timeout
-        try:
+        # If the worker died between two samples, `_finished` finds out.
+        with suppress(BrokenPipeError, ConnectionResetError):
             worker.connection.send((name, sample))
-        except (BrokenPipeError, ConnectionResetError):
-            pass  # it died between two samples: found when its answer is waited for
 
     def _finished(self) -> list[_Worker]:
-        """Those that answered, died, or are over their limit; waits for the first."""
+        """Waits for the first worker that answers, dies or exceeds its limit; returns all that
+        have."""
         busy = [w for w in self._workers if not w.ready or w.index is not None]
         left = min(worker.deadline for worker in busy) - time.monotonic()
         answered = wait([worker.connection for worker in busy], max(0.0, left))
@@ -177,11 +177,11 @@ class WorkerPool:
 
 
 _NONE = object()
-"""In place of an answer."""
+"""Stands for a missing answer."""
 
 
 def _answer(worker: _Worker) -> Any:
-    """What the worker sent; _NONE where it is late or dead."""
+    """What the worker sent; _NONE if it is late or dead."""
     try:
         return worker.connection.recv() if worker.connection.poll() else _NONE
     except (EOFError, ConnectionResetError):

@@ -1,4 +1,4 @@
-"""What a reward function may return: one finite number for each response."""
+"""Checks what a reward function returned: one finite number for each response."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _SHOWN = 500
 
 
 class SampleError(ValueError):
-    """A reward function cannot score the sample at ``index`` of its batch; None = any of them."""
+    """A reward function cannot score the sample at ``index`` of its batch; None = no single one."""
 
     def __init__(self, index: int | None, problem: str) -> None:
         super().__init__(problem)
@@ -21,10 +21,10 @@ class SampleError(ValueError):
 
 
 def numbers(scores: Any, count: int) -> list[float]:
-    """What a function returned for ``count`` responses, as floats.
+    """The scores that a function returned for ``count`` responses, as floats.
 
     Raises:
-        SampleError: it is not a list of ``count`` finite numbers.
+        SampleError: they are not a list of ``count`` finite numbers.
     """
     if not isinstance(scores, (list, tuple, np.ndarray)):
         raise SampleError(None, f"returned {type(scores).__name__}, not a list of numbers")
@@ -44,7 +44,7 @@ def _number(index: int, score: Any) -> float:
 
 
 def short(value: Any) -> str:
-    """``repr`` of a value, its middle left out where it is long."""
+    """``repr`` of a value; if it is long, its middle is left out."""
     text = repr(value)
     if len(text) <= _SHOWN:
         return text

@@ -1,13 +1,14 @@
-"""A process that scores one sample at a time: a scorer that hangs or dies costs one sample.
+"""A process that scores one sample at a time. A scorer that hangs or dies costs only one sample.
 
     python -m megatron_rpp.rewards.worker DESCRIPTOR PARENT       (started by pool.py)
 
-Over the connection: first the functions to load come in and None (ready) or a problem goes out;
-then, for each sample, its score or the problem with it. It knows neither torch nor Megatron, unless
-the user's function does.
+Protocol on the connection: the worker receives the functions to load and answers None (ready) or a
+problem. Then it receives samples, one at a time, and answers each with its score or a problem. It
+imports neither torch nor Megatron unless the user's function does.
 
-However its parent ends, it ends too, with all that a scorer has started: the process that pool.py
-starts only guards, and a child of it scores; both and what they start are one process group.
+However the parent ends, the worker ends too, with all that a scorer has started: the process that
+pool.py starts only stands guard, and its child does the scoring. Both, and all they start, are one
+process group.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def main() -> None:
     end_with(guard)
     connection = Connection(descriptor)
     _leave_signals_to_the_parent()
-    os.dup2(2, 1)  # what a scorer prints is no output of the program
+    os.dup2(2, 1)  # what a scorer prints is not output of the program
     try:
         functions = {name: load_reward(name, options) for name, options in connection.recv()}
     except ConfigError as error:
@@ -51,7 +52,7 @@ def main() -> None:
 
 
 def _guard(child: int, parent: int) -> NoReturn:
-    """Waits for `child` and ends as it did; kills the whole process group when `parent` ends."""
+    """Waits for `child` and exits as it did. Kills the whole process group if `parent` ends."""
     signal.signal(signal.SIGUSR2, lambda *_: os.killpg(0, signal.SIGKILL))
     _leave_signals_to_the_parent()
     end_with(parent, signal.SIGUSR2)
@@ -60,11 +61,11 @@ def _guard(child: int, parent: int) -> NoReturn:
 
 
 def _leave_signals_to_the_parent() -> None:
-    """A job that is told to stop still scores its samples on the way to a safe point."""
-    own = os.getpid()
+    """Ignores signals to stop: such a job still scores its samples on the way to a safe point."""
+    worker = os.getpid()
 
     def pass_by(number: int, frame: object) -> None:
-        if os.getpid() != own:  # forked by a scorer, which may want to end it so
+        if os.getpid() != worker:  # a process that a scorer has forked, and may want to end
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
@@ -74,7 +75,7 @@ def _leave_signals_to_the_parent() -> None:
 
 
 def _score(function: RewardFunction, sample: tuple) -> tuple[float | None, str | None]:
-    """(score, None), or (None, what is wrong)."""
+    """(score, None), or (None, problem)."""
     columns: list[list[Any]] = [[value] for value in sample]
     try:
         return numbers(function(*columns), 1)[0], None
