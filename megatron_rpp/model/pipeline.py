@@ -98,7 +98,7 @@ def score(
 
 
 def stage_forward(
-    model: torch.nn.ModuleList, tokens: torch.Tensor, positions: torch.Tensor | None = None
+    model: torch.nn.Module, tokens: torch.Tensor, positions: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Runs one batch through this rank's chunks.
 

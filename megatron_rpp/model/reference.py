@@ -16,25 +16,25 @@ from megatron_rpp.parallel import device as devices
 
 
 class Reference(Protocol):
-    def active(self) -> contextlib.AbstractContextManager[torch.nn.Module]:
+    def active(self) -> contextlib.AbstractContextManager[torch.nn.ModuleList]:
         """Yields a model that holds the reference weights while the context is open."""
 
 
 class ResidentReference:
     """A second model that stays on the device."""
 
-    def __init__(self, stage: torch.nn.Module):
+    def __init__(self, stage: torch.nn.ModuleList):
         self.stage = stage.requires_grad_(False).eval()
 
     @contextlib.contextmanager
-    def active(self) -> Iterator[torch.nn.Module]:
+    def active(self) -> Iterator[torch.nn.ModuleList]:
         yield self.stage
 
 
 class OffloadedReference:
     """A copy on the host of the weights that `policy` has at construction."""
 
-    def __init__(self, policy: torch.nn.Module):
+    def __init__(self, policy: torch.nn.ModuleList):
         self.policy = policy
         self.host = [self._on_host(parameter) for parameter in policy.parameters()]
 
@@ -51,7 +51,7 @@ class OffloadedReference:
             host.copy_(current)
 
     @contextlib.contextmanager
-    def active(self) -> Iterator[torch.nn.Module]:
+    def active(self) -> Iterator[torch.nn.ModuleList]:
         self._swap()
         try:
             yield self.policy

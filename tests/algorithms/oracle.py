@@ -1,8 +1,8 @@
 """Independent reference for megatron_rpp.algorithms: NumPy float64, plain loops, slow.
 
-Written from the equations (arXiv 2501.03262 and those named below) and not from the code under
-test: one token at a time, and statistics in exact fractions over a list of the live tokens, so that
-no offset and no spread is too large for them.
+It is written from the equations (arXiv 2501.03262 and those named below), not from the code under
+test. It computes one token at a time, and statistics in exact fractions over a list of the live
+tokens (those under the mask), so that no offset and no spread is too large.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def token_rewards(scores, kl, mask, kl_coef):
 
 
 def returns_to_go(rewards, mask, gamma):
-    """The definition, not the recursion: exponents count live tokens only."""
+    """By the definition and not the recursion; exponents count live tokens only."""
     out = np.zeros(mask.shape)
     for b, row in enumerate(mask):
         live = [t for t, on in enumerate(row) if on]
@@ -69,7 +69,7 @@ def whiten(values, mask):
 
 
 def shape(scores, normalize, scale, clip):
-    """(shaped scores, the same before clipping): the order of the paper."""
+    """Returns (shaped scores, the same before clipping), in the order of the paper."""
     if normalize:
         scores = whiten(scores, np.ones(scores.shape, dtype=bool))
     scaled = np.array([scale * float(x) for x in scores])
@@ -116,7 +116,7 @@ def aggregate(per_token, mask, kind):
 
 
 def entropy(logits):
-    """Of softmax over the last axis, nats."""
+    """Entropy of the softmax over the last axis, in nats."""
     out = np.zeros(logits.shape[:-1])
     for i in np.ndindex(*out.shape):
         peak = max(logits[i])

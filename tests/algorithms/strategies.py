@@ -1,8 +1,7 @@
-"""Hypothesis strategies for small batches [B, T] with any mask and any values, and how close is
-close enough.
+"""Hypothesis strategies for small batches [B, T] with any mask and any values, and tolerances.
 
-The values are those of fp32, so that one batch serves both precisions, and include what broke
-others: constant rewards, a spread of 1e-3 around 5, an offset of 1e6.
+All values are exact in fp32, so that one batch serves both precisions. They include cases that broke
+other trainers: constant rewards, a spread of 1e-3 around 5, an offset of 1e6.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ def numbers(shape, low=-3.0, high=3.0):
 
 @st.composite
 def masks(draw, shape):
-    """Random rows, and among them empty ones, whole ones and ones of a single token."""
+    """Random rows, some of them empty, full or with a single token."""
     mask = draw(npst.arrays(np.bool_, shape))
     for row in mask:
         kind = draw(st.sampled_from(["random", "random", "empty", "whole", "one token"]))
@@ -59,19 +58,19 @@ def any_batches(draw):
 
 
 def scores_for(mask):
-    """One score a row of ``mask``."""
+    """One score for each row of ``mask``."""
     return numbers(mask.shape[:1])
 
 
 def dirty(values, mask, dtype):
-    """A tensor of ``values`` with NaN where the mask is False."""
+    """Returns a tensor of ``values``, with NaN where the mask is False."""
     return torch.where(torch.tensor(mask), torch.tensor(values, dtype=dtype), torch.nan)
 
 
 def assert_close(ours, expected, dtype, size=0.0):
-    """Equal to PRECISIONS[dtype], relative to the value or to ``size``, that of its terms.
+    """Asserts equality to PRECISIONS[dtype], relative to the value or to ``size``, that of its terms.
 
-    Below 1e-30 nothing is asked: fp32 ends at 1e-38.
+    Differences below 1e-30 are ignored: fp32 ends at 1e-38.
     """
     assert ours.dtype == dtype
     tolerance = PRECISIONS[dtype]

@@ -24,21 +24,21 @@ from tests.algorithms.strategies import PRECISIONS, assert_close, batches, quick
     st.sampled_from([*PRECISIONS]),
 )  # fmt: skip
 def test_matches_oracle(batch, kind, maximum, dtype):
-    _, old, behaviour = batch
-    ratio = importance_ratio(*(torch.tensor(x, dtype=dtype) for x in (old, behaviour)))
+    _, old, rollout = batch
+    ratio = importance_ratio(*(torch.tensor(x, dtype=dtype) for x in (old, rollout)))
     weights = correction_weights(ratio, kind, maximum)
-    # Next to a bound rounding decides whether a token is dropped.
-    log_ratio = np.abs(np.abs(old - behaviour) - math.log(maximum))
-    clear = (log_ratio > 1e-5) | (old == behaviour)
-    expected = oracle.rollout_weights(old, behaviour, kind, maximum)
+    # Close to a bound, rounding decides whether a token is dropped.
+    log_ratio = np.abs(np.abs(old - rollout) - math.log(maximum))
+    clear = (log_ratio > 1e-5) | (old == rollout)
+    expected = oracle.rollout_weights(old, rollout, kind, maximum)
     assert_close(weights[torch.tensor(clear)], expected[clear], dtype)
 
 
 def test_by_hand():
-    """Training finds the tokens 1, 3, 1/3 and 1.5 times as likely as the engine did."""
-    behaviour = torch.full((1, 4), -2.0, dtype=torch.float64)
+    """The trainer gives the tokens 1, 3, 1/3 and 1.5 times the probability that the engine did."""
+    rollout = torch.full((1, 4), -2.0, dtype=torch.float64)
     ratio = torch.tensor([[1.0, 3.0, 1 / 3, 1.5]], dtype=torch.float64)
-    got = importance_ratio(behaviour + ratio.log(), behaviour)
+    got = importance_ratio(rollout + ratio.log(), rollout)
     torch.testing.assert_close(got, ratio)
     cap, mask = ([[1.0, 2.0, 1 / 3, 1.5]], [[1.0, 0.0, 0.0, 1.5]])
     np.testing.assert_allclose(correction_weights(got, "cap", 2.0), cap)
@@ -61,7 +61,7 @@ def test_effective_share_is_that_of_kish(batch):
 
 
 def test_effective_share_by_hand():
-    """Equal weights: all samples count. One of four: a quarter. None: 0."""
+    """1 if all weights are equal, 1/4 if one of four samples has all the weight, 0 for no samples."""
     assert effective_share(8.0, 16.0, 4) == 1.0
     assert effective_share(5.0, 25.0, 4) == 0.25
     assert effective_share(0.0, 0.0, 0) == 0.0

@@ -19,7 +19,7 @@ def test_matches_oracle(batch, kind, dtype):
     mask, *arrays = batch
     expected = oracle.kl(*arrays, kind)
     got = kl_estimate(*(dirty(x, mask, dtype) for x in arrays), kind)[torch.tensor(mask)]
-    # The oracle's k3 is a difference of numbers of the size of 1.
+    # The oracle computes k3 as a difference of numbers of about 1.
     size = 1.0 if dtype == torch.float64 else 1e-9
     assert_close(got, expected[mask], dtype, size)
 
@@ -35,7 +35,7 @@ def test_adaptive_factor_by_its_equation(factor, kl, target, samples):
 
 
 def test_adaptive_factor_by_hand():
-    """Twice the target: e = 0.2 (clipped), 100 of 1000 responses: 2% up. On target: unchanged."""
+    """At twice the target e is clipped to 0.2, so 100 of 1000 responses add 2%."""
     assert adapted_kl_factor(0.5, 0.2, 0.1, 100, 1000) == pytest.approx(0.5 * 1.02)
     assert adapted_kl_factor(0.5, 0.11, 0.1, 100, 1000) == pytest.approx(0.5 * 1.01)
     assert adapted_kl_factor(0.5, 0.0, 0.1, 1000, 1000) == pytest.approx(0.4)
@@ -67,9 +67,9 @@ def test_k3_of_close_policies_keeps_its_digits_in_fp32():
 
 
 @pytest.mark.parametrize("kind", KL_KINDS)
-@pytest.mark.parametrize("rubbish", [math.nan, math.inf, -math.inf, -500.0])
-def test_rubbish_under_the_mask_leaves_no_gradient(kind, rubbish):
-    logprobs = torch.tensor([[-1.0, -2.0, rubbish]], requires_grad=True)
+@pytest.mark.parametrize("undefined", [math.nan, math.inf, -math.inf, -500.0])
+def test_masked_out_values_leave_no_gradient(kind, undefined):
+    logprobs = torch.tensor([[-1.0, -2.0, undefined]], requires_grad=True)
     mask = torch.tensor([[True, True, False]])
     total, _ = aggregate(kl_estimate(logprobs, torch.zeros(1, 3), kind), mask, "token_mean")
     total.backward()

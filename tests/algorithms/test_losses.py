@@ -42,12 +42,12 @@ def test_aggregate_matches_oracle(batch, kind, dtype):
     expected = oracle.aggregate(per_token, mask, kind)
     total, count = aggregate(dirty(per_token, mask, dtype), torch.tensor(mask), kind)
     assert count.item() == expected[1] and count.dtype == torch.int64
-    # Summed in the precision of the losses, which may cancel.
+    # The sum has the precision of the losses, and these may cancel.
     assert_close(total, expected[0], dtype, size=np.abs(np.where(mask, per_token, 0)).sum())
 
 
 def test_loss_and_gradient_by_hand():
-    """Ratios 2 and 1/2 with either sign of A; d loss / d log pi = -rho A where not clipped."""
+    """Ratios 2 and 1/2 with either sign of A; d loss / d log pi = -rho A unless clipped."""
     ln2 = math.log(2)
     logprobs = one(ln2, ln2, -ln2, -ln2, 0.0).requires_grad_()
     advantages = one(1.0, -1.0, 1.0, -1.0, 3.0)
@@ -84,9 +84,9 @@ def test_extreme_ratios_stay_finite(gap, advantage):
 
 
 @pytest.mark.parametrize("kind", AGGREGATIONS)
-@pytest.mark.parametrize("where", ["logprobs", "old_logprobs", "advantages"])
-@pytest.mark.parametrize("rubbish", [NAN, INF, -INF])
-def test_rubbish_under_the_mask_leaks_nowhere(kind, where, rubbish):
+@pytest.mark.parametrize("name", ["logprobs", "old_logprobs", "advantages"])
+@pytest.mark.parametrize("undefined", [NAN, INF, -INF])
+def test_masked_out_values_leak_nowhere(kind, name, undefined):
     mask = torch.tensor([[True, False], [True, True]])
     inputs = {
         "logprobs": torch.tensor([[-1.0, -2.0], [-1.5, -0.5]]),
@@ -94,8 +94,8 @@ def test_rubbish_under_the_mask_leaks_nowhere(kind, where, rubbish):
         "advantages": torch.tensor([[1.0, -1.0], [-2.0, 0.5]]),
     }
     results = []
-    for value in (inputs[where][0, 1].item(), rubbish):
-        inputs[where][0, 1] = value
+    for value in (inputs[name][0, 1].item(), undefined):
+        inputs[name][0, 1] = value
         logprobs = inputs["logprobs"].clone().requires_grad_()
         old, advantages = inputs["old_logprobs"], inputs["advantages"]
         loss = policy_loss(logprobs, old, advantages, 0.2, 0.2, dual_clip=3.0)
@@ -103,12 +103,12 @@ def test_rubbish_under_the_mask_leaks_nowhere(kind, where, rubbish):
         total.backward()
         stats = policy_stats(logprobs, old, advantages, mask, 0.2, 0.2)
         results.append((total.detach(), count, logprobs.grad, *stats))
-    for clean, dirty in zip(*results, strict=True):
-        assert torch.equal(clean, dirty)
+    for expected, got in zip(*results, strict=True):
+        assert torch.equal(expected, got)
 
 
 def test_the_result_of_the_nonlinear_function_alone_would_leak():
-    """Why ``finite_gradient`` exists: selecting the loss leaves 0 * NaN in the gradient."""
+    """This is why ``finite_gradient`` exists: selecting the loss leaves 0 * NaN in the gradient."""
     logprobs = torch.tensor([[-1.0, NAN]], requires_grad=True)
     mask = torch.tensor([[True, False]])
     torch.where(mask, logprobs.exp(), 0.0).sum().backward()

@@ -33,7 +33,7 @@ def test_rewards_match_oracle(data, batch, kl_coef, dtype):
     got = token_rewards(
         torch.tensor(scores, dtype=dtype), dirty(kl, mask, dtype), torch.tensor(mask), kl_coef
     )
-    # Score and penalty are of the size of 3 and more, their difference may be small.
+    # Score and penalty are 3 and more, and their difference may be small.
     assert_close(got, expected, dtype, size=max(3.0, np.abs(scores).max()))
 
 
@@ -43,13 +43,13 @@ def test_returns_match_oracle(batch, gamma, dtype):
     mask, rewards = batch
     expected = oracle.returns_to_go(rewards, mask, gamma)
     got = returns_to_go(dirty(rewards, mask, dtype), torch.tensor(mask), gamma)
-    # Summed in fp64 in both precisions; rewards of either sign may cancel.
+    # Both precisions are summed in fp64, and rewards of opposite sign may cancel.
     size = np.abs(rewards).max() if dtype == torch.float64 else 1e-6
     assert_close(got, expected, dtype, size)
 
 
 def test_by_hand_with_a_hole():
-    """verl#7278, slime#1370: G passes through tool output, whose KL does not count."""
+    """G passes through tool output, whose KL does not count (verl#7278, slime#1370)."""
     kl = torch.tensor([[1.0, 2.0, 99.0, 99.0, 3.0, 4.0, 99.0]])
     rewards = token_rewards(torch.tensor([10.0]), kl, ROW, 0.5)
     assert rewards.tolist() == [[-0.5, -1.0, 0, 0, -1.5, 8.0, 0]]
@@ -81,7 +81,7 @@ def test_empty_batches(shape):
 
 
 def test_long_rows_neither_overflow_nor_drift():
-    """T = 4096: gamma^-T overflows, and sums in fp32 are off by several of its roundings."""
+    """At T = 4096 gamma^-T overflows, and fp32 sums are off by several roundings."""
     ones = torch.ones(1, 4096, dtype=torch.bool)
     rewards = torch.linspace(0.1, 0.3, 4096)[None] ** 2
     returns = returns_to_go(rewards, ones, 1.0)[0].tolist()

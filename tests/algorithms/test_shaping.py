@@ -34,7 +34,7 @@ def test_matches_oracle(scores, normalize, scale, clip, dtype):
     np.testing.assert_allclose(stats.shaped.mean, mean, rtol=1e-12, atol=1e-12)
     np.testing.assert_allclose(stats.shaped.var, var, rtol=1e-12, atol=1e-30)
     assert (stats.low, stats.high) == (ours.min(), ours.max())
-    # A score that lies on the bound falls to either side by its rounding.
+    # Rounding puts a score that lies on the bound on either side of it.
     bound = math.inf if clip is None else clip
     beyond, at_least = (np.mean(np.abs(unclipped) > bound * (1 + s)) for s in (1e-5, -1e-5))
     assert beyond - 1e-12 <= stats.clipped_share <= at_least + 1e-12
@@ -54,7 +54,7 @@ def test_normalised_then_scaled_then_clipped():
 
 
 def test_clipping_is_counted_where_it_changes_something():
-    """1.0 lies on the bound; 1.5 and -3 beyond it."""
+    """1.0 lies on the bound, and 1.5 and -3 beyond it."""
     _, stats = shape_scores(torch.tensor([1.0, 1.5, -3.0, 0.0]), False, 1.0, 1.0)
     assert stats.clipped_share == 0.5 and (stats.low, stats.high) == (-1.0, 1.0)
 

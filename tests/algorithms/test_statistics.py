@@ -20,7 +20,7 @@ CONSTANTS = [0.0, 1.0, 0.9, -0.7, 1e6 + 0.1]
 def test_matches_oracle(batch, dtype):
     mask, values = batch
     whitened, stats = global_whiten(dirty(values, mask, dtype), torch.tensor(mask))
-    # Deviations from a mean that is a fraction: of the size of a standard deviation.
+    # The mean is rounded, so errors are relative to a standard deviation.
     assert_close(whitened, oracle.whiten(values, mask), dtype, size=1.0)
     count, mean, var = oracle.moments(values, mask)
     assert stats.count == count
@@ -65,7 +65,7 @@ def test_large_offset_keeps_the_variance():
 
 
 def test_variance_floor():
-    """Spread 1e-6: variance 1e-12 is floored to 1e-8, so the result is x / 1e-4."""
+    """A spread of 1e-6 has variance 1e-12, floored to 1e-8, so the result is x / 1e-4."""
     values = torch.tensor([[-1e-6, 1e-6]], dtype=torch.float64)
     whitened, _ = global_whiten(values, torch.ones(1, 2, dtype=torch.bool))
     np.testing.assert_allclose(whitened, [[-0.01, 0.01]], rtol=1e-9)

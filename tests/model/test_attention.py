@@ -27,7 +27,7 @@ MODEL = ModelConfig(hidden=HEADS * SIZE, heads=HEADS, kv_heads=KV_HEADS)
 
 
 def row_on(rank, context):
-    """(packing, indices of this rank's tokens, lengths with padding) of the row of LENGTHS."""
+    """Returns (packing, indices of this rank's tokens, padded lengths) of the row of LENGTHS."""
     buffer = make_buffer([([1], [2] * (length - 1)) for length in LENGTHS])
     split = Split(context, rank)
     row = split.row_length(buffer.lengths)
@@ -60,7 +60,7 @@ def oracle(pieces):
 
 
 def attend(rank, context):
-    """This rank's output and gradients, and which tokens of the row they are of."""
+    """Returns this rank's output and gradients, its tokens' indices in the row, and the lengths."""
     groups.start(1, 1, 0, context)
     config = transformer_config(MODEL, ParallelConfig(context=context))
 

@@ -1,9 +1,8 @@
-"""Weights of every family loaded straight from safetensors, against transformers' own logits and
-its greedy answers.
+"""Weights of every family loaded from safetensors, against the logits and answers of transformers.
 
-fp32 logits agree to 1e-5 of the largest (sums in another order) on one rank and on every layout of
-four; 64 greedy tokens on one rank and on the largest layout. A converted checkpoint fills the same
-parameters, bit for bit. A rank reads what it holds, and no more.
+On one rank and on every layout of four, fp32 logits agree to 1e-5 of the largest (sums in another
+order). On one rank and on the largest layout, 64 greedy tokens are the same. A converted checkpoint
+gives the same parameters bit for bit. A rank reads only what it holds.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ LAYOUTS = {
 
 @pytest.fixture(scope="module")
 def directories(tmp_path_factory):
-    """Family: its Hugging Face directory, next to which lies the converted one."""
+    """Maps each family to its Hugging Face directory; the converted one lies next to it."""
     folder = tmp_path_factory.mktemp("hf")
     paths = {family: save(folder, family) for family in FAMILIES}
     change = odd.tensors(lambda t: t.update({odd.HEAD: t[odd.EMBEDDING] + 1}))
@@ -67,9 +66,9 @@ def model_config(directory):
 
 
 def loaded(directory, parallel):
-    """Filled from Hugging Face; a second one, filled from the checkpoint, is the same.
+    """Loads a model from Hugging Face; asserts that the converted checkpoint gives the same one.
 
-    (The second one for CHECKPOINTS alone: Megatron's loading is slow on shared cores.)
+    Only CHECKPOINTS are compared, because Megatron's loading is slow on shared cores.
     """
     model = model_config(directory)
     stage = build.build_model(model, parallel, model.vocab_size, seed=8)
@@ -84,7 +83,7 @@ def loaded(directory, parallel):
 
 
 class NoEnd:
-    """The tokenizer of answers that have no end."""
+    """A tokenizer without end tokens, so that no answer ends early."""
 
     eos_ids = ()
 
@@ -97,7 +96,7 @@ def our_answer(stage):
 
 
 def our_logits(stage):
-    """[b, s, v] on the last stage, None elsewhere."""
+    """Returns logits [b, s, v] on the last stage, None on the others."""
     hidden = pipeline.stage_forward(stage, TOKENS)
     if not groups.is_last_stage():
         return None
@@ -123,7 +122,7 @@ def on_every_layout(rank, directories):
 
 
 def refusals(rank, stage, directory):
-    """Of a tied model whose files hold another head; of a directory that one rank does not see."""
+    """The messages for a tied model with a different head, and a directory missing on one rank."""
     messages = []
     for folder in (directory.parent / "odd/smollm2", directory if rank else directory / "gone"):
         with pytest.raises(ValueError) as refused:
@@ -133,7 +132,7 @@ def refusals(rank, stage, directory):
 
 
 def elements_read(stage, directory):
-    """Of the files, by this rank when it fills `stage`; and those that it holds."""
+    """Returns how many elements this rank reads when it loads `stage`, and how many it holds."""
     read, plain = [], Weights.read
 
     def counting(self, *args):
@@ -182,7 +181,7 @@ def test_greedy_answers_equal_those_of_transformers(found, directories, family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_rank_reads_what_it_holds(found, family):
-    """But for the rows that pad the vocabulary, which are in no file."""
+    """The padding rows of the vocabulary are in no file."""
     padding = (padded_vocab_size(101, 2) - 101) * 32
     for read, held in found[family, "read"]:
         assert held - read in (0, padding, 2 * padding)

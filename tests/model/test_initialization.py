@@ -29,7 +29,7 @@ LAYOUTS = {
     "CP2": ParallelConfig(context=2),
 }
 SHAPES = {
-    "embedding.word_embeddings.weight": (128, HIDDEN),  # 100 words, padded to a multiple of 64
+    "embedding.word_embeddings.weight": (128, HIDDEN),  # 100 rows, padded to a multiple of 64
     "linear_qkv.weight": ((HEADS + 2 * KV_HEADS) * HEAD, HIDDEN),
     "linear_proj.weight": (HIDDEN, HIDDEN),
     "linear_fc1.weight": (2 * FFN, HIDDEN),  # gate, then up
@@ -76,7 +76,7 @@ def ranks(tmp_path_factory):
 
 
 def join(name, parts):
-    """The whole parameter from its tensor-parallel parts, in rank order."""
+    """Joins the whole parameter from its tensor-parallel shards, given in rank order."""
     if name.endswith("linear_fc1.weight"):
         gates, ups = zip(*(part.chunk(2) for part in parts), strict=True)
         return torch.cat([*gates, *ups])
@@ -102,7 +102,7 @@ def whole_model(ranks, layout, tied, seed=7):
         part, stage = rank[layout, tied, seed]["place"]
         for chunk, weights in enumerate(rank[layout, tied, seed]["weights"]):
             for name, weight in weights.items():
-                place = chunk * sizes.pipeline + stage  # chunks go round the stages
+                place = chunk * sizes.pipeline + stage  # chunks are dealt to the stages in turn
                 name = whole_name(name, place, sizes.pipeline * sizes.virtual_pipeline)
                 parts.setdefault(name, {}).setdefault(part, weight)
     return {name: join(name, [of[i] for i in range(sizes.tensor)]) for name, of in parts.items()}
@@ -173,7 +173,7 @@ def test_parameters_count_once(ranks, layout, tied):
 
 
 @pytest.mark.parametrize(
-    ("words", "tensor", "rows"), [(64, 1, 64), (65, 1, 128), (100, 2, 128), (100, 3, 192)]
+    ("vocab", "tensor", "rows"), [(64, 1, 64), (65, 1, 128), (100, 2, 128), (100, 3, 192)]
 )
-def test_vocabulary_padding(words, tensor, rows):
-    assert padded_vocab_size(words, tensor) == rows
+def test_vocabulary_padding(vocab, tensor, rows):
+    assert padded_vocab_size(vocab, tensor) == rows

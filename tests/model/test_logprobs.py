@@ -2,8 +2,8 @@
 
 Two real ranks hold halves of the output projection; the same cases also run on a group of one.
 Values and gradients must agree to 1e-5 of the largest true value: fp32 carries 6e-8 per operation,
-sums over 16 channels and 128 vocabulary rows add up to 2e-6, and a wrong formula is off by far more (see the
-deliberately wrong variants at the end).
+sums over 16 channels and 128 vocabulary rows add up to 2e-6, and a wrong formula is off by far more
+(see the deliberately wrong variants at the end).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ ROWS, HIDDEN, VOCAB_ROWS = 23, 16, 128
 
 @dataclass(frozen=True)
 class Case:
-    """One call; `loss` says which outputs it is differentiated through."""
+    """One call; `loss` names the outputs through which it is differentiated."""
 
     vocab: int = VOCAB_ROWS  # the rows from here on are padding
     rows: int = ROWS
@@ -38,20 +38,20 @@ CASES = {
     "plain": Case(),
     "temperature": Case(temperature=0.7),
     "padding": Case(vocab=100, temperature=1.3),
-    "one word on the second rank": Case(vocab=65),
-    "no word on the second rank": Case(vocab=50),
+    "one valid row on the second rank": Case(vocab=65),
+    "no valid row on the second rank": Case(vocab=50),
     "log-probs alone": Case(vocab=100, loss="logprobs"),
     "entropy alone": Case(vocab=100, loss="entropy"),
     "entropy without gradient": Case(vocab=100, loss="entropy reported"),
     "zero rows": Case(rows=0),
-    # exp() overflows unless the maximum is taken off first. An fp32 logit of 1,600 is itself off by
-    # 1e-4, and so is, relatively, every probability.
+    # exp() overflows unless the maximum is subtracted first. An fp32 logit of 1,600 has an error of
+    # 1e-4, so every probability has the same relative error.
     "large logits": Case(vocab=100, scale=100.0, tolerance=1e-3),
     "chunks": Case(chunk_elements=256),
     "a row a chunk": Case(vocab=100, chunk_elements=1),
     # The ranks hold 64 and 36 valid rows, so chunks sized by valid rows would differ between them.
     "chunks and padding": Case(vocab=100, chunk_elements=256, temperature=1.3),
-    "chunks and no word on the second rank": Case(vocab=50, chunk_elements=256),
+    "chunks and no valid row on the second rank": Case(vocab=50, chunk_elements=256),
 }
 
 
@@ -101,7 +101,7 @@ def compute(case, group):
 
 
 def by_hand(case, group, forget):
-    """Sharded log-probs written once more, without what `forget` names."""
+    """A second implementation of sharded log-probs, without the reduction that `forget` names."""
     hidden, weight, targets, _ = inputs(case)
     rows = VOCAB_ROWS // group.size()
     shard = weight[group.rank() * rows :][:rows]
@@ -165,7 +165,7 @@ def test_values_and_gradients(ranks, name, size):
 def test_padding_rows_get_no_gradient_at_all(ranks, name, size):
     grad = torch.cat([ranks[rank][name, size][3] for rank in range(size)])
     assert (grad[CASES[name].vocab :] == 0.0).all()
-    if CASES[name].scale == 1.0:  # elsewhere a word's probability may round to zero
+    if CASES[name].scale == 1.0:  # with large logits a probability may round to zero
         assert (grad[: CASES[name].vocab] != 0.0).any(1).all()
 
 
@@ -181,7 +181,7 @@ def test_an_entropy_that_is_only_reported_changes_no_gradient(ranks):
     assert torch.equal(without[2], reported[2]) and torch.equal(without[3], reported[3])
 
 
-def test_entropy_of_equal_logits_is_the_logarithm_of_the_words(tmp_path):
+def test_entropy_of_equal_logits_is_the_logarithm_of_the_vocabulary_size(tmp_path):
     """ln 100, by hand, with 28 rows of padding."""
     store = dist.FileStore(str(tmp_path / "store"), 1)
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)

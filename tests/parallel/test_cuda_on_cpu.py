@@ -1,4 +1,4 @@
-"""Where CUDA is missing, every spelling of a CUDA device is the CPU; elsewhere nothing changes."""
+"""If CUDA is missing, every spelling of a CUDA device means the CPU; if not, nothing changes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from megatron_rpp.parallel import cuda_on_cpu
 from megatron_rpp.parallel import device as devices
 
-pytestmark = pytest.mark.skipif(not devices.ON_CPU, reason="inert where CUDA is present")
+pytestmark = pytest.mark.skipif(not devices.ON_CPU, reason="does nothing if CUDA is present")
 
 DEVICES = ["cuda", "cuda:0", "cuda:7", 0, 3, torch.device("cuda"), torch.device("cuda", 1)]
 ROW = torch.arange(4.0)
@@ -27,7 +27,7 @@ SPELLINGS = {
     "to, with a dtype": lambda device: ROW.to(device, torch.float64),
     "to, a copy": lambda device: ROW.to(device, copy=True),
     "cuda": lambda device: ROW.cuda(device),
-    # torch itself resolves a bare index in Module.to, to the accelerator it was built for.
+    # torch itself resolves a bare index in Module.to to the accelerator that it was built for.
     "module.to": lambda device: torch.nn.Linear(2, 2).to(torch.device("cuda", device)).weight
     if isinstance(device, int)
     else torch.nn.Linear(2, 2).to(device).weight,
@@ -75,7 +75,7 @@ def test_type_answers_what_megatron_asks_for():
 
 
 class AsksForCuda(torch.autograd.Function):
-    """y = 3x; notes which device "cuda" is in forward and in backward."""
+    """y = 3x; records which device "cuda" means in forward and in backward."""
 
     seen: dict[str, set[str]] = {}
 
@@ -95,7 +95,7 @@ class AsksForCuda(torch.autograd.Function):
 
 
 def run_engine(loss, _):
-    """Megatron's own way for pipelined outputs (schedules.custom_backward)."""
+    """Calls the engine as Megatron does for pipelined outputs (schedules.custom_backward)."""
     torch.autograd.Variable._execution_engine.run_backward(
         tensors=(loss,),
         grad_tensors=(torch.ones_like(loss),),

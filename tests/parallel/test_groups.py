@@ -1,4 +1,4 @@
-"""Process groups on four real ranks, split as TP2 x PP2 and again as DP2 x TP2.
+"""Process groups on four real ranks, split into each of the layouts below.
 
 Megatron orders ranks tensor first, then data, then pipeline: with TP2 x PP2 ranks 0, 1 are the
 first stage and 2, 3 the second; with DP2 x TP2 the replicas are 0, 1 and 2, 3. One world of four
@@ -40,7 +40,7 @@ KINDS = {
 
 
 def observe(rank):
-    """What this rank sees of the layout that is in force."""
+    """What this rank sees of the current layout."""
     members = {kind: dist.get_process_group_ranks(of()) for kind, of in KINDS.items()}
     box = {"rank": rank, "text": "x" * rank}
     filled = torch.full((3,), float(rank))
@@ -56,7 +56,7 @@ def observe(rank):
         "gathered": {kind: groups.gather_objects(rank, of()) for kind, of in KINDS.items()},
         "in place": result is filled,
         "from last stage": filled.tolist(),
-        # 1e-9 and 1e9 together: an fp32 sum would lose the first (24 bits, not 53).
+        # 1e9 and 1e-6 together: fp32 has 24 bits, not 53, so its sum would lose the second.
         "sums": groups.reduce_sums([rank + 1.0, 1e9 + 1e-6], groups.data_group()),
         "largest": groups.reduce_sums([float(rank)], groups.replica_group(), dist.ReduceOp.MAX),
     }
