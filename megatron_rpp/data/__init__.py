@@ -1,1 +1,1 @@
-"""Prompt data sets, tokenizers and procedural tasks. Nothing here knows torch or Megatron."""
+"""Prompt data sets, tokenizers and procedural tasks. Nothing here imports torch or Megatron."""

@@ -1,7 +1,8 @@
-"""From a row's prompt to the tokens that the model sees: plain text, or a chat template.
+"""Turns the prompt of a row into the tokens that the model sees: plain text, or a chat template.
 
 A prompt is a text or a conversation, ``[{"role": "user", "content": ...}, ...]``. A conversation
-always goes through the tokenizer's chat template; a text goes as it is, or as one user message.
+always goes through the chat template of the tokenizer. A text is used as it is or, if so
+configured, as one user message.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ class Rendered(NamedTuple):
     """A prompt as text."""
 
     text: str
-    begin: bool
-    """Begin-of-sequence goes in front: a template writes its own."""
+    prepend_bos: bool
+    """Whether begin-of-sequence is put in front. A template writes its own."""
 
 
 @dataclass(frozen=True)
@@ -29,24 +30,24 @@ class PromptFormat:
 
     tokenizer: Tokenizer
     apply_chat_template: bool = False
-    """A prompt that is a text becomes one user message."""
+    """Whether a prompt that is a text becomes one user message."""
     system_prompt: str = ""
-    """A system message in front of conversations that have none; empty = none."""
+    """System message to put in front of conversations that have none; empty = none."""
 
     def render(self, prompt: str | Sequence[Message]) -> Rendered:
-        """What the model reads: ConfigError where there is no template or it refuses the prompt."""
+        """The text that the model reads. Raises ConfigError if the template is missing or fails."""
         if isinstance(prompt, str):
             if not self.apply_chat_template:
-                return Rendered(prompt, begin=True)
+                return Rendered(prompt, prepend_bos=True)
             prompt = [{"role": "user", "content": prompt}]
         text = self.tokenizer.render(self.with_system(prompt), generation_prompt=True)
-        return Rendered(text, begin=False)
+        return Rendered(text, prepend_bos=False)
 
     def encode_many(self, prompts: Sequence[Rendered]) -> list[tuple[int, ...]]:
         """Token ids of each prompt."""
         encoded = self.tokenizer.encode_many([prompt.text for prompt in prompts])
         return [
-            prepend_bos(tokens, self.tokenizer) if prompt.begin else tuple(tokens)
+            prepend_bos(tokens, self.tokenizer) if prompt.prepend_bos else tuple(tokens)
             for prompt, tokens in zip(prompts, encoded)
         ]
 
@@ -55,10 +56,10 @@ class PromptFormat:
         return self.encode_many([self.render(prompt)])[0]
 
     def checked_tokens(self, prompt: str, limit: int) -> tuple[int, ...]:
-        """Token ids of a prompt that comes from no data set.
+        """Token ids of a prompt that does not come from a data set.
 
         Raises:
-            ConfigError: it is blank, makes no tokens or more than `limit`, or cannot be rendered.
+            ConfigError: it is blank, has no tokens or more than `limit`, or cannot be rendered.
         """
         if not prompt.strip():
             raise ConfigError(f"the prompt is {prompt!r}, it must hold a text")
@@ -73,7 +74,7 @@ class PromptFormat:
         return tokens
 
     def with_system(self, messages: Sequence[Message]) -> list[Message]:
-        """The conversation, beginning with the system prompt where it has none of its own."""
+        """The conversation, with the system prompt in front unless it begins with one."""
         if not self.system_prompt or messages[0]["role"] == "system":
             return list(messages)
         return [{"role": "system", "content": self.system_prompt}, *messages]
@@ -85,15 +86,17 @@ def prompt_tokens(text: str, tokenizer: Tokenizer) -> tuple[int, ...]:
 
 
 def prepend_bos(tokens: Sequence[int], tokenizer: Tokenizer) -> tuple[int, ...]:
-    """The tokens after begin-of-sequence: added where the tokenizer has one and they do not
-    already begin with it."""
+    """The tokens with begin-of-sequence in front.
+
+    It is added only if the tokenizer has one and the tokens do not begin with it already.
+    """
     if tokenizer.bos_id is None or tokens[:1] == [tokenizer.bos_id]:
         return tuple(tokens)
     return (tokenizer.bos_id, *tokens)
 
 
 def length_problem(tokens: int, limit: int) -> str | None:
-    """Why a prompt of so many tokens cannot be asked; None if it can."""
+    """Why a prompt with this many tokens cannot be used; None if it can."""
     if not tokens:
         return "the prompt has no tokens: the tokenizer makes nothing of it"
     if tokens > limit:

@@ -1,12 +1,13 @@
-"""Examples: what the trainer reads in the rows of a data set.
+"""Examples: what the trainer reads from the rows of a data set.
 
 A row is ``{"prompt": ..., "label": ..., "metadata": {...}}``. The prompt is a text or a list of
-messages; keys may be dotted paths (``reward_model.ground_truth``), so the layouts of verl and
-OpenRLHF load as they are. A turn of the assistant that closes a conversation is no part of the
-prompt; it is the label where the row has no other. Without a field ``metadata``, the row's other
-fields are the metadata.
+messages. Keys may be dotted paths (``reward_model.ground_truth``), so data in the layouts of verl
+and OpenRLHF loads as it is. If a conversation ends with a turn of the assistant, that turn is not
+part of the prompt; it is the label if the row has no other. If there is no field ``metadata``, all
+other fields of the row are the metadata.
 
-A label is a text. A number becomes the text that the file has: 5.0 stays "5.0", 1e3 stays "1e3".
+A label is a text. A number becomes the text that stands in the file: 5.0 stays "5.0", 1e3 stays
+"1e3".
 """
 
 from __future__ import annotations
@@ -24,18 +25,18 @@ from megatron_rpp.lifecycle.config_error import ConfigError, reading
 
 @dataclass(frozen=True)
 class Example:
-    """One row of a data set: ``label`` and ``metadata`` are for the reward functions."""
+    """One row of a data set. ``label`` and ``metadata`` are for the reward functions."""
 
     prompt: str
-    """Of a conversation: its last user message."""
+    """The prompt if it is a text, else the last user message of the conversation."""
     label: str | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
     messages: tuple[Message, ...] = ()
-    """The conversation; empty where the prompt is a text."""
+    """The conversation; empty if the prompt is a text."""
 
 
 class Examples(Sequence[Example]):
-    """The rows of a source as examples, each read and checked when it is asked for."""
+    """The rows of a source as examples. Each is read and checked on access."""
 
     def __init__(self, rows: Rows, prompt_key: str, label_key: str) -> None:
         self.rows = rows
@@ -46,7 +47,7 @@ class Examples(Sequence[Example]):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Example:
-        """Raises ConfigError, naming the place, where the row is not one."""
+        """Raises a ConfigError that names the place if the row is malformed."""
         if not 0 <= index < len(self):
             raise IndexError(index)
         with reading(self.rows.where(index), "correct the row"):
@@ -67,7 +68,8 @@ class Examples(Sequence[Example]):
             label = messages[-1]["content"] if label is None else label
             messages = messages[:-1]
         text = last_user_text(messages) if messages else prompt
-        return Example(text, label, _metadata(row, where, {self.prompt_key, self.label_key}), messages)
+        metadata = _metadata(row, where, {self.prompt_key, self.label_key})
+        return Example(text, label, metadata, messages)
 
     def _label(self, index: int, row: Row) -> str | None:
         path = _path(row, self.label_key)
@@ -87,18 +89,18 @@ def open_examples(
     prompt_key: str,
     label_key: str,
     cache_dir: str | None = None,
-    say: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
 ) -> Examples:
-    """The examples of a data set; see `sources.open_rows` for the source and the last two.
+    """The examples of a data set; `sources.open_rows` describes source, cache_dir and log.
 
     Raises:
-        ConfigError: no such source, or it has no rows.
+        ConfigError: there is no such source, or it has no rows.
     """
-    return Examples(open_rows(str(source), cache_dir, say), prompt_key, label_key)
+    return Examples(open_rows(str(source), cache_dir, log), prompt_key, label_key)
 
 
 def _path(row: Row, key: str) -> tuple[str, ...] | None:
-    """The keys that lead to the value of a key, or of a dotted path of keys; None: nowhere."""
+    """The keys that lead to the value of a key or dotted path; None if there is no such value."""
     if key in row:
         return (key,)
     first, dot, rest = key.partition(".")

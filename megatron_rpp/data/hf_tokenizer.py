@@ -1,8 +1,8 @@
-"""Hugging Face tokenizers: a directory with tokenizer.json, as models are published with.
+"""Hugging Face tokenizers: a directory with tokenizer.json, as models are published.
 
-Special tokens are never added by the library: begin-of-sequence comes from `prompt_tokens` or from
-the chat template, and so never twice. Left out: downloading from the Hub, and keeping a special
-token's text that stands in a prompt (`<|im_end|>`) from becoming that token, as everywhere else.
+The library never adds special tokens here: begin-of-sequence comes from `prompt_tokens` or from the
+chat template, and so never twice. Left out: downloads from the Hub. As in other trainers, the text
+of a special token (`<|im_end|>`) in a prompt becomes that token.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from typing import Any
 from megatron_rpp.lifecycle.config_error import ConfigError, reading, reason
 
 UNKNOWN = "\ufffd"
-"""Text of an id that the tokenizer does not know: a model may have more rows than it has tokens."""
+"""Text of an id that the tokenizer does not know: a model may have more rows than there are
+tokens."""
 
 
 class HuggingFaceTokenizer:
@@ -28,18 +29,22 @@ class HuggingFaceTokenizer:
         chat_template: str | None = None,
         trust_remote_code: bool = False,
     ) -> None:
-        """``chat_template``: a file, in the place of the directory's own template.
+        """Opens a tokenizer.
+
+        Args:
+            chat_template: file of a template that replaces the one in the directory.
 
         Raises:
-            ConfigError: not a tokenizer directory, no such template, or no end-of-sequence token.
+            ConfigError: this is not a tokenizer directory, there is no such template, or the
+                tokenizer has no end-of-sequence token.
         """
-        from transformers import AutoTokenizer  # here: runs on SentencePiece need not load it
+        from transformers import AutoTokenizer  # imported here: SentencePiece runs do not need it
 
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(
                 path, local_files_only=True, trust_remote_code=trust_remote_code
             )
-        except Exception as error:  # the many formats of old and new files raise whatever they like
+        except Exception as error:  # readers of old and new formats raise anything
             raise ConfigError(
                 f"tokenizer {Path(path).absolute()} is not a directory of Hugging Face tokenizer "
                 f"files ({reason(error)}): correct data.tokenizer"
@@ -58,7 +63,7 @@ class HuggingFaceTokenizer:
         self.pad_id: int = self.eos_id if pad_id is None else pad_id
 
     def encode(self, text: str) -> list[int]:
-        """Ids of the text, none added; the text of a special token becomes that token."""
+        """Ids of the text; nothing is added. The text of a special token becomes that token."""
         return self.encode_many([text])[0]
 
     def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
@@ -69,29 +74,29 @@ class HuggingFaceTokenizer:
         return encoded["input_ids"]
 
     def decode(self, ids: Sequence[int], keep_special: bool = False) -> str:
-        """Text of the ids, special ids skipped or as their own text; an unknown id gives U+FFFD."""
+        """Text of the ids, without special tokens or with their texts. Unknown ids give U+FFFD."""
         runs = groupby(map(int, ids), key=self._known.__contains__)
         return "".join(
             self._text(list(run), keep_special) if known else UNKNOWN for known, run in runs
         )
 
     def special_id(self, text: str) -> int | None:
-        """The special token of this text."""
+        """The id of the special token with this text; None if there is none."""
         return self._special.get(text)
 
     def render(self, messages: Sequence[dict[str, Any]], generation_prompt: bool) -> str:
-        """The conversation as the chat template writes it, special tokens included.
+        """The conversation as the chat template writes it, including special tokens.
 
         Raises:
-            ConfigError: there is no template, or it refuses the messages.
+            ConfigError: there is no template, or it fails on the messages.
         """
         if self._template is None and self._tokenizer.chat_template is None:
             raise ConfigError(
                 f"tokenizer {self._path} has no chat template: name a template file with "
                 "data.chat_template, or use prompts that are texts without data.apply_chat_template"
             )
-        # Fields that are null (the content beside tool calls, what Parquet fills up) are left out, as
-        # transformers 5 does: older ones let templates write the word None.
+        # Null fields (content next to tool calls, columns that Parquet fills up) are left out, as
+        # in transformers 5. Older versions would make templates write the word None.
         given = [{k: v for k, v in message.items() if v is not None} for message in messages]
         try:
             return self._tokenizer.apply_chat_template(
@@ -100,7 +105,7 @@ class HuggingFaceTokenizer:
                 add_generation_prompt=generation_prompt,
                 tokenize=False,
             )
-        except Exception as error:  # a template is a program: it raises whatever it likes
+        except Exception as error:  # a template is a program and may raise anything
             raise ConfigError(
                 f"the chat template refuses the messages {list(messages)} ({error}): correct them, "
                 "or name another template with data.chat_template"
@@ -115,15 +120,15 @@ class HuggingFaceTokenizer:
         )
 
     def _begin_id(self) -> int | None:
-        """The begin token, where the tokenizer itself puts it in front of a text."""
+        """Begin-of-sequence, if the tokenizer itself puts it in front of a text."""
         added = self._tokenizer("", return_attention_mask=False)["input_ids"]
         bos_id = self._tokenizer.bos_token_id
         return bos_id if bos_id in added[:1] else None
 
     def _end_ids(self) -> tuple[int, ...]:
-        """The tokenizer's end token, then those that the model's files name beside it."""
-        own = self._tokenizer.eos_token_id
-        ids = [] if own is None else [own]
+        """The end token of the tokenizer, then those that the files of the model name as well."""
+        eos_id = self._tokenizer.eos_token_id
+        ids = [] if eos_id is None else [eos_id]
         for name in ("generation_config.json", "config.json"):
             ids += _named_ends(self._path / name)
         if not ids:
@@ -141,14 +146,16 @@ class HuggingFaceTokenizer:
 
 
 def _named_ends(file: Path) -> list[int]:
-    """The end-of-sequence ids in a settings file of the model; none where there is no such file."""
+    """The end-of-sequence ids in a settings file of the model; none if there is no such file."""
     if not file.is_file() and not file.is_symlink():
         return []
     with reading(str(file.absolute()), "correct the file, or fetch it again"):
         named = json.loads(file.read_bytes()).get("eos_token_id")
     ids = named if isinstance(named, list) else [] if named is None else [named]
     if any(type(number) is not int for number in ids):
-        raise ConfigError(f"{file.absolute()}: eos_token_id is {named!r}, it must be a whole number")
+        raise ConfigError(
+            f"{file.absolute()}: eos_token_id is {named!r}, it must be a whole number"
+        )
     return ids
 
 

@@ -1,8 +1,7 @@
-"""JSON Lines files, of which only the places of the lines are kept in memory.
+"""JSON Lines files. Memory holds only the positions of the lines.
 
-They are read here and not by `datasets`: that infers one schema for all rows, which refuses labels
-of mixed types, puts the keys of one row's metadata into every other's, and writes numbers anew.
-"""
+The library `datasets` is not used for them. It infers one schema for all rows, so it fails on
+labels of mixed types, adds the metadata keys of one row to all others, and reformats numbers."""
 
 from __future__ import annotations
 
@@ -19,27 +18,30 @@ from megatron_rpp.data.rows import Row, kind
 from megatron_rpp.lifecycle.config_error import ConfigError, reading
 
 _READ = 1 << 22
-"""Bytes of a file that are searched for line ends at once."""
+"""Bytes of a file that are searched for line ends at a time."""
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
-"""Escapes of which each pair is one character, and one alone is none."""
+"""Escapes of surrogates: a pair is one character, a single one is none."""
 _LINE_ENDS = re.compile("[\x85\u2028\u2029]")
-"""Characters of a JSON string that many programs take for the end of a line."""
+"""Characters in a JSON string that many programs take for the end of a line."""
 
 
 def json_line(value: Any) -> str:
-    """``value`` as one line of JSON, readable in any language, whatever splits it into lines."""
+    """``value`` as one line of JSON. Text stays readable; what could end a line is escaped."""
     text = json.dumps(value, ensure_ascii=False)
     return _LINE_ENDS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 class JsonLines:
-    """The objects of a file, one a line."""
+    """The objects of a file, one per line."""
 
     def __init__(self, path: Path, name: str | None = None) -> None:
-        """name: of the file in messages; None = its absolute path.
+        """Opens a file.
+
+        Args:
+            name: how messages name the file; None = its absolute path.
 
         Raises:
-            ConfigError: it is no file that can be read, or it is empty.
+            ConfigError: the file cannot be read, or it is empty.
         """
         self._name = str(path.absolute()) if name is None else name
         if not path.is_file():
@@ -55,8 +57,10 @@ class JsonLines:
         self.identity = f"{path.absolute()} {stat.st_size} {stat.st_mtime_ns}"
 
     def _find_ends(self) -> np.ndarray:
-        """[n] where each line ends. Split at "\\n" alone: JSON strings may hold other line
-        separators, such as U+2028."""
+        """[n] the position where each line ends.
+
+        Only "\\n" ends a line: JSON strings may hold other separators, such as U+2028.
+        """
         found, start = [], 0
         while block := os.pread(self._file, _READ, start):
             found.append(np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n")) + start)
@@ -89,7 +93,7 @@ class JsonLines:
         return row
 
     def written(self, index: int, keys: Sequence[str]) -> str | None:
-        """As in `Rows`: 5.0, 1e3 and NaN stay as they are."""
+        """See `Rows.written`. 5.0, 1e3 and NaN stay as they are."""
         row = json.loads(self._line(index), parse_int=str, parse_float=str, parse_constant=str)
         for key in keys:
             row = row[key]
@@ -101,13 +105,15 @@ class JsonLines:
 
 
 def _check_characters(row: Row, where: str) -> None:
-    """Raises ConfigError where a string holds half of a surrogate pair: no tokenizer takes it and no
-    file can be written with it."""
+    """Raises ConfigError if a string holds half of a surrogate pair.
+
+    No tokenizer accepts it, and it cannot be written to a file.
+    """
     try:
         json.dumps(row, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         half = error.object[error.start]
         raise ConfigError(
-            f"{where} holds {ascii(half)[1:-1]} alone, half of a surrogate pair and no character: "
-            "write both halves, or remove it"
+            f"{where} holds {ascii(half)[1:-1]} alone, half of a surrogate pair and not a "
+            "character: write both halves, or remove it"
         ) from error

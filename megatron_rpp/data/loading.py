@@ -1,4 +1,4 @@
-"""Opens the data sets that a run's configuration names: training prompts and held-out ones."""
+"""Opens the data sets that the configuration of a run names: training and held-out prompts."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from megatron_rpp.data.prompts import PromptFile, PromptSet, fitting_rows, split
 from megatron_rpp.data.row_cache import Pass, cached, stamp
 from megatron_rpp.lifecycle.config_error import ConfigError
 
-Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
-"""(title, total) -> a context whose value hears how much more is done; see console.Console."""
+ProgressBar = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
+"""(title, total) -> a context that shows a bar; its value advances the bar. See console.Console."""
 
 
 @dataclass(frozen=True)
 class RowCheck:
-    """What else than its form is asked of a row."""
+    """A check of the content of a row, in addition to its form."""
 
     name: str
-    """The same for the same check: what a pass found is kept under it."""
+    """Identifies the check: the row cache uses it as part of the key."""
     problem: Callable[[Example], str | None]
-    """What is wrong with a row, and the remedy; None: nothing."""
+    """What is wrong with a row, and the remedy; None if nothing is."""
 
 
 ANY_ROW = RowCheck("none", lambda example: None)
@@ -36,7 +36,7 @@ class Data:
     train: PromptSet
     held_out: PromptSet
     dropped: int
-    """Prompts that were left out because they are too long."""
+    """Number of prompts that were left out because they are too long."""
 
 
 def open_data(
@@ -44,35 +44,36 @@ def open_data(
     form: PromptFormat,
     limit: int,
     seed: int,
-    progress: Progress,
+    bar: ProgressBar,
     *,
     held_out_check: RowCheck = ANY_ROW,
     train_check: RowCheck = ANY_ROW,
-    say: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
 ) -> Data:
-    """Opens and checks every source; the first start on a source reads all of it.
+    """Opens and checks every source. The first run on a source reads all of it.
 
     Args:
-        limit: tokens that a prompt may have; data.max_prompt_tokens lowers it.
-        say: is told if a cache cannot be used.
+        limit: most tokens of a prompt; data.max_prompt_tokens can lower it.
+        log: called with a note if a cache cannot be used.
 
     Raises:
-        ConfigError: a source is not named, missing or empty, or a row is malformed or too long.
+        ConfigError: no source is named, or one is missing or empty, or a row is malformed or too
+            long.
     """
     limit = min(limit, data.max_prompt_tokens or limit)
     dropped = 0
 
     def open_file(source: str, check: RowCheck) -> PromptFile:
         nonlocal dropped
-        examples = open_examples(source, data.prompt_key, data.label_key, data.cache_dir, say)
+        examples = open_examples(source, data.prompt_key, data.label_key, data.cache_dir, log)
         drop = data.overlong_prompts == "drop"
 
         def find() -> Pass:
-            with progress(f"reading {source}", len(examples)) as done:
-                return fitting_rows(examples, form, limit, drop, check.problem, done)
+            with bar(f"reading {source}", len(examples)) as advance:
+                return fitting_rows(examples, form, limit, drop, check.problem, advance)
 
         key = pass_key(data, examples.rows.identity, limit, check.name)
-        found = cached(cache_dir(data), key, find, say)
+        found = cached(cache_dir(data), key, find, log)
         if not len(found.rows):
             raise ConfigError(
                 f"data set {source} has no prompt of at most {limit} tokens: raise "
@@ -92,14 +93,14 @@ def open_data(
 
 
 def given(setting: str, value):
-    """The value of a setting that names files: ConfigError where it is empty."""
+    """The value of a setting that names files. Raises ConfigError if it is empty."""
     if not value or value == [""]:
         raise ConfigError(f"{setting} is empty: name a file with --{setting} or in the recipe")
     return value
 
 
 def cache_dir(data: DataConfig) -> Path:
-    """Where what a pass over a data set found is kept (data/row_cache.py)."""
+    """The directory of the row cache (row_cache.py)."""
     if data.cache_dir is not None:
         return Path(data.cache_dir)
     from huggingface_hub.constants import HF_HOME
@@ -108,8 +109,8 @@ def cache_dir(data: DataConfig) -> Path:
 
 
 def pass_key(data: DataConfig, *more: str | int) -> list:
-    """Of a pass over a data set: `more`, and all that decides how long a row is and whether it is
-    well formed."""
+    """The key in the row cache of a pass over a data set: `more`, and all settings and files that
+    decide whether a row is well formed and how many tokens it has."""
     template = [] if data.chat_template is None else stamp(data.chat_template)
     return [
         *more, data.prompt_key, data.label_key, data.apply_chat_template, data.system_prompt,

@@ -1,7 +1,7 @@
-"""Conversations: lists of messages ``{"role": ..., "content": ...}`` as data sets hold them.
+"""Conversations: lists of messages ``{"role": ..., "content": ...}``, as data sets hold them.
 
-The content is a text, or a list of text parts as OpenAI's format has it, which are one text here.
-It may be null only where the assistant calls tools. Left out: images and other parts.
+The content is a text, or a list of text parts as in OpenAI's format, which are joined to one text.
+It may be null only if the assistant calls tools. Left out: images and other parts.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from megatron_rpp.data.rows import kind
 from megatron_rpp.lifecycle.config_error import ConfigError
 
 Message = dict[str, Any]
-"""``role`` and ``content``, a text (or None beside tool calls), and whatever else the template
+"""``role``; ``content``, a text (or None next to tool calls); and all else that the template
 reads."""
 
 
 def conversation(prompt: Any, where: str) -> tuple[Message, ...]:
-    """The messages of a prompt, each content one text; empty where the prompt is a text.
+    """The messages of a prompt, each with one text as its content; empty if the prompt is a text.
 
     Raises:
-        ConfigError: it is neither a text that is not blank nor a list of messages.
+        ConfigError: the prompt is blank, or neither a text nor a list of messages.
     """
     if isinstance(prompt, str) and prompt.strip():
         return ()
@@ -33,7 +33,7 @@ def conversation(prompt: Any, where: str) -> tuple[Message, ...]:
 
 
 def last_user_text(messages: Sequence[Message]) -> str:
-    """Content of the last user message; empty where there is none."""
+    """Content of the last user message; empty if there is none."""
     return next((m["content"] for m in reversed(messages) if m["role"] == "user"), "")
 
 
@@ -44,7 +44,9 @@ def _message(message: Any, where: str) -> Message:
         )
     content = _text(message, where)
     if message["role"] == "user" and not content.strip():
-        raise ConfigError(f"{where}: 'content' is {content!r}, which asks nothing: write the question")
+        raise ConfigError(
+            f"{where}: 'content' is {content!r}, which asks nothing: write the question"
+        )
     return message | {"content": content}
 
 
@@ -66,10 +68,13 @@ def _text(message: Message, where: str) -> str | None:
 
 
 def _is_text_part(part: Any) -> bool:
-    """Arrow gives every part all keys that any part has, those that it lacks as None."""
+    """Whether a part is text. Arrow gives each part the keys of all parts, with None if it lacks
+    one."""
     if isinstance(part, str):
         return True
-    return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+    if not isinstance(part, dict):
+        return False
+    return part.get("type") == "text" and isinstance(part.get("text"), str)
 
 
 def _other_part(parts: list[Any]) -> str:

@@ -1,7 +1,7 @@
-"""Prompt data sets: the rows of one or more sources, tokenized when they are asked for.
+"""Prompt data sets: the rows of one or more sources, tokenized on access.
 
-One pass over a new source checks every row and finds the prompts that are too long; its result is
-kept in a cache, so that later starts on the same files are quick. Left out: deduplication.
+One pass over a new source checks every row and finds the prompts that are too long. The row cache
+stores its result, so that later runs on the same files start quickly. Left out: deduplication.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from megatron_rpp.lifecycle.config_error import ConfigError, reading
 from megatron_rpp.seeds import permutation
 
 _CHUNK = 256
-"""Prompts tokenized at once."""
+"""Number of prompts that are tokenized at a time."""
 _HELD_OUT = 1
-"""Tells the draw of the held-out rows from other permutations of the seed."""
+"""Distinguishes the draw of the held-out rows from other permutations of the same seed."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """An example and the token ids the model sees."""
+    """An example and the token ids that the model sees."""
 
     example: Example
     tokens: tuple[int, ...]
@@ -38,13 +38,13 @@ class Prompt:
 
 @dataclass(frozen=True)
 class PromptFile(Sequence[Prompt]):
-    """The prompts of one source: ``rows`` are those of its rows that are used."""
+    """The prompts of one source. ``rows`` are the rows of the source that are used."""
 
     examples: Examples
     form: PromptFormat
     rows: np.ndarray
     digests: tuple[str, str]
-    """Of the prompts and of the labels of all its rows."""
+    """Digests of the prompts and of the labels of all rows of the source."""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -63,10 +63,10 @@ class PromptFile(Sequence[Prompt]):
 
 
 class PromptSet(Sequence[Prompt]):
-    """The prompts of several sources, one after the other, and their order in training."""
+    """The prompts of several sources, concatenated, and their order in training."""
 
     def __init__(self, parts: Sequence[PromptFile], weights: Sequence[float] = ()) -> None:
-        """``weights``: the share of each part in training; none = by its number of rows."""
+        """``weights``: share of each part in training; empty = in proportion to its rows."""
         self.parts = list(parts)
         self._ends = list(accumulate(map(len, self.parts)))
         self._weights = tuple(weights)
@@ -82,7 +82,7 @@ class PromptSet(Sequence[Prompt]):
         return self.parts[part][index - self._ends[part] + len(self.parts[part])]
 
     def labels(self) -> Iterator[str | None]:
-        """Of all prompts, read as they are asked for."""
+        """The labels of all prompts, read one at a time."""
         return (part.examples[int(row)].label for part in self.parts for row in part.rows)
 
     def with_parts(self, parts: Sequence[PromptFile]) -> PromptSet:
@@ -90,8 +90,10 @@ class PromptSet(Sequence[Prompt]):
         return PromptSet(parts, self._weights)
 
     def identities(self) -> tuple[str, str]:
-        """Of the prompts with the shares in which they are drawn, and of the labels: the same
-        wherever the files lie."""
+        """Digests of the prompts with their shares, and of the labels.
+
+        They do not depend on where the files are.
+        """
         prompts, labels = _digest(json.dumps(self._weights).encode()), _digest()
         for part in self.parts:
             prompts.update(part.digests[0].encode() + part.rows.tobytes())
@@ -104,7 +106,7 @@ class PromptSet(Sequence[Prompt]):
         return self.parts[part].where(index - self._ends[part] + len(self.parts[part]))
 
     def order(self, cursor: int, count: int, seed: int) -> list[int]:
-        """Which prompts to train on at the global positions ``cursor .. cursor + count - 1``."""
+        """The prompts to train on at the global positions ``cursor .. cursor + count - 1``."""
         if not self._weights:
             return prompt_indices(cursor, count, len(self), seed)
         if seed not in self._mixtures:
@@ -120,16 +122,20 @@ def fitting_rows(
     limit: int,
     drop: bool,
     check: Callable[[Example], str | None] = lambda example: None,
-    progress: Callable[[int], None] = lambda done: None,
+    advance: Callable[[int], None] = lambda done: None,
 ) -> Pass:
-    """The rows whose prompt has at most ``limit`` tokens (begin-of-sequence counts).
+    """The rows whose prompt has at most ``limit`` tokens, counting begin-of-sequence.
 
-    Checks every row. ``check`` says what else is wrong with one; ``progress`` hears how many more
-    rows are done.
+    Every row is checked.
+
+    Args:
+        drop: leave longer prompts out instead of raising an error.
+        check: returns what else is wrong with an example, or None.
+        advance: called with the number of rows checked since the last call.
 
     Raises:
-        ConfigError: a malformed row, one that the chat template refuses, one whose prompt has no
-            tokens or, unless ``drop``, too many; names its place.
+        ConfigError: a row is malformed, the chat template fails on it, or its prompt has no tokens
+            or, unless ``drop``, too many. The message names the place of the row.
     """
     fits = np.ones(len(examples), bool)
     prompts, labels = _digest(), _digest()
@@ -147,7 +153,7 @@ def fitting_rows(
             other = check(example)
             if other is not None:
                 raise ConfigError(f"{where}: {other}")
-        progress(len(chunk))
+        advance(len(chunk))
     return Pass(np.flatnonzero(fits), prompts.hexdigest(), labels.hexdigest())
 
 
@@ -167,11 +173,11 @@ def _remedy(tokens: int) -> str:
 def _encoded(
     examples: Examples, chunk: Sequence[int], read: Sequence[Example], form: PromptFormat
 ) -> list[int]:
-    """How many tokens each prompt of a chunk has."""
+    """The number of tokens of each prompt in a chunk."""
     rendered = [_render(examples, row, example, form) for row, example in zip(chunk, read)]
     try:
         return list(map(len, form.encode_many(rendered)))
-    except Exception:  # a tokenizer raises whatever it likes: one by one, the row is found
+    except Exception:  # a tokenizer may raise anything: encode one by one to find the row
         return [_encode(examples, row, prompt, form) for row, prompt in zip(chunk, rendered)]
 
 
@@ -183,10 +189,10 @@ def _encode(examples: Examples, row: int, prompt: Rendered, form: PromptFormat) 
 def split_held_out(
     parts: Sequence[PromptFile], share: float, seed: int
 ) -> tuple[list[PromptFile], list[PromptFile]]:
-    """(training, held-out) parts: disjoint rows, drawn from the seed.
+    """(training, held-out) parts with disjoint rows, drawn at random from the seed.
 
     Args:
-        share: of all rows below 1, a number of rows from 1 on.
+        share: a share of all rows if below 1, else a number of rows.
     """
     sizes = [len(part) for part in parts]
     total = sum(sizes)

@@ -1,9 +1,9 @@
-"""The cache of what one pass over a data set found: which of its rows are used.
+"""The row cache: it stores which rows of a data set are used, as one pass over the data found.
 
-Keyed by everything the pass depends on, so an entry is never out of date; the ranks of a node take
-turns at a lock, and all but the first read what it wrote. A refused data set leaves no entry. A
-cache that cannot be used (another user's, a full disk) is done without, and that is said.
-"""
+The key holds everything that the pass depends on, so an entry is never out of date. The ranks of a
+node take turns with a lock: the first one does the pass, the others read its result. A data set
+with an error leaves no entry. If the cache cannot be used (a directory of another user, a full
+disk), the run logs it and works without the cache."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from megatron_rpp.lifecycle.atomic_files import write_atomic
 
 @dataclass(frozen=True)
 class Pass:
-    """What a pass over a data set found."""
+    """The result of one pass over a data set."""
 
     rows: np.ndarray
-    """[n] int64, the rows that are used."""
+    """[n] int64, indices of the rows that are used."""
     prompts: str
     """Digest of the prompts of all rows."""
     labels: str
@@ -35,69 +35,70 @@ class Pass:
 
 
 def cached(
-    folder: Path, key: list[Any], find: Callable[[], Pass], say: Callable[[str], None] = print
+    folder: Path, key: list[Any], find: Callable[[], Pass], log: Callable[[str], None] = print
 ) -> Pass:
-    """What is kept under ``key`` in ``folder``, else what ``find`` gives, which is then kept.
+    """The entry ``key`` of the cache in ``folder``; if there is none, ``find`` makes it.
 
-    say: is told if it cannot be kept.
+    Args:
+        log: called with a note if the cache cannot be used.
     """
     path = folder / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]}.npz"
     found = _read(path)
     if found is not None:
         return found
-    with _turn(path, say) as usable:
+    with _turn(path, log) as usable:
         found = _read(path)
         if found is None:
             found = find()
             if usable:
-                _write(path, found, say)
+                _write(path, found, log)
     return found
 
 
 def _read(path: Path) -> Pass | None:
-    """None: there is none, or it cannot be read (damaged, another user's)."""
+    """The entry; None if there is none or it cannot be read (damaged, of another user)."""
     try:
         with np.load(path) as arrays:
             return Pass(arrays["rows"], str(arrays["prompts"]), str(arrays["labels"]))
-    except Exception:  # numpy raises whatever a damaged file makes it raise; then it is made anew
+    except Exception:  # numpy may raise anything on a damaged file, which is then written anew
         return None
 
 
 @contextmanager
-def _turn(path: Path, say: Callable[[str], None]) -> Iterator[bool]:
-    """Holds the lock of an entry; gives whether there is one to hold."""
+def _turn(path: Path, log: Callable[[str], None]) -> Iterator[bool]:
+    """Holds the lock of an entry. Yields False if the file system offers none."""
     with ExitStack() as stack:
         usable = True
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             stack.enter_context(FileLock(path.with_suffix(".lock")))
         except (OSError, NotImplementedError) as error:  # the second: a file system without locks
-            _say_unusable(path.parent, error, say)
+            _log_unusable(path.parent, error, log)
             usable = False
         yield usable
 
 
-def _write(path: Path, found: Pass, say: Callable[[str], None]) -> None:
+def _write(path: Path, found: Pass, log: Callable[[str], None]) -> None:
     content = io.BytesIO()
     np.savez(content, **asdict(found))
     try:
         write_atomic(path, content.getvalue())
     except OSError as error:
-        _say_unusable(path.parent, error, say)
+        _log_unusable(path.parent, error, log)
 
 
-def _say_unusable(folder: Path, error: Exception, say: Callable[[str], None]) -> None:
+def _log_unusable(folder: Path, error: Exception, log: Callable[[str], None]) -> None:
     reason = error.strerror if isinstance(error, OSError) else error
-    say(
-        f"the cache {folder.absolute()} cannot be used ({reason}): the data is read anew at every "
-        "start; set data.cache_dir to a directory of yours"
+    log(
+        f"the cache {folder.absolute()} cannot be used ({reason}): every run reads all of the data "
+        "again; set data.cache_dir to a directory of yours"
     )
 
 
 def stamp(path: str | Path) -> list[Any]:
-    """Name, size and time of change of a file, or of the files of a directory.
+    """Name, size and modification time of a file, or of each file of a directory.
 
-    A link that leads nowhere is left out: nothing is read through it.
+    A broken link is left out: nothing is read through it.
     """
     path = Path(path)
     files = sorted(path.iterdir()) if path.is_dir() else [path]

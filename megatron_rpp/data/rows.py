@@ -1,4 +1,4 @@
-"""Rows of a data source: what every kind of source offers, and several of them as one."""
+"""The rows of a data source: the interface of every kind of source, and a chain of sources."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ class Rows(Protocol):
         """The place of a row in words, for error messages."""
 
     def __getitem__(self, index: int) -> Row:
-        """The row; ConfigError where it is malformed."""
+        """The row. Raises ConfigError if it is malformed."""
 
     def written(self, index: int, keys: Sequence[str]) -> str | None:
-        """The number at a path of keys in a row, as the source writes it; None if it stands for a
-        missing value."""
+        """The number at a path of keys in a row, as it is written in the source; None if it stands
+        for a missing value."""
 
 
 class ChainedRows:
-    """The rows of several sources, one after the other."""
+    """The rows of several sources, concatenated."""
 
     def __init__(self, parts: Sequence[Rows]) -> None:
         self._parts = list(parts)

@@ -1,6 +1,6 @@
 """The order in which prompts are trained on: a function of (seed, position) alone.
 
-So a run resumed at any step, on any number of ranks, takes the same prompts.
+So a run that resumes at any step, on any number of ranks, takes the same prompts.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import numpy as np
 from megatron_rpp.seeds import permutation, uniforms
 
 _BLOCK = 1 << 16
-"""Positions whose sources are drawn at once."""
+"""Number of positions whose sources are drawn at a time."""
 _MIXTURE = -2
-"""Takes the place of the step in the random numbers: no step of a run is negative."""
+"""Stands for the step in the key of the random numbers: no real step is negative."""
 
 
 def prompt_indices(cursor: int, count: int, size: int, seed: int) -> list[int]:
@@ -25,10 +25,10 @@ def prompt_indices(cursor: int, count: int, size: int, seed: int) -> list[int]:
     (seed, epoch). The range may cross epochs.
 
     Args:
-        cursor: prompts consumed so far, over all steps and ranks.
-        count: prompts to take.
-        size: rows of the data set.
-        seed: of the order; an integer of at least 0.
+        cursor: number of prompts consumed so far, over all steps and ranks.
+        count: number of prompts to take.
+        size: number of rows of the data set.
+        seed: seed of the order, at least 0.
     """
     if cursor < 0 or count < 0 or size < 1 or seed < 0:
         raise ValueError(
@@ -39,10 +39,10 @@ def prompt_indices(cursor: int, count: int, size: int, seed: int) -> list[int]:
 
 
 class Mixture:
-    """The order of several data sets that are drawn from in given shares.
+    """The order of prompts from several data sets that are mixed in given shares.
 
     The source of position p is drawn from (seed, p); the k-th draw from a source takes row k % size
-    of its epoch k // size, a permutation of its own.
+    of its epoch k // size. Each epoch of each source is a permutation of its rows.
     """
 
     def __init__(self, sizes: Sequence[int], weights: Sequence[float], seed: int) -> None:
@@ -50,10 +50,10 @@ class Mixture:
         self._bounds = np.cumsum(np.asarray(weights, np.float64) / sum(weights))[:-1]
         self._seed = seed
         self._before = [np.zeros(len(sizes), np.int64)]
-        """Draws from each source before the start of each block that was asked for."""
+        """Number of draws from each source before the start of each block, as far as computed."""
 
     def rows(self, cursor: int, count: int) -> list[tuple[int, int]]:
-        """(source, its row) at the positions ``cursor .. cursor + count - 1``."""
+        """(source, row of that source) at the positions ``cursor .. cursor + count - 1``."""
         return [self._row(position) for position in range(cursor, cursor + count)]
 
     def _row(self, position: int) -> tuple[int, int]:

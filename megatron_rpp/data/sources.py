@@ -1,8 +1,8 @@
-"""Where rows come from: JSON Lines, CSV, Parquet and Arrow files, directories of them, the Hub.
+"""Data sources: JSON Lines, CSV, Parquet and Arrow files, directories of them, and the Hub.
 
-Rows are read when they are asked for, so that memory stays flat however large the source is.
-JSON Lines are read here (json_lines.py), the rest by the `datasets` library (tables.py). Left out:
-streaming of sources that are not on this machine; numbers as they are written in compressed files.
+Rows are read on access, so memory does not grow with the source. JSON Lines are read by our own
+reader (json_lines.py), everything else by the library `datasets` (tables.py). Left out: streaming
+from other machines; the original spelling of numbers in compressed files.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from megatron_rpp.lifecycle.extras import require_extra
 
 HUB = "hub:"
 _LINES = {".jsonl", ".ndjson"}
-"""Suffixes of JSON Lines in a directory; a .json file may be that or one array."""
+"""Suffixes of JSON Lines in a directory. A .json file may be JSON Lines or one array."""
 
 
 def open_rows(
-    source: str, cache_dir: str | None = None, say: Callable[[str], None] = print
+    source: str, cache_dir: str | None = None, log: Callable[[str], None] = print
 ) -> Rows:
     """Opens a data set.
 
     Args:
         source: a file of JSON Lines; a .parquet, .csv or .arrow file; a directory of such files or
-            one that `datasets` saved, with "@split" behind it unless that is "train"; or
-            "hub:owner/name[:configuration][@split]" of the Hugging Face Hub. A path that exists
-            means what is there, whatever characters it holds.
+            one that `datasets` saved, followed by "@split" unless the split is "train"; or
+            "hub:owner/name[:configuration][@split]" on the Hugging Face Hub. A path that exists is
+            used as it is, whatever characters it contains.
         cache_dir: where `datasets` puts its memory-mapped copies; None = its default.
-        say: is told if no copies can be put there.
+        log: called with a note if nothing can be written there.
 
     Raises:
         ConfigError: there is no such source, it is empty, or it cannot be read.
@@ -42,18 +42,18 @@ def open_rows(
     with reading(f"data set {source[:200]!r}", "correct the path"):
         path, split = _place(source)
     if not path.exists() and source.startswith(HUB):
-        return _opened(source, lambda folder: _hub(source, folder), cache_dir, say)
+        return _opened(source, lambda folder: _hub(source, folder), cache_dir, log)
     name = str(path.absolute())
     if path.is_dir():
         name += split and f"@{split}"
-        return _opened(name, lambda folder: _directory(path, split, name, folder), cache_dir, say)
+        return _opened(name, lambda folder: _directory(path, split, name, folder), cache_dir, log)
     if path.suffix.lower() in tables.FORMATS and path.is_file():
-        return _opened(name, lambda folder: _table(path, name, folder), cache_dir, say)
+        return _opened(name, lambda folder: _table(path, name, folder), cache_dir, log)
     return JsonLines(path)
 
 
 def _place(source: str) -> tuple[Path, str]:
-    """The path of a source, and the split behind it."""
+    """The path of a source, and its split ("" if none is given)."""
     if not source:
         raise ConfigError("a data set has no name: correct data.train or data.eval")
     path = Path(source)
@@ -67,12 +67,12 @@ def _opened(
     name: str,
     read: Callable[[str | None], Rows],
     cache_dir: str | None,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> Rows:
     require_extra("data", f"data set {name}")
     what, remedy = f"data set {name}", "correct the name or the files, or convert them to JSONL"
     with reading(what, remedy, "opened"):
-        return tables.with_copies(read, what, cache_dir, say)
+        return tables.with_copies(read, what, cache_dir, log)
 
 
 def _table(path: Path, name: str, cache_dir: str | None) -> Rows:
@@ -99,13 +99,14 @@ def _directory(path: Path, split: str, name: str, cache_dir: str | None) -> Rows
 
 
 def _check_one_format(directory: Path) -> None:
-    """Raises ConfigError for files of several formats, of which the library would read only one."""
+    """Raises ConfigError if a directory mixes formats: the library would read only one of them."""
     known = {*_LINES, *tables.FORMATS}
     found = {file.suffix.lower() for file in directory.rglob("*")} & known
     if len(found) > 1:
         raise ConfigError(
-            f"data set {directory.absolute()} holds files of the formats {', '.join(sorted(found))}: "
-            "name the files that you mean, or keep one format in a directory"
+            f"data set {directory.absolute()} holds files of the formats "
+            f"{', '.join(sorted(found))}: name the files that you mean, or keep one format in a "
+            "directory"
         )
 
 
@@ -120,14 +121,14 @@ def _holds_lines(file: Path) -> bool:
 
 
 def _files(directory: Path, cache_dir: str | None) -> dict[str, list[str]]:
-    """The files of each split, as `datasets` sorts them: by their names or by the README."""
+    """The files of each split, as `datasets` finds them: by their names or the README."""
     import datasets
     from datasets.data_files import DataFilesDict, get_data_patterns
 
     place = str(directory.absolute())
     if glob.escape(place) == place:
         return datasets.load_dataset_builder(place, cache_dir=cache_dir).config.data_files
-    place = glob.escape(place)  # else the library takes its name for a pattern
+    place = glob.escape(place)  # else the library takes the name for a pattern
     return DataFilesDict.from_patterns(get_data_patterns(place), base_path=place)
 
 

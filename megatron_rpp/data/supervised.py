@@ -1,6 +1,6 @@
-"""What supervised fine-tuning learns of an example: every turn of the assistant, and nothing else.
+"""What supervised fine-tuning learns from an example: every turn of the assistant, nothing else.
 
-The last turn is the label, or what closes the conversation. The turns before it stand in the
+The last turn is the label, or the turn that ends the conversation. Earlier turns are part of the
 prompt; each is learned up to its end-of-sequence. Left out: templates that rewrite earlier turns.
 """
 
@@ -15,7 +15,8 @@ from megatron_rpp.lifecycle.config_error import ConfigError
 
 @dataclass(frozen=True)
 class SftExample:
-    """A sequence to learn: nothing of ``prompt``, and of ``response`` what ``learned`` marks."""
+    """A sequence to learn: the tokens of ``response`` that ``learned`` marks, none of
+    ``prompt``."""
 
     prompt: tuple[int, ...]
     response: list[int]
@@ -64,7 +65,7 @@ def _earlier_turns(prompt: Prompt, form: PromptFormat) -> tuple[list[int], list[
 
 
 def _until_end(part: list[int], form: PromptFormat) -> list[bool]:
-    """True up to the last end-of-sequence; what a template writes behind it is not learned."""
+    """True up to the last end-of-sequence. What a template writes after it is not learned."""
     ends = [i for i, token in enumerate(part) if token in form.tokenizer.eos_ids]
     length = ends[-1] + 1 if ends else len(part)
     return [i < length for i in range(len(part))]

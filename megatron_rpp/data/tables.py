@@ -1,8 +1,7 @@
-"""Tables that the `datasets` library memory-maps: Parquet, Arrow and CSV files, the Hub.
+"""Tables that the library `datasets` memory-maps: Parquet, Arrow and CSV files, and the Hub.
 
-CSV has no types, so every cell is the text that stands there; an empty one is missing. A whole
-number of a Parquet file that was written beside a gap comes as 5.0 from pandas; it is 5 again
-where it is asked for as it was written.
+CSV has no types, so each cell is the text in the file; an empty cell is a missing value. pandas
+turns whole numbers in a column with gaps into 5.0 when it writes Parquet; `written` gives 5 again.
 """
 
 from __future__ import annotations
@@ -23,17 +22,17 @@ from megatron_rpp.data.rows import Row, Rows
 from megatron_rpp.lifecycle.config_error import ConfigError
 
 FORMATS = {".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
-"""Files that the library reads, and its names for their formats."""
+"""Suffixes of files that the library reads, and its names for their formats."""
 _UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 Files = Mapping[str, Sequence[Path]]
 """The files of each split."""
 
 
 class ArrowRows:
-    """A table that the `datasets` library memory-maps."""
+    """A table that the library `datasets` memory-maps."""
 
     def __init__(self, table: Any, name: str) -> None:
-        """Raises ConfigError: it is no table of one split, or it is empty."""
+        """Raises ConfigError if the table has several splits or no rows."""
         if isinstance(table, dict):
             raise ConfigError(f"data set {name} has the splits {sorted(table)}: add '@' and one")
         if not len(table):
@@ -52,7 +51,7 @@ class ArrowRows:
         return self._table[index]
 
     def written(self, index: int, keys: Sequence[str]) -> str | None:
-        """As in `Rows`; NaN is a missing value."""
+        """See `Rows.written`. NaN is a missing value."""
         value = self._table[index]
         for key in keys:
             value = value[key]
@@ -71,7 +70,8 @@ class ArrowRows:
         return compute.struct_field(column, list(keys[1:])) if len(keys) > 1 else column
 
     def _are_whole_beside_gaps(self, keys: tuple[str, ...]) -> bool:
-        """Whether a column of floats has gaps and whole numbers alone: pandas made it of integers."""
+        """Whether a column of floats has gaps and only whole numbers: it held integers in
+        pandas."""
         import pyarrow.compute as compute
 
         column = self._column(keys)
@@ -84,7 +84,7 @@ class ArrowRows:
 
 
 def _shortest(value: float, kind: Any) -> str:
-    """The shortest text that gives the same number in the column's own precision."""
+    """The shortest text that gives the same number in the precision of the column."""
     import numpy as np
 
     return str(np.dtype(kind.to_pandas_dtype()).type(value))
@@ -93,11 +93,10 @@ def _shortest(value: float, kind: Any) -> str:
 def open_files(
     files: Files, split: str, suffix: str, *, name: str, cache_dir: str | None
 ) -> ArrowRows:
-    """The rows of a split of Parquet, Arrow or CSV files, all of the format of `suffix`.
+    """The rows of one split of Parquet, Arrow or CSV files, which all have the format of `suffix`.
 
-    The library gets a list of names: it would take a path for a pattern.
-
-    Raises whatever a file's reader raises.
+    The library gets a resolved list of files, because it would take a path for a pattern. Whatever
+    the reader of a file raises passes through.
     """
     import datasets
     import pandas
@@ -119,20 +118,20 @@ def open_files(
 
 
 def with_copies(
-    read: Callable[[str | None], Rows], name: str, cache_dir: str | None, say: Callable[[str], None]
+    read: Callable[[str | None], Rows], name: str, cache_dir: str | None, log: Callable[[str], None]
 ) -> Rows:
-    """What `read` gives, which is told where the library may put its copies: in `cache_dir` or, if
-    nothing can be written there, in a temporary directory."""
+    """Calls `read` with a directory for the library's copies: `cache_dir` or, if nothing can be
+    written there, a temporary one."""
     import datasets
 
     datasets.disable_progress_bars()
     try:
         return read(cache_dir)
-    except Exception as error:  # a file's reader raises whatever it likes
+    except Exception as error:  # the reader of a file may raise anything
         problem = _problem_of_the_disk(error)
         if problem is None:
             raise
-        say(
+        log(
             f"the cache {cache_dir or datasets.config.HF_DATASETS_CACHE} cannot be used "
             f"({problem.strerror}): {name} is copied to a temporary directory; set data.cache_dir "
             "to a directory of yours"
@@ -144,7 +143,8 @@ def with_copies(
 
 
 def _problem_of_the_disk(error: BaseException | None) -> OSError | None:
-    """Of the errors that led to `error`, the one that says that nothing can be written."""
+    """The error, among those that led to `error`, that says that nothing can be written; or
+    None."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in _UNWRITABLE:
             return error
@@ -153,7 +153,7 @@ def _problem_of_the_disk(error: BaseException | None) -> OSError | None:
 
 
 def _all_texts(files: Files) -> dict[str, Any]:
-    """Settings with which no cell of a CSV file becomes another text; an empty one is missing."""
+    """Settings that keep the text of each CSV cell as it is; an empty cell is a missing value."""
     import datasets
     import pandas
 
@@ -161,13 +161,15 @@ def _all_texts(files: Files) -> dict[str, Any]:
     with open(first, newline="", encoding="utf-8-sig") as file:
         header = next(csv.reader(file), [])
     if len(set(header)) < len(header):
-        raise ConfigError(f"{first.absolute()} names a column twice in {header}: rename one of them")
+        raise ConfigError(
+            f"{first.absolute()} names a column twice in {header}: rename one of them"
+        )
     names = pandas.read_csv(first, nrows=0).columns
     features = datasets.Features({name: datasets.Value("string") for name in names})
     return {"features": features, "keep_default_na": False, "na_values": [""], "index_col": False}
 
 
 def _stamp(path: Path) -> tuple[str, str]:
-    """By which the library tells whether it has a copy of the file as it is."""
+    """Identifies the state of a file: the library compares it with that of its copy."""
     stat = path.stat()
     return str(stat.st_mtime_ns), str(stat.st_size)

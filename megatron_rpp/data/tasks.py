@@ -1,8 +1,8 @@
-"""Procedural tasks of reasoning-gym as data sets: train and held-out rows with what scores them.
+"""Procedural tasks of reasoning-gym as data sets: training and held-out rows that can be scored.
 
-A row carries its task, the parameters and the entry's answer and metadata, so ``restore_entry``
-and ``create_task`` can score a response with reasoning-gym's own scorer after the row went through
-a JSONL file. Left out: curricula, images, tasks that are not in reasoning-gym.
+A row carries its task, the parameters, and the answer and metadata of the entry. So after a trip
+through a JSONL file, ``restore_entry`` and ``create_task`` can still score a response with the
+scorer of reasoning-gym. Left out: curricula, images, tasks that are not in reasoning-gym.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from megatron_rpp.lifecycle.extras import require_extra
 Row = dict[str, Any]
 
 _CHUNK = 1000
-"""Entries of one reasoning-gym data set; more are drawn from data sets with later seeds."""
+"""Entries per reasoning-gym data set; further entries come from data sets with later seeds."""
 _LIST_TASKS = "python -c 'import reasoning_gym.factory as f; print(*sorted(f.DATASETS))'"
 
 
@@ -36,17 +36,18 @@ def make_task(
     train_seed: int,
     eval_seed: int,
 ) -> tuple[list[Row], list[Row]]:
-    """Draws the rows ``(train, eval)`` of a task, the same ones for the same arguments.
+    """Draws the rows ``(train, eval)`` of a task. The same arguments give the same rows.
 
-    No prompt is twice in the held-out rows, and none of them is in the training rows; a task with
-    few different problems repeats training rows. Seeds alone would not do that: reasoning-gym
-    seeds entry i with seed + i, so two seeds draw the same entries in shifted order.
+    The held-out prompts are all different, and none of them is a training prompt. If a task has few
+    different problems, training rows repeat. Different seeds alone do not ensure that:
+    reasoning-gym seeds entry i with seed + i, so two seeds draw the same entries in shifted order.
 
     Returns:
         Rows ``{"prompt": question, "label": answer or None, "metadata": {...}}``.
 
     Raises:
-        ConfigError: unknown task, parameters it refuses, equal seeds, or too few different problems.
+        ConfigError: the task is unknown or rejects its parameters, the seeds are equal, or there
+            are too few different problems.
     """
     if train_size < 1 or eval_size < 1:
         raise ConfigError(f"train_size {train_size} and eval_size {eval_size} must be at least 1")
@@ -74,7 +75,10 @@ def make_task(
 
 
 def create_task(name: str, params: dict[str, Any], size: int, seed: int) -> Any:
-    """The reasoning-gym data set of a task; ConfigError for an unknown name or bad parameters."""
+    """The reasoning-gym data set of a task.
+
+    Raises ConfigError if the name is unknown or the parameters are invalid.
+    """
     require_extra("tasks", f"task {name!r}")
     import reasoning_gym  # imported here: runs on other data do not need it
     from reasoning_gym.composite import DatasetSpec
@@ -93,7 +97,7 @@ def create_task(name: str, params: dict[str, Any], size: int, seed: int) -> Any:
             specs = [DatasetSpec(**spec) for spec in params.get("datasets", [])]
             params = {**params, "datasets": specs}
         return reasoning_gym.create_dataset(name, size=size, seed=seed, **params)
-    except Exception as error:  # the checks of over a hundred tasks raise whatever they like
+    except Exception as error:  # the checks of over a hundred tasks may raise anything
         reason = f"{type(error).__name__}: {error}"
         raise ConfigError(f"task {name} refuses its params {params}: {reason}") from error
 
@@ -108,17 +112,17 @@ def restore_entry(prompt: str, metadata: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_jsonl(path: str | Path, rows: Iterable[Row]) -> None:
-    """Writes one JSON object a line, atomically."""
+    """Writes one JSON object per line, atomically."""
     write_atomic(path, jsonl(rows))
 
 
 def jsonl(rows: Iterable[Row]) -> bytes:
-    """One JSON object a line, in UTF-8."""
+    """One JSON object per line, in UTF-8."""
     return "".join(json_line(row) + "\n" for row in rows).encode()
 
 
 def _draws(name: str, params: dict[str, Any], wanted: int, seed: int) -> Iterator[Row]:
-    """Rows of seed, seed + 1, ...; ends when ``wanted`` fitting ones are beyond hope."""
+    """Rows of seed, seed + 1, ...; gives up after many more than the ``wanted`` rows."""
     limit = 20 * wanted + _CHUNK
     return islice(_endless_draws(name, params, seed), limit)
 

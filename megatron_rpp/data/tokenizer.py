@@ -1,10 +1,9 @@
-"""Tokenizers: what the trainer needs of one, SentencePiece models, and training a small one.
+"""Tokenizers: the interface, SentencePiece models, and training of a small one.
 
-SFT and rollout encode prompt and response apart, so the tokenizers trained here add no space in
-front and change no character: ``decode(encode(x)) == x`` for the text they were trained on.
-Hugging Face tokenizers are in hf_tokenizer.py. Left out: chat templates for SentencePiece models,
-byte fallback in those trained here (256 pieces of a tiny vocabulary).
-"""
+SFT and rollout encode prompt and response separately. So the tokenizers trained here add no space
+in front and change no character: ``decode(encode(x)) == x`` for the text they were trained on.
+Hugging Face tokenizers are in hf_tokenizer.py. Left out: chat templates for SentencePiece models;
+byte fallback in the tokenizers trained here, as it would take 256 pieces of a tiny vocabulary."""
 
 from __future__ import annotations
 
@@ -28,44 +27,48 @@ _OPERATOR = re.compile(r" ?([-+*/=^%<>()]) ?")
 
 
 class Tokenizer(Protocol):
-    """What data, rollout and SFT ask of a tokenizer."""
+    """What data, rollout and SFT need from a tokenizer."""
 
     vocab_size: int
     """Ids are 0 .. vocab_size - 1."""
     bos_id: int | None
-    """Begin-of-sequence, in front of every prompt; None = the tokenizer has none."""
+    """Begin-of-sequence, which precedes every prompt; None = the tokenizer has none."""
     eos_id: int
-    """End-of-sequence, written at the end of a response that is learned."""
+    """End-of-sequence, which ends every response in supervised fine-tuning."""
     eos_ids: tuple[int, ...]
-    """All that end a generated response, eos_id among them."""
+    """All tokens that end a generated response, including eos_id."""
     pad_id: int
     """Fills unused positions, which are always masked."""
 
     def encode(self, text: str) -> list[int]:
-        """Ids of the text, no special ids added."""
+        """Ids of the text; no special ids are added."""
 
     def decode(self, ids: Sequence[int], keep_special: bool = False) -> str:
-        """Text of the ids; an unknown one gives " ⁇ " or U+FFFD.
+        """Text of the ids; an unknown id gives " ⁇ " or U+FFFD.
 
-        keep_special: special ids give their text (<think>, <|im_end|>), else none.
+        Args:
+            keep_special: special ids give their texts (<think>, <|im_end|>) instead of none.
         """
 
     def special_id(self, text: str) -> int | None:
-        """The special id whose text this is; None where there is none."""
+        """The special id with this text; None if there is none."""
 
     def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
         """``encode`` of each text."""
 
     def render(self, messages: Sequence[dict[str, Any]], generation_prompt: bool) -> str:
-        """The conversation as the chat template writes it, up to where the assistant answers where
-        ``generation_prompt``; ConfigError where there is no template."""
+        """The conversation as the chat template writes it. Raises ConfigError without a template.
+
+        Args:
+            generation_prompt: end with the prefix of the answer of the assistant.
+        """
 
 
 class SentencePieceTokenizer:
     """A SentencePiece ``.model`` file as a ``Tokenizer``."""
 
     def __init__(self, path: str | Path) -> None:
-        """Raises ConfigError: no such file, not a SentencePiece model, or one without end piece."""
+        """Raises ConfigError if this is not a SentencePiece model with an end-of-sequence piece."""
         path = Path(path).absolute()
         if not path.is_file():
             raise ConfigError(
@@ -94,7 +97,7 @@ class SentencePieceTokenizer:
         self._special = frozenset(filter(processor.is_control, range(self.vocab_size)))
 
     def encode(self, text: str) -> list[int]:
-        """Ids of the text, no special ids added; characters without a piece become unknown."""
+        """Ids of the text; no special ids are added. Characters without a piece become unknown."""
         return self._processor.encode(text)
 
     def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
@@ -102,9 +105,9 @@ class SentencePieceTokenizer:
         return self._processor.encode(list(texts))
 
     def decode(self, ids: Sequence[int], keep_special: bool = False) -> str:
-        """Text of the ids, special ids skipped or as their own text.
+        """Text of the ids, without special pieces or with their texts.
 
-        An unknown piece stays visible as " ⁇ ": dropped, "5<unk>7" would pass for the answer 57.
+        An unknown piece stays visible as " ⁇ ". Otherwise "5<unk>7" would pass for the answer 57.
         """
         known = range(self.vocab_size)  # a model may have more words than its tokenizer has pieces
         pieces = [int(i) if int(i) in known else self._processor.unk_id() for i in ids]
@@ -118,12 +121,12 @@ class SentencePieceTokenizer:
         )  # fmt: skip
 
     def special_id(self, text: str) -> int | None:
-        """The control piece of this text."""
+        """The control piece with this text; None if there is none."""
         piece = self._processor.piece_to_id(text)
         return piece if piece in self._special else None
 
     def render(self, messages: Sequence[dict[str, Any]], generation_prompt: bool) -> NoReturn:
-        """Raises ConfigError: a SentencePiece model has no chat template."""
+        """Raises ConfigError, because a SentencePiece model has no chat template."""
         raise ConfigError(
             f"tokenizer {self._path} is a SentencePiece model, which has no chat template: set "
             "data.tokenizer to a Hugging Face directory, or use prompts that are texts without "
@@ -137,11 +140,11 @@ def load_tokenizer(
     """Opens the tokenizer of a run: a SentencePiece file or a Hugging Face directory.
 
     Args:
-        chat_template: file of a template, in the place of the directory's own.
-        trust_remote_code: run the Python code of a directory that brings its own tokenizer.
+        chat_template: file of a template that replaces the one in the directory.
+        trust_remote_code: run Python code from the directory, if it contains any.
 
     Raises:
-        ConfigError: it is neither, or one of its files is damaged.
+        ConfigError: the path is neither, or one of the files is damaged.
     """
     with reading(f"tokenizer {Path(path).absolute()}", "correct data.tokenizer or its files"):
         if Path(path).is_dir():
@@ -152,12 +155,12 @@ def load_tokenizer(
 def train_sentencepiece(texts: Iterable[str], path: str | Path, vocab_size: int) -> None:
     """Trains a unigram model (Kudo, arXiv 1804.10959) and writes it atomically to ``path``.
 
-    Made for tiny vocabularies: a phrase that all texts share becomes one piece, while every digit
-    and every operator (with its spaces) stays one. The same texts give the same file. The model
-    has fewer pieces than ``vocab_size`` where the texts do not give as many.
+    The settings suit tiny vocabularies: a phrase that all texts share becomes one piece, while
+    every digit and every operator (with its spaces) is a separate piece. The same texts give the
+    same file. If the texts do not yield ``vocab_size`` pieces, the model has fewer.
 
     Raises:
-        ConfigError: no text, or ``vocab_size`` is too small for the characters of the texts.
+        ConfigError: there is no text, or ``vocab_size`` is too small for the characters in it.
     """
     texts = [text for text in texts if text]
     if not texts:
@@ -198,7 +201,11 @@ def train_sentencepiece(texts: Iterable[str], path: str | Path, vocab_size: int)
 
 
 def _operators(texts: Sequence[str]) -> list[str]:
-    """Operators of the texts, alone and with the spaces around them, as SentencePiece writes."""
-    found = {match.group(group) for text in texts for match in _OPERATOR.finditer(text)
-             for group in (0, 1)}
+    """Operators in the texts, with and without surrounding spaces, in SentencePiece's spelling."""
+    found = {
+        match.group(group)
+        for text in texts
+        for match in _OPERATOR.finditer(text)
+        for group in (0, 1)
+    }
     return sorted(symbol.replace(" ", "▁") for symbol in found)

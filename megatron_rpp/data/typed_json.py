@@ -1,8 +1,8 @@
-"""Python values as JSON that comes back equal: tuples and dictionary keys that are not strings.
+"""JSON that preserves tuples, and dictionary keys that are not strings.
 
-Plain JSON turns tuples into lists and the key 1 into "1"; some scorers of reasoning-gym compare
-tuples (arc_agi, rearc) or look integers up (graph_color) and would score every answer as wrong.
-Left out: sets, bytes and objects, which no task uses; json.dumps refuses them.
+Plain JSON turns tuples into lists and the key 1 into "1". Some scorers of reasoning-gym compare
+tuples (arc_agi, rearc) or look up integers (graph_color), and would score every answer as wrong.
+Left out: sets, bytes and objects, which no task uses. json.dumps raises on them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ _ITEMS = "__items__"
 
 
 def to_typed_json(value: Any) -> Any:
-    """``value`` of nested dict, list, tuple, str, numbers, None in types that JSON keeps."""
+    """Encodes nested dicts, lists, tuples, strings, numbers and None in types that JSON
+    preserves."""
     if isinstance(value, tuple):
         return {_TUPLE: [to_typed_json(item) for item in value]}
     if isinstance(value, list):

@@ -114,6 +114,6 @@ def test_half_of_a_surrogate_pair_is_refused_by_row(tmp_path):
     with pytest.raises(ValueError) as error:
         labels(tmp_path / "a.jsonl")
     assert str(error.value) == (
-        f"{tmp_path}/a.jsonl, line 2 holds \\ud83d alone, half of a surrogate pair and no "
+        f"{tmp_path}/a.jsonl, line 2 holds \\ud83d alone, half of a surrogate pair and not a "
         "character: write both halves, or remove it"
     )

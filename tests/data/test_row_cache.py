@@ -1,4 +1,4 @@
-"""The cache of a pass: done without where it cannot be used, made anew where it is damaged."""
+"""The row cache: a run works without it if it cannot be used, and rewrites it if it is damaged."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def test_a_cache_that_cannot_be_made_is_done_without_and_that_is_said(tmp_path):
     made, said = asked(folder, times=2)
     assert made == 2 and len(said) == 2
     assert said[0] == (
-        f"the cache {folder} cannot be used (Not a directory): the data is read anew at every "
-        "start; set data.cache_dir to a directory of yours"
+        f"the cache {folder} cannot be used (Not a directory): every run reads all of the data "
+        "again; set data.cache_dir to a directory of yours"
     )
 
 
