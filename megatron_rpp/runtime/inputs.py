@@ -108,7 +108,7 @@ def load_inputs(config: Config, train_is_scored: bool = True) -> Inputs:
     data = open_data(
         config.data, form, limit, config.seed, Console(main=True).stage,
         held_out_check=scorable, train_check=scorable if train_is_scored else ANY_ROW,
-        say=once_a_node(),
+        log=once_a_node(),
     )  # fmt: skip
     count = min(config.evaluation.prompts or len(data.held_out), len(data.held_out))
     held_out = [data.held_out[index] for index in range(count)]
