@@ -38,6 +38,7 @@ def main(argv: list[str] | None = None) -> NoReturn:
 
         torchrun_launch.launch(argv, signals)
     except SystemExit as ended:
+        assert isinstance(ended.code, int)
         code = ended.code
     sys.stdout.flush()
     sys.stderr.flush()

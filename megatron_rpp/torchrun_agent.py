@@ -1,4 +1,4 @@
-"""The launcher's part on one node: it starts the ranks, watches them, and learns how others ended."""
+"""The launcher's part on one node: it starts and watches its ranks, and learns how others ended."""
 
 from __future__ import annotations
 
@@ -89,6 +89,7 @@ class Agent(LocalElasticAgent):
         try:
             result = self._run(role)
         except SystemExit as ended:
+            assert isinstance(ended.code, int)
             self._signals.over(ended.code, GOODBYE_SECONDS)
             raise
         self._signals.over(0, GOODBYE_SECONDS)

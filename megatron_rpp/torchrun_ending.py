@@ -14,6 +14,7 @@ import signal
 import subprocess
 import threading
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 
 from megatron_rpp.lifecycle.exit_codes import FAILED, PREEMPTED
@@ -46,7 +47,7 @@ def exit_code(codes: list[int]) -> int:
     return first if first >= 0 else 128 - first
 
 
-def with_signals(codes: list[int], came: set[int]) -> list[int]:
+def with_signals(codes: Sequence[int | None], came: set[int]) -> list[int]:
     """A rank that a signal to the launcher killed was not ready to save: it had nothing to."""
     return [PREEMPTED if -code in came & set(FORWARDED) else code for code in codes if code]
 
@@ -118,7 +119,7 @@ class Signals:
         return signal.Signals(min(aborting))
 
     def over(self, code: int, seconds: float) -> None:
-        """The ranks have ended; the launcher is to leave with `code`, in `seconds` at the latest."""
+        """The ranks have ended; the launcher leaves with `code`, in `seconds` at the latest."""
         with self._lock:
             self._idle, self._ranks, self._code = False, [], code
             self.leave_at = time.monotonic() + seconds

@@ -28,10 +28,10 @@ def launch(argv: list[str] | None, signals: Signals) -> None:
     logging.getLogger(processes.__name__).setLevel(logging.CRITICAL)
     # torch takes these by their names. It compares names of hosts, not addresses, asks for its own
     # at every event, and its handler of signals raises also while ranks are being started.
-    launcher.LocalElasticAgent = partial(Agent, signals)
+    launcher.LocalElasticAgent = partial(Agent, signals)  # type: ignore[misc, assignment]
     c10d_rendezvous_backend._matches_machine_hostname = rendezvous.is_this_machine
     agents._get_fq_hostname = socket.gethostname
-    processes._terminate_process_handler = signals.receive
+    processes._terminate_process_handler = signals.receive  # type: ignore[assignment]
     args.signals_to_handle = "SIGTERM"  # the rest, `signals` takes by itself
     try:
         run_torchrun(args)

@@ -89,7 +89,7 @@ def _parse(argv: list[str], program: str) -> tuple[Arguments, bool]:
 def _hints(section: type = Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yields (dotted name, type) of every setting; sections themselves are left out."""
     for name, hint in get_type_hints(section).items():
-        if is_dataclass(hint):
+        if isinstance(hint, type) and is_dataclass(hint):
             yield from _hints(hint, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", hint
@@ -156,7 +156,7 @@ def _add_settings(
     group = parser.add_argument_group(prefix.rstrip(".") or "settings", about)
     for text in docstring_parser.parse_from_object(type(section)).params:
         value = getattr(section, text.arg_name)
-        about = " ".join(text.description.split())
+        about = " ".join((text.description or "").split())
         name = f"{prefix}{text.arg_name}"
         if is_dataclass(value):
             nested.append((value, about, f"{name}."))
@@ -281,10 +281,10 @@ def _set_microbatch(values: jsonargparse.Namespace, sequences: int, words: list[
 
 def _build(section: type, values: dict[str, Any], path: tuple[str, ...] = ()) -> Any:
     """Builds the dataclass ``section``, found at ``path``, from its nested ``values``."""
-    arguments = {
-        name: _build(hint, values[name], (*path, name)) if is_dataclass(hint) else values[name]
-        for name, hint in get_type_hints(section).items()
-    }
+    arguments = {}
+    for name, hint in get_type_hints(section).items():
+        nested = isinstance(hint, type) and is_dataclass(hint)
+        arguments[name] = _build(hint, values[name], (*path, name)) if nested else values[name]
     try:
         return section(**arguments)
     except ConfigError as error:

@@ -1,8 +1,8 @@
-"""Megatron's sharded checkpoint format, written and read one tensor at a time.
+"""Writes and reads Megatron's sharded checkpoint format, one tensor at a time.
 
-It is torch.distributed.checkpoint's format with two files beside it (`metadata.json`, `common.pt`).
+It is the format of torch.distributed.checkpoint plus two files (`metadata.json`, `common.pt`).
 Layers are stacked: `decoder.layers.3.x` is row 3 of the tensor `decoder.layers.x`. Megatron's own
-writer wants the whole state in memory at once; here a tensor is asked for when it is written.
+writer needs the whole state in memory; here each tensor is made when it is written.
 
 Left out: optimizer states, objects (`_extra_state`), formats other than `torch_dist`.
 """
@@ -57,17 +57,17 @@ _FORMAT = {
 
 @dataclass(frozen=True)
 class Place:
-    """Where a parameter is in a checkpoint: a part of one of its tensors."""
+    """Where a parameter is stored: a part of one of the tensors of a checkpoint."""
 
     key: str
     global_shape: tuple[int, ...]
     offset: tuple[int, ...]
     shape: tuple[int, ...]
-    """Of the part; that of a stacked tensor has a first dimension of 1."""
+    """Shape of the part. In a stacked tensor its first dimension is 1."""
 
 
 def place_of(name: str, shape: tuple[int, ...], layers: int) -> Place:
-    """The place of the parameter `name` (of a row) of `shape`, the vocabulary not padded."""
+    """The place of the parameter `name` of a row; its `shape` is without padding."""
     found = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", name)
     if found:
         offset = (int(found[1]),) + (0,) * len(shape)
@@ -79,7 +79,7 @@ def place_of(name: str, shape: tuple[int, ...], layers: int) -> Place:
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor to write, made by `read` when its turn comes."""
+    """A tensor to write. `read` makes it when its turn comes."""
 
     place: Place
     dtype: torch.dtype
@@ -87,7 +87,7 @@ class Entry:
 
 
 class _WritePlan(DefaultSavePlanner):
-    """Hands the writer one entry after another."""
+    """Hands one entry after another to the writer."""
 
     def __init__(self, entries: list[Entry]):
         super().__init__(flatten_state_dict=False)
@@ -108,6 +108,7 @@ class _WritePlan(DefaultSavePlanner):
         return WriteItem(MetadataIndex(place.key, offset), WriteItemType.SHARD, tensor_data=data)
 
     def resolve_data(self, write_item: WriteItem) -> torch.Tensor:
+        assert write_item.index.offset is not None
         entry = self.entries[write_item.index.fqn, write_item.index.offset]
         data = entry.read().reshape(entry.place.shape)
         assert data.dtype == entry.dtype, (entry.place, data.dtype)
@@ -115,9 +116,10 @@ class _WritePlan(DefaultSavePlanner):
 
 
 def write(directory: Path, entries: list[Entry], common: dict[str, Any]) -> None:
-    """A checkpoint of `entries`, those of this rank; collective where there is a process group.
+    """Writes a checkpoint; `entries` are those of this rank. Collective if there is a process
+    group.
 
-    Raises RuntimeError where the entries of all ranks do not fill their tensors.
+    Raises RuntimeError if the entries of all ranks do not fill their tensors.
     """
     writer = dcp.FileSystemWriter(directory, single_file_per_rank=False, overwrite=False)
     alone = not dist.is_initialized()
@@ -130,7 +132,7 @@ def write(directory: Path, entries: list[Entry], common: dict[str, Any]) -> None
 
 
 class _ReadPlan(DefaultLoadPlanner):
-    """Puts what is read of one place into `target`."""
+    """Reads one place into `target`."""
 
     def __init__(self, target: torch.Tensor):
         super().__init__(flatten_state_dict=False)
@@ -141,10 +143,10 @@ class _ReadPlan(DefaultLoadPlanner):
 
 
 class Checkpoint:
-    """The model's tensors of a checkpoint, read one place at a time."""
+    """The tensors of the model in a checkpoint, read one place at a time."""
 
     def __init__(self, directory: Path):
-        """Raises ConfigError where `directory` is no checkpoint of this format."""
+        """Raises ConfigError if `directory` is not a checkpoint of this format."""
         self.directory = directory.absolute()
         self._reader = dcp.FileSystemReader(directory)
         with reading(f"{self.directory}", "it is not a whole checkpoint; choose another"):
@@ -156,7 +158,7 @@ class Checkpoint:
             metadata = self._reader.read_metadata()
             self._reader.set_up_storage_reader(metadata, is_coordinator=True)
         self._stored: dict[str, str] = {}
-        """The name of each tensor in the files: under either naming of the norms."""
+        """The name of each tensor in the files, which may use either naming of the norms."""
         self.tensors: dict[str, TensorStorageMetadata] = {}
         self._has_common = _COMMON_OBJECT in metadata.state_dict_metadata
         for key, entry in metadata.state_dict_metadata.items():
@@ -165,10 +167,10 @@ class Checkpoint:
                 self.tensors[canonical(key)] = entry
 
     def common(self) -> dict[str, Any]:
-        """What is stored beside the tensors, {} where it holds code of another program.
+        """The state that is stored next to the tensors; {} if it contains code of another program.
 
-        A file of its own, or, from Megatron 0.19 on, an object among the shards. Raises ConfigError
-        where it is neither, or damaged.
+        It is a separate file or, from Megatron 0.19 on, an object among the shards. Raises
+        ConfigError if there is neither, or it is damaged.
         """
         file = self.directory / "common.pt"
         if not zipfile.is_zipfile(file) and (file.exists() or not self._has_common):
@@ -183,7 +185,7 @@ class Checkpoint:
         target = {_COMMON_OBJECT: io.BytesIO()}
         try:
             dcp.load(target, storage_reader=dcp.FileSystemReader(self.directory), no_dist=True)
-        except CheckpointException as error:  # not an Exception: it would pass any net
+        except CheckpointException as error:  # not an Exception, so no handler would catch it
             raise OSError(reason(error)) from error
         content = target[_COMMON_OBJECT]
         if isinstance(content, io.BytesIO):
@@ -195,7 +197,7 @@ class Checkpoint:
         return self.tensors[place.key].properties.dtype
 
     def read(self, place: Place) -> torch.Tensor:
-        """The part at `place`, in its stored type, without the dimension of the stack."""
+        """The part at `place`, in its stored type, without the dimension of stacked layers."""
         target = torch.empty(place.shape, dtype=self.dtype(place))
         chunk = ChunkStorageMetadata(torch.Size(place.offset), torch.Size(place.shape))
         items = create_read_items_for_chunk_list(

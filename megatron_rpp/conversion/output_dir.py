@@ -1,4 +1,4 @@
-"""Directories that appear whole or not at all, and the small files that go with a model's weights."""
+"""Output directories that appear whole or not at all, and the small files next to the weights."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
@@ -16,19 +17,20 @@ from megatron_rpp.parallel.ranks import rank, world_size
 
 # config.json, generation_config.json, tokenizers of every kind, chat templates.
 _SIDE_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "LICENSE*")
-# What says where weights are, or what goes on top of them, is true of the source alone.
+# Files about where weights are, or what goes on top of them, apply only to the source.
 _LEFT_BEHIND = ("*.index.json", ADAPTER)
 
 
 def check_output(output: Path, sources: list[Path], marker: str, overwrite: bool) -> None:
-    """Raises ConfigError where writing `output` could cost the user something.
+    """Raises ConfigError if writing `output` could destroy something of the user's.
 
     Args:
-        marker: a file that every directory of this kind holds: nothing else is overwritten.
+        marker: a file that every directory of this kind holds. Other directories are never
+            overwritten.
     """
     for source in sources:
-        own, other = output.resolve(), source.resolve()
-        if own == other or own in other.parents or other in own.parents:
+        inner, outer = output.resolve(), source.resolve()
+        if inner == outer or inner in outer.parents or outer in inner.parents:
             raise ConfigError(f"{output} overlaps the source {source}: choose another directory")
     place = next(parent for parent in output.absolute().parents if parent.exists())
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
@@ -47,9 +49,9 @@ def check_output(output: Path, sources: list[Path], marker: str, overwrite: bool
 
 @contextlib.contextmanager
 def atomic_directory(output: Path) -> Iterator[Path]:
-    """A temporary directory next to `output` that takes its place when the block ends well.
+    """A temporary directory next to `output` that replaces it when the block ends without an error.
 
-    What was at `output` is removed only then; after an error nothing has changed.
+    Only then is the old content of `output` removed; after an error nothing has changed.
     """
     output = output.absolute()
     partial = output.with_name(f".{output.name}.partial")
@@ -64,15 +66,16 @@ def atomic_directory(output: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_directory_for_all(output: Path) -> Iterator[Path]:
-    """The same, one directory for the ranks of the process group, if there is one. Collective."""
+    """The same, with one directory for all ranks of the process group, if there is one.
+    Collective."""
     if world_size() == 1:
         with atomic_directory(output) as partial:
             yield partial
         return
     with contextlib.ExitStack() as main:
-        partial = [main.enter_context(atomic_directory(output)) if rank() == 0 else None]
-        dist.broadcast_object_list(partial)
-        yield partial[0]
+        box: list[Any] = [main.enter_context(atomic_directory(output)) if rank() == 0 else None]
+        dist.broadcast_object_list(box)
+        yield box[0]
         dist.barrier()
     dist.barrier()
 
@@ -87,7 +90,7 @@ def _exchange(partial: Path, output: Path) -> None:
 
 
 def copy_side_files(source: Path, destination: Path) -> None:
-    """Copies what a model directory holds beside its weights; code is left behind."""
+    """Copies all files of a model directory except weights and code."""
     destination.mkdir(parents=True, exist_ok=True)
     files = {file for pattern in _SIDE_FILES for file in source.glob(pattern)}
     files -= {file for pattern in _LEFT_BEHIND for file in source.glob(pattern)}

@@ -31,8 +31,8 @@ def exact_match(
     Raises:
         SampleError: a row has no label.
     """
-    require_labels(labels)
-    return [float(response.strip() == label.strip()) for response, label in zip(responses, labels)]
+    pairs = zip(responses, require_labels(labels))
+    return [float(response.strip() == label.strip()) for response, label in pairs]
 
 
 def reasoning_gym(
@@ -110,8 +110,7 @@ class MathVerify:
     ) -> list[float]:
         from megatron_rpp.rewards.equality import is_equal
 
-        require_golds(labels)
-        return [float(is_equal(*pair)) for pair in zip(labels, responses)]
+        return [float(is_equal(*pair)) for pair in zip(require_golds(labels), responses)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,6 +151,7 @@ class Regex:
         matches = list(re.finditer(self.pattern, response, re.DOTALL))
         if not matches or not self.equals_label:
             return bool(matches)
+        assert label is not None
         return (matches[-1][1] or "").strip() == label.strip()
 
 
@@ -185,8 +185,9 @@ class Length:
         return [min(0.0, max(-1.0, (free - length) / self.buffer_tokens)) for length in lengths]
 
 
-def require_labels(labels: list[str | None]) -> None:
-    """Raises SampleError for a row without a label."""
+def require_labels(labels: list[str | None]) -> list[str]:
+    """Returns the labels. Raises SampleError for a row without one."""
+    present = []
     for index, label in enumerate(labels):
         if label is None:
             raise SampleError(
@@ -194,14 +195,18 @@ def require_labels(labels: list[str | None]) -> None:
                 "needs a label, but this row has none: check data.label_key and the data file, or "
                 "choose another function in reward.functions",
             )
+        present.append(label)
+    return present
 
 
-def require_golds(labels: list[str | None]) -> None:
-    """Raises SampleError for a row without a label, or with one that no answer could equal."""
-    require_labels(labels)
-    for index, label in enumerate(labels):
+def require_golds(labels: list[str | None]) -> list[str]:
+    """Returns the labels. Raises SampleError for a row without one, or with one that no answer
+    could equal."""
+    present = require_labels(labels)
+    for index, label in enumerate(present):
         if problem := gold_problem(label):
             raise SampleError(index, problem)
+    return present
 
 
 def require_entry(index: int, metadata: dict[str, Any]) -> None:

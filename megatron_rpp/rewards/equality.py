@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NoReturn
+from typing import NoReturn, TypeAlias
 
 from antlr4 import CommonTokenStream, InputStream
 from antlr4.error.ErrorListener import ErrorListener
@@ -24,7 +24,7 @@ from sympy import Basic, MatrixBase, nan, zoo
 
 from megatron_rpp.rewards.answers import final_answer, marked_answer, tidy
 
-Value = Basic | MatrixBase
+Value: TypeAlias = Basic | MatrixBase
 
 _LONGEST, _DEEPEST = 500, 10
 """Most characters, and most nested brackets, of an answer that is parsed. The time of the parser

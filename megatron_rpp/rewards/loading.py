@@ -40,7 +40,7 @@ _TRUSTED = {"exact_match", "length"}
 """Built-in functions that run in the training process, because they always end. reasoning_gym is
 not among them: a few of its scorers evaluate the response as an expression."""
 
-_ROW_CHECKS: dict[str, Callable[[Any, str | None, dict[str, Any]], None]] = {
+_ROW_CHECKS: dict[str, Callable[[Any, str | None, dict[str, Any]], object]] = {
     "exact_match": lambda function, label, metadata: require_labels([label]),
     "math_verify": lambda function, label, metadata: require_golds([label]),
     "reasoning_gym": lambda function, label, metadata: require_entry(0, metadata),
@@ -138,6 +138,7 @@ def _load_file(path: Path, name: str) -> ModuleType:
     if module_name in sys.modules:
         return sys.modules[module_name]
     spec = importlib.util.spec_from_file_location(module_name, path)
+    assert spec is not None and spec.loader is not None  # the name ends in .py
     module = importlib.util.module_from_spec(spec)
     sys.modules[module_name] = module  # before execution: dataclasses look their module up there
     try:

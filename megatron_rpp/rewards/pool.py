@@ -133,6 +133,7 @@ class WorkerPool:
             self._workers[self._workers.index(worker)] = self._launch()
             work.unscored += 1
         else:
+            assert index is not None
             worker.index = None
             score, problem = answer
             if problem is None:
