@@ -46,7 +46,7 @@ class Examples(Sequence[Example]):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> Example:
+    def __getitem__(self, index: int) -> Example:  # type: ignore[override]  # takes no slices
         """Raises a ConfigError that names the place if the row is malformed."""
         if not 0 <= index < len(self):
             raise IndexError(index)
@@ -77,6 +77,7 @@ class Examples(Sequence[Example]):
         if value is None or isinstance(value, str):
             return value
         if isinstance(value, (int, float, Decimal)) and not isinstance(value, bool):
+            assert path is not None
             return self.rows.written(index, path)
         raise ConfigError(
             f"{self.rows.where(index)}: {self.label_key!r} is {kind(value)}, it must be a string, "

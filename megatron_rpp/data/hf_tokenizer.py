@@ -99,7 +99,7 @@ class HuggingFaceTokenizer:
         # in transformers 5. Older versions would make templates write the word None.
         given = [{k: v for k, v in message.items() if v is not None} for message in messages]
         try:
-            return self._tokenizer.apply_chat_template(
+            text = self._tokenizer.apply_chat_template(
                 given,
                 chat_template=self._template,
                 add_generation_prompt=generation_prompt,
@@ -110,14 +110,18 @@ class HuggingFaceTokenizer:
                 f"the chat template refuses the messages {list(messages)} ({error}): correct them, "
                 "or name another template with data.chat_template"
             ) from error
+        assert isinstance(text, str)
+        return text
 
     def _text(self, ids: list[int], keep_special: bool) -> str:
-        return self._tokenizer.decode(
+        text = self._tokenizer.decode(
             ids,
             skip_special_tokens=not keep_special,
             clean_up_tokenization_spaces=False,
             spaces_between_special_tokens=False,
         )
+        assert isinstance(text, str)
+        return text
 
     def _begin_id(self) -> int | None:
         """Begin-of-sequence, if the tokenizer itself puts it in front of a text."""

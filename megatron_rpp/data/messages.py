@@ -43,7 +43,7 @@ def _message(message: Any, where: str) -> Message:
             f"{where} is {message!r}, it must be an object with the fields 'role' and 'content'"
         )
     content = _text(message, where)
-    if message["role"] == "user" and not content.strip():
+    if message["role"] == "user" and content is not None and not content.strip():
         raise ConfigError(
             f"{where}: 'content' is {content!r}, which asks nothing: write the question"
         )

@@ -49,7 +49,7 @@ class PromptFile(Sequence[Prompt]):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> Prompt:
+    def __getitem__(self, index: int) -> Prompt:  # type: ignore[override]  # takes no slices
         example = self.examples[int(self.rows[index])]
         return Prompt(example, self.form.tokens(example.messages or example.prompt))
 
@@ -75,7 +75,7 @@ class PromptSet(Sequence[Prompt]):
     def __len__(self) -> int:
         return self._ends[-1]
 
-    def __getitem__(self, index: int) -> Prompt:
+    def __getitem__(self, index: int) -> Prompt:  # type: ignore[override]  # takes no slices
         if not 0 <= index < len(self):
             raise IndexError(index)
         part = bisect_right(self._ends, index)
@@ -204,10 +204,9 @@ def split_held_out(
     held_out = np.zeros(total, bool)
     held_out[permutation(total, seed, _HELD_OUT)[:count]] = True
     masks = np.split(held_out, list(accumulate(sizes))[:-1])
-    return tuple(
-        [part.subset(np.flatnonzero(mask == wanted)) for part, mask in zip(parts, masks)]
-        for wanted in (False, True)
-    )
+    training = [part.subset(np.flatnonzero(~mask)) for part, mask in zip(parts, masks)]
+    held = [part.subset(np.flatnonzero(mask)) for part, mask in zip(parts, masks)]
+    return training, held
 
 
 def _render(examples: Examples, row: int, example: Example, form: PromptFormat) -> Rendered:

@@ -31,6 +31,7 @@ def sft_example(prompt: Prompt, form: PromptFormat) -> SftExample:
             once others follow.
     """
     tokenizer, label = form.tokenizer, prompt.example.label
+    assert label is not None
     last = [*tokenizer.encode(label), tokenizer.eos_id]
     if len(last) == 1:
         raise ConfigError(f"the label {label!r} has no tokens: correct or remove the row")
