@@ -3,9 +3,9 @@
     python tools/convert_hf_to_megatron.py --hf-path DIR --megatron-path DIR [--overwrite]
     torchrun --nproc-per-node N tools/convert_hf_to_megatron.py ...        # shares the work
 
-Weights keep the type they are stored in. The output directory appears whole or not at all, and holds
-a manifest of checksums like a trained checkpoint. Memory holds one tensor and the mapped file that
-it is read from.
+Weights keep the type they are stored in. The output directory appears whole or not at all, and
+holds a manifest of checksums like a trained checkpoint. Memory holds one tensor and the mapped file
+that it is read from.
 """
 
 from __future__ import annotations
@@ -21,14 +21,16 @@ from megatron_rpp.lifecycle.config_error import ConfigError
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--hf-path", required=True, help="Hugging Face directory with config.json and weights")
+    parser.add_argument(
+        "--hf-path", required=True, help="Hugging Face directory with config.json and weights"
+    )
     parser.add_argument("--megatron-path", required=True, help="checkpoint directory to write")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing checkpoint")
     options = parser.parse_args(argv)
     # torch is imported only now, so that --help answers at once.
     from megatron_rpp.conversion import convert
     from megatron_rpp.parallel.ranks import joined
-    from tools.progress import counting_tensors, say, say_error
+    from tools.progress import counting_tensors, log, log_error
 
     with joined():
         try:
@@ -37,12 +39,12 @@ def main(argv: list[str] | None = None) -> int:
                 options.megatron_path,
                 options.overwrite,
                 counting=counting_tensors,
-                say=lambda note: say(f"note: {note}"),
+                log=lambda note: log(f"note: {note}"),
             )
         except ConfigError as error:
-            say_error(error)
+            log_error(error)
             return 2
-        say(f"wrote {written}")
+        log(f"wrote {written}")
     return 0
 
 

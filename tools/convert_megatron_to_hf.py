@@ -27,7 +27,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--megatron-path", required=True, help="checkpoint directory")
     parser.add_argument("--hf-path", required=True, help="Hugging Face directory to write")
     parser.add_argument("--dtype", choices=DTYPE_NAMES, help="default: the stored type")
-    parser.add_argument("--max-shard-size", default="5GB", help="largest size of one file; default: 5GB")
+    parser.add_argument(
+        "--max-shard-size", default="5GB", help="largest size of one file; default: 5GB"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing model")
     options = parser.parse_args(argv)
     # torch is imported only now, so that --help answers at once.
@@ -35,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     from megatron_rpp.conversion import convert
     from megatron_rpp.conversion.models import current
     from megatron_rpp.parallel.ranks import joined, raise_on_all_ranks
-    from tools.progress import counting_tensors, say, say_error
+    from tools.progress import counting_tensors, log, log_error
 
     with joined():
         try:
@@ -47,9 +49,9 @@ def main(argv: list[str] | None = None) -> int:
                 options.overwrite, counting_tensors,
             )  # fmt: skip
         except ConfigError as error:
-            say_error(error)
+            log_error(error)
             return 2
-        say(f"wrote {options.hf_path}")
+        log(f"wrote {options.hf_path}")
     return 0
 
 

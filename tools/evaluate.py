@@ -1,6 +1,6 @@
 """Accuracy and reward of a model on held-out prompts: a table, and JSON for other programs.
 
-    python tools/evaluate.py --config RECIPE --model.hf_path DIR [--output FILE] [--section.key value]
+    python tools/evaluate.py --config RECIPE --model.hf_path DIR [--output FILE] [...]
     torchrun --nproc-per-node N tools/evaluate.py --config RECIPE --model.init_path DIR ...
 
 Measures what train.py logs as `eval/accuracy`: greedy answers to the prompts of data.eval (or
@@ -56,8 +56,8 @@ def main(argv: list[str] | None = None) -> None:
     stage = build_start(config, inputs.vocab_size).requires_grad_(False)
     engine = MegatronEngine(stage, inputs.tokenizer, config.rollout.max_batch)
     result = evaluate(
-        engine, inputs.held_out, inputs.rewards, inputs.response_form, inputs.greedy,
-        config.evaluation.samples,
+        engine, inputs.held_out, inputs.rewards, form=inputs.response_form,
+        sampling=inputs.greedy, shown=config.evaluation.samples,
     )  # fmt: skip
     if groups.is_main():
         report(result, options.output)

@@ -3,9 +3,9 @@
     python tools/generate.py --model.hf_path DIR --prompt "..." [--section.key value ...]
     torchrun --nproc-per-node N tools/generate.py --model.init_path DIR --file prompts.txt ...
 
-Prompts come from --prompt, which may be given more than once, or from --file, one per line in UTF-8.
-Each is checked before the model is built: it must have tokens, and fit into the context together
-with rollout.max_new_tokens. The settings are those of train.py, for example
+Prompts come from --prompt, which may be given more than once, or from --file, one per line in
+UTF-8. Each is checked before the model is built: it must have tokens, and fit into the context
+together with rollout.max_new_tokens. The settings are those of train.py, for example
 `--data.apply_chat_template true`, `--rollout.max_new_tokens N`, `--rollout.top_p P` and
 `--parallel.tensor N`. Prints one JSON line per prompt: prompt, response, tokens, truncated. Left
 out: streaming, a server.
@@ -109,7 +109,7 @@ def generate(
     engine = MegatronEngine(stage.requires_grad_(False), tokenizer, config.rollout.max_batch)
     local = shard(len(prompts), groups.data_rank(), groups.data_size())
     requests = [Request(prompts[i], sample_id=i) for i in local]
-    generations = engine.generate(requests, sampling, config.seed, step=0)
+    generations = engine.generate(requests, sampling, seed=config.seed, step=0)
     parts = groups.gather_objects(generations, groups.data_group())
     return [generation for part in parts for generation in part]
 

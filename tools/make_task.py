@@ -88,7 +88,8 @@ def output_paths(data: DataConfig) -> tuple[tuple[Path, ...], Path]:
 
 
 def settings_of(config: Config, folder: Path) -> dict[str, Any]:
-    """All that the files depend on, as JSON; paths are relative to ``folder``, so it can be moved."""
+    """All that the files depend on, as JSON; paths are relative to ``folder``, so it can be
+    moved."""
     data = {key: getattr(config.data, key) for key in ("prompt_key", "label_key")}
     for key in ("train", "eval", "tokenizer"):
         data[key] = os.path.relpath(getattr(config.data, key), folder)
@@ -121,8 +122,8 @@ def replace(
 ) -> None:
     """Writes the files and their settings over what is there.
 
-    Removes the old files first, then writes the settings, then the new files. So after a kill at any
-    point, every file was made with the settings next to it.
+    Removes the old files first, then writes the settings, then the new files. So after a kill at
+    any point, every file was made with the settings next to it.
     """
     for path in paths:
         path.unlink(missing_ok=True)
@@ -160,8 +161,11 @@ def difference(found: dict[str, Any] | None, wanted: dict[str, Any]) -> str:
 
 def flat(settings: dict[str, Any]) -> dict[str, Any]:
     """Two levels of settings as ``section.key``."""
-    return {f"{name}.{key}": value for name, section in settings.items()
-            for key, value in section.items()}
+    return {
+        f"{name}.{key}": value
+        for name, section in settings.items()
+        for key, value in section.items()
+    }
 
 
 def make(config: Config) -> tuple[bytes, ...]:

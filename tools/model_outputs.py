@@ -185,9 +185,12 @@ def vllm_answer(python: str, path: str, vocab_size: int, dtype: str) -> list[int
         answer, log = Path(folder) / "answer.json", Path(folder) / "log"
         words = json.dumps(asked | {"answer": str(answer)})
         command = [python, str(Path(__file__).with_name("vllm_answer.py")), words]
-        with log.open("w") as output, subprocess.Popen(
-            command, stdout=output, stderr=output, start_new_session=True
-        ) as process:
+        with (
+            log.open("w") as output,
+            subprocess.Popen(
+                command, stdout=output, stderr=output, start_new_session=True
+            ) as process,
+        ):
             try:
                 code = process.wait(VLLM_SECONDS)
             except subprocess.TimeoutExpired:

@@ -6,9 +6,9 @@
 Names and bits: every tensor has its counterpart on the other side, and the two are equal bit for
 bit, both in Megatron's form and in Hugging Face's. Logits: the checkpoint, on tp × pp ranks that
 this program starts, and transformers compute logits for the same random tokens; they may differ by
-1e-5 (fp32) or 5e-2 (bf16) of the largest logit. Answers: 64 greedy tokens, which must be the same in
-fp32; in bf16 they are only shown, because rounding decides near-ties. Prints a table and a verdict.
-The exit code is 0 only if everything agrees.
+1e-5 (fp32) or 5e-2 (bf16) of the largest logit. Answers: 64 greedy tokens, which must be the same
+in fp32; in bf16 they are only shown, because rounding decides near-ties. Prints a table and a
+verdict. The exit code is 0 only if everything agrees.
 
 --vllm also compares the answer of vLLM, run on the Hugging Face directory by the given interpreter.
 vLLM pins its own torch and transformers, so it needs its own environment. Without a GPU:
@@ -44,9 +44,20 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--megatron-path", required=True, help="checkpoint directory")
     parser.add_argument("--tp", type=int, default=1, help="tensor-parallel size")
     parser.add_argument("--pp", type=int, default=1, help="pipeline-parallel size")
-    parser.add_argument("--dtype", choices=TOLERANCES, default="fp32", help="precision of the computation; default: fp32")
-    parser.add_argument("--tolerance", type=float, help="largest difference of logits, as a share of the largest logit")
-    parser.add_argument("--vllm", metavar="PYTHON", help="also compare with the vLLM of this interpreter")
+    parser.add_argument(
+        "--dtype",
+        choices=TOLERANCES,
+        default="fp32",
+        help="precision of the computation; default: fp32",
+    )
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        help="largest difference of logits, as a share of the largest logit",
+    )
+    parser.add_argument(
+        "--vllm", metavar="PYTHON", help="also compare with the vLLM of this interpreter"
+    )
     options = parser.parse_args(argv)
     if options.vllm and not has_vllm(options.vllm):
         parser.error(f"--vllm {options.vllm}: no Python that has vLLM; see the head of this file")

@@ -2,7 +2,8 @@
 
 1e-4 is a number, as in YAML 1.2 (PyYAML follows YAML 1.1 and reads a string). A key that appears
 twice in one mapping is an error (PyYAML keeps the last). ``read_yaml`` reads back what
-``dump_yaml`` writes."""
+``dump_yaml`` writes.
+"""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Whole models from Hugging Face to Megatron and back, a tensor at a time, on CPUs alone.
+"""Converts whole models from Hugging Face to Megatron and back, a tensor at a time, on CPUs alone.
 
-A Megatron directory made here keeps what the weights do not say in its folder `hf`: config.json,
-tokenizer, chat template, generation settings. It loads on any tensor × pipeline layout, and is
-sealed like a trained one. Ranks of a process group share the tensors, or the files, between them;
-a refusal is the same on every one of them.
+A Megatron directory made here has a folder `hf` for what the weights do not contain: config.json,
+tokenizer, chat template, generation settings. It loads on any tensor × pipeline layout and has a
+manifest like a trained checkpoint. The ranks of a process group share the tensors, or the files;
+all of them raise the same ConfigError.
 
 Left out: optimizer states; casting on the way in (a weight keeps the type it is stored in).
 """
@@ -22,7 +22,7 @@ from megatron_rpp.checkpoint import manifest
 from megatron_rpp.checkpoint.store import POINTER
 from megatron_rpp.config.infer_settings import HF_FOLDER
 from megatron_rpp.conversion import DTYPE_NAMES, dist_checkpoint
-from megatron_rpp.conversion.models import HfModel, MegatronModel, Progress
+from megatron_rpp.conversion.models import Advance, HfModel, MegatronModel
 from megatron_rpp.conversion.output_dir import (
     atomic_directory,
     atomic_directory_for_all,
@@ -37,17 +37,17 @@ from megatron_rpp.parallel.ranks import raise_on_all_ranks, rank, world_size
 
 RELEASE = "release"
 DTYPES = dict(zip(DTYPE_NAMES, (torch.float32, torch.bfloat16, torch.float16), strict=True))
-Counting = Callable[[int], AbstractContextManager[Progress]]
-"""Gives the progress of a number of tensors."""
+Counting = Callable[[int], AbstractContextManager[Advance]]
+"""Number of tensors -> a context that counts them, for a progress bar."""
 
 
-def uncounted(total: int) -> AbstractContextManager[Progress]:
-    """Tells nobody."""
+def uncounted(total: int) -> AbstractContextManager[Advance]:
+    """Shows no progress."""
     return nullcontext(lambda done: None)
 
 
-def unsaid(note: str) -> None:
-    """Tells nobody."""
+def unlogged(note: str) -> None:
+    """Drops a note."""
 
 
 def to_megatron(
@@ -56,23 +56,25 @@ def to_megatron(
     overwrite: bool = False,
     *,
     counting: Counting = uncounted,
-    say: Callable[[str], None] = unsaid,
+    log: Callable[[str], None] = unlogged,
 ) -> Path:
-    """Writes the checkpoint `megatron_path/release`; collective where there is a process group.
+    """Writes the checkpoint `megatron_path/release`. Collective if there is a process group.
 
-    say: told what is done otherwise than the user may expect (source.py).
+    Args:
+        counting: opens a progress bar.
+        log: called with each note about what may differ from what the user expects (source.py).
 
-    Raises ConfigError, before anything is written, where the source cannot be converted or the
-    output may not be written.
+    Raises ConfigError, before anything is written, if the source cannot be converted or the output
+    must not be written.
     """
     source, output = raise_on_all_ranks(lambda: HfModel(hf_path)), Path(megatron_path)
     raise_on_all_ranks(lambda: check_output(output, [source.directory], POINTER, overwrite))
     for note in source.notes:
-        say(note)
-    own = source.rows[rank() :: world_size()]
+        log(note)
+    rows = source.rows[rank() :: world_size()]
     common = {"architecture": source.settings, "iteration": 0, "checkpoint_version": 3.0}
-    with atomic_directory_for_all(output) as partial, counting(len(own)) as progress:
-        entries = [source.entry(row, progress) for row in own]
+    with atomic_directory_for_all(output) as partial, counting(len(rows)) as advance:
+        entries = [source.entry(row, advance) for row in rows]
         dist_checkpoint.write(partial / RELEASE, entries, common)
         manifest.seal(partial / RELEASE, {"step": 0})
         if rank() == 0:
@@ -83,11 +85,11 @@ def to_megatron(
 
 @dataclass(frozen=True)
 class _Export:
-    """A checkpoint on its way to a Hugging Face directory: what goes into which file."""
+    """The plan of an export to a Hugging Face directory: which tensor goes into which file."""
 
     model: MegatronModel
     kinds: dict[str, torch.dtype]
-    """The type of each row's tensors in the files, by its name in Megatron."""
+    """The type of the tensors of each row in the files, by the name of the row in Megatron."""
     sizes: dict[str, int]
     """Bytes of each tensor in the files, in order."""
     files: list[list[str]]
@@ -96,8 +98,8 @@ class _Export:
     @classmethod
     def of(
         cls, path: str | Path, output: Path, dtype: str | None, max_shard_size: str, overwrite: bool
-    ) -> "_Export":
-        """Raises ConfigError where there is nothing to convert, or `output` may not be written."""
+    ) -> _Export:
+        """Raises ConfigError if there is nothing to convert or `output` must not be written."""
         limit = safetensors_out.parse_size(max_shard_size)
         model = MegatronModel.open(path)
         check_output(output, [Path(path)], CONFIG, overwrite)
@@ -112,13 +114,14 @@ class _Export:
         return cls(model, kinds, sizes, safetensors_out.plan(sizes, limit))
 
     def write(self, directory: Path, rank: int, ranks: int, counting: Counting) -> None:
-        """This rank's files, and on the first rank what goes with them."""
-        with counting(sum(map(len, self.files[rank::ranks]))) as progress:
+        """Writes the files of this rank, and on the first rank also the index and the side
+        files."""
+        with counting(sum(map(len, self.files[rank::ranks]))) as advance:
             for number in range(rank, len(self.files), ranks):
                 names = self.files[number]
                 file = directory / safetensors_out.file_name(number, len(self.files))
                 safetensors_out.write(file, dict(self._tensors(names)))
-                progress(len(names))
+                advance(len(names))
         if rank == 0:
             safetensors_out.write_index(directory, self.files, sum(self.sizes.values()))
             _write_side_files(self.model, directory, self.kinds)
@@ -141,21 +144,25 @@ def to_hf(
 ) -> None:
     """Writes the Hugging Face directory `hf_path`: weights, config.json, tokenizer, template.
 
-    Collective where there is a process group: its ranks share the files.
+    Collective if there is a process group: its ranks share the files.
 
     Args:
         dtype: fp32, bf16 or fp16; None keeps the stored type.
-    Raises ConfigError, before anything is written, where the source cannot be converted or the
-    output may not be written.
+
+    Raises ConfigError, before anything is written, if the source cannot be converted or the output
+    must not be written.
     """
     output = Path(hf_path)
-    export = raise_on_all_ranks(lambda: _Export.of(megatron_path, output, dtype, max_shard_size, overwrite))
+    export = raise_on_all_ranks(
+        lambda: _Export.of(megatron_path, output, dtype, max_shard_size, overwrite)
+    )
     with atomic_directory_for_all(output) as partial:
         export.write(partial, rank(), world_size(), counting)
 
 
 def to_hf_alone(megatron_path: str | Path, hf_path: str | Path) -> None:
-    """As `to_hf` with its defaults, over an older export, by this rank without the others."""
+    """Does the same as `to_hf` on this rank alone, with its defaults, and replaces an older
+    export."""
     output = Path(hf_path)
     export = _Export.of(megatron_path, output, None, "5GB", overwrite=True)
     with atomic_directory(output) as partial:
@@ -163,13 +170,14 @@ def to_hf_alone(megatron_path: str | Path, hf_path: str | Path) -> None:
 
 
 def _write_side_files(model: MegatronModel, output: Path, kinds: dict[str, torch.dtype]) -> None:
-    """Tokenizer and settings as they came; config.json with the type of the weights."""
+    """Copies tokenizer and settings as they are, and sets the type of the weights in
+    config.json."""
     if model.side_files is None:
         content = config_json(model.settings)
     else:
         copy_side_files(model.side_files, output)
         content = read_json(output / CONFIG)
-    # transformers prefers `dtype` where both are there.
+    # If both keys are present, transformers prefers `dtype`.
     for key in content.keys() & {"dtype", "torch_dtype"} or {"dtype"}:
         content[key] = str(kinds[EMBEDDING]).removeprefix("torch.")
     (output / CONFIG).write_text(json.dumps(content, indent=2) + "\n")

@@ -1,5 +1,7 @@
-"""A model as either side stores it, checked against the table of its architecture and read a tensor
-at a time in the form of the other."""
+"""A model as either side stores it, checked against the table of its architecture.
+
+Tensors are read one at a time, in the form of the other side.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +20,8 @@ from megatron_rpp.hf.families import EMBEDDING, OUTPUT, Row, rows_of
 from megatron_rpp.hf.source import check_source
 from megatron_rpp.lifecycle.config_error import ConfigError, reading
 
-Progress = Callable[[int], None]
-"""Is told how many more tensors are done."""
+Advance = Callable[[int], None]
+"""Called with the number of tensors that are done since the last call."""
 _GIVE = "give the directory of a run or of a converted model"
 
 
@@ -27,7 +29,7 @@ class HfModel:
     """A Hugging Face directory, checked against the table of its architecture."""
 
     def __init__(self, directory: str | Path):
-        """Raises ConfigError where it cannot be converted as it is (source.py)."""
+        """Raises ConfigError if it cannot be converted as it is (source.py)."""
         source = check_source(directory)
         self.settings, self.rows, self.weights = source.settings, source.rows, source.weights
         self.notes = source.notes
@@ -36,12 +38,12 @@ class HfModel:
         self._check_stacks()
 
     def read(self, row: Row) -> torch.Tensor:
-        """Megatron's whole tensor of `row`, the vocabulary not padded."""
+        """Megatron's whole tensor of `row`, without padding of the vocabulary."""
         parts = [self.weights.read(name) for name in row.hf]
         return row.merge(parts, self.settings["head_dim"])
 
     def _dtype(self, row: Row) -> torch.dtype:
-        """Raises ConfigError where the sources of a row differ."""
+        """The type of a row. Raises ConfigError if its sources have different types."""
         kinds = {self.weights.dtypes[name] for name in row.hf}
         if len(kinds) > 1:
             raise ConfigError(
@@ -51,7 +53,7 @@ class HfModel:
         return kinds.pop()
 
     def _check_stacks(self) -> None:
-        """The layers of a stacked tensor have one type, the one that its metadata names."""
+        """Raises ConfigError unless all layers of a stacked tensor have the same type."""
         first: dict[str, Row] = {}
         for row in self.rows:
             other = first.setdefault(self._place(row).key, row)
@@ -64,7 +66,8 @@ class HfModel:
     def _place(self, row: Row) -> Place:
         return place_of(row.megatron, row.whole_size(self.settings), self.settings["layers"])
 
-    def entry(self, row: Row, progress: Progress) -> Entry:
+    def entry(self, row: Row, advance: Advance) -> Entry:
+        """The entry of a checkpoint for `row`. `advance` is called when it is read."""
         shape, place = row.whole_size(self.settings), self._place(row)
 
         def read() -> torch.Tensor:
@@ -72,7 +75,7 @@ class HfModel:
             if row.megatron in (EMBEDDING, OUTPUT):
                 padding = place.shape[0] - shape[0]
                 whole = torch.nn.functional.pad(whole, (0, 0, 0, padding))
-            progress(1)
+            advance(1)
             return whole
 
         return Entry(place, self.dtypes[row.megatron], read)
@@ -89,19 +92,19 @@ def current(path: str | Path) -> Path:
 
 @dataclass(frozen=True)
 class MegatronModel:
-    """A checkpoint, and what is known of its architecture."""
+    """A Megatron checkpoint and its architecture."""
 
     checkpoint: Checkpoint
     settings: dict[str, Any]
     rows: list[Row]
     side_files: Path | None
-    """The folder with config.json and tokenizer; None for a model that came from no file."""
+    """The folder with config.json and tokenizer; None if the model did not come from a file."""
 
     @classmethod
-    def open(cls, path: str | Path) -> "MegatronModel":
+    def open(cls, path: str | Path) -> MegatronModel:
         """The model of a checkpoint, or of the newest one in a directory.
 
-        Raises ConfigError where it is no whole checkpoint, or of unknown architecture.
+        Raises ConfigError if it is not a complete checkpoint or its architecture is unknown.
         """
         path = Path(path).absolute()
         with reading(f"{path}", _GIVE):
@@ -124,13 +127,13 @@ class MegatronModel:
         return model
 
     def check(self) -> None:
-        """Every tensor has a row, every row its tensor, in the shape of the architecture."""
+        """Raises ConfigError unless rows and tensors match each other and the shapes are right."""
         found = self.checkpoint.tensors
         places = {row.megatron: self.place(row) for row in self.rows}
         needed = {place.key for place in places.values()}
         wrong = {
             "lacks": needed - found.keys(),
-            "has besides": found.keys() - needed,
+            "also has": found.keys() - needed,
             "has in another shape": {
                 place.key for place in places.values() if not self._holds(place)
             },
@@ -145,19 +148,19 @@ class MegatronModel:
     def _holds(self, place: Place) -> bool:
         entry = self.checkpoint.tensors.get(place.key)
         if entry is None:
-            return True  # named as lacking
-        if place.key in (EMBEDDING, OUTPUT):  # any padding
+            return True  # already reported as lacking
+        if place.key in (EMBEDDING, OUTPUT):  # with any padding
             return entry.size[0] >= place.shape[0] and entry.size[1:] == place.shape[1:]
         return tuple(entry.size) == place.global_shape
 
     def place(self, row: Row) -> Place:
-        """The place of a row's tensor, without the rows that pad the vocabulary."""
+        """The place of the tensor of a row, without the padding of the vocabulary."""
         shape = row.whole_size(self.settings)
         place = place_of(row.megatron, shape, self.settings["layers"])
         return replace(place, shape=shape) if row.megatron in (EMBEDDING, OUTPUT) else place
 
     def read(self, row: Row) -> torch.Tensor:
-        """Megatron's whole tensor of `row`, the vocabulary not padded."""
+        """Megatron's whole tensor of `row`, without padding of the vocabulary."""
         return self.checkpoint.read(self.place(row))
 
     def split(self, row: Row) -> list[torch.Tensor]:

@@ -1,7 +1,8 @@
 """JSON Lines files. Memory holds only the positions of the lines.
 
 The library `datasets` is not used for them. It infers one schema for all rows, so it fails on
-labels of mixed types, adds the metadata keys of one row to all others, and reformats numbers."""
+labels of mixed types, adds the metadata keys of one row to all others, and reformats numbers.
+"""
 
 from __future__ import annotations
 

@@ -3,7 +3,8 @@
 The key holds everything that the pass depends on, so an entry is never out of date. The ranks of a
 node take turns with a lock: the first one does the pass, the others read its result. A data set
 with an error leaves no entry. If the cache cannot be used (a directory of another user, a full
-disk), the run logs it and works without the cache."""
+disk), the run logs it and works without the cache.
+"""
 
 from __future__ import annotations
 

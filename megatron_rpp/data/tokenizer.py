@@ -3,7 +3,8 @@
 SFT and rollout encode prompt and response separately. So the tokenizers trained here add no space
 in front and change no character: ``decode(encode(x)) == x`` for the text they were trained on.
 Hugging Face tokenizers are in hf_tokenizer.py. Left out: chat templates for SentencePiece models;
-byte fallback in the tokenizers trained here, as it would take 256 pieces of a tiny vocabulary."""
+byte fallback in the tokenizers trained here, as it would take 256 pieces of a tiny vocabulary.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hugging Face models in and out: which tensor is which, config.json, streamed safetensors.
+"""Hugging Face models in and out: the table of tensors, config.json, streamed safetensors.
 
-Nothing here imports Megatron or transformers. `families.py` is the table to extend.
+Nothing here imports Megatron or transformers. To add a model family, extend `families.py`.
 """

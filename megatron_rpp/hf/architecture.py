@@ -1,9 +1,9 @@
-"""config.json of Hugging Face, read into the settings of ModelConfig and written from them.
+"""Reads config.json of Hugging Face into the settings of ModelConfig, and writes it from them.
 
-What would make another function of the same weights (another activation, biases that the families
-do not have, other rope scalings, quantised weights) is refused by name, never ignored. A key that
-is absent means what the family's configuration class in transformers takes; the sizes must be
-there.
+A key that would make the same weights another function (another activation, biases that the family
+does not have, other rope scalings, quantised weights) is an error that names the key. It is never
+ignored. An absent key has the default of the family's configuration class in transformers; the
+sizes must be present.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from megatron_rpp.lifecycle.config_error import ConfigError
 CONFIG = "config.json"
 ADAPTER = "adapter_config.json"
 _MOST_LAYERS = 10_000
-_NORM_EPS = 1e-6  # Of every configuration class in FAMILIES.
-# Keys that must have one of these values, or be absent.
-_ONLY = {
-    "hidden_act": ("silu", "swish"),  # two names of one function
+_NORM_EPS = 1e-6  # The default of every configuration class in FAMILIES.
+# Keys that must be absent or have one of these values.
+_ONLY: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu", "swish"),  # two names for the same function
     "attention_bias": (False,),
     "mlp_bias": (False,),
     "quantization_config": (None,),
@@ -39,27 +39,27 @@ _ONLY = {
     "pruned_heads": (None, {}),
     "fusion_config": (None,),
 }
-# Keys by which transformers reads other files than those read here.
+# Keys that make transformers read files that are not read here.
 _ELSEWHERE = ("transformers_weights", "configuration_files")
 
 
 @dataclass(frozen=True)
 class _Class:
-    """What a family's configuration class in transformers does; the same in 4.57 and 5."""
+    """What the configuration class of a family does in transformers; the same in 4.57 and 5."""
 
     kv_heads: int | None
-    """Where config.json does not say; None: as many as query heads."""
+    """Default of num_key_value_heads; None = as many as query heads."""
     head_dim: int | None = None
-    """The same; None: hidden / heads."""
+    """Default of head_dim; None = hidden / heads."""
     head_dim_null: bool = False
-    """Whether null stands for the default."""
+    """Whether null in head_dim means the default."""
     windows: bool = False
-    """Whether sliding_window counts without use_sliding_window. The class of Llama does not know
-    it, but the key-value cache of transformers does."""
+    """Whether sliding_window applies without use_sliding_window. Llama's class does not know the
+    key, but the key-value cache of transformers does."""
     window: int | None = None
-    """sliding_window where config.json does not say."""
+    """Default of sliding_window."""
     ignores: tuple[str, ...] = ()
-    """Keys of _ONLY that are without effect."""
+    """Keys of _ONLY that have no effect in this family."""
 
 
 _CLASSES = {
@@ -72,22 +72,23 @@ _CLASSES = {
 
 @dataclass(frozen=True)
 class HfArchitecture:
-    """What config.json says of a model."""
+    """What config.json says about a model."""
 
     name: str
     """The architecture, a key of families.FAMILIES."""
     settings: dict[str, Any]
-    """As ModelConfig.architecture gives it; max_length is the longest context, in tokens, in which
-    the model is what config.json describes."""
+    """The same settings as ModelConfig.architecture. max_length is the longest context, in tokens,
+    in which the model is what config.json describes."""
     dtype: str | None
-    """The type that transformers 5 casts the weights to as it loads them; here they keep theirs."""
+    """The type to which transformers 5 casts the weights as it loads them. Here they keep
+    theirs."""
 
 
 def read_architecture(directory: str | Path) -> HfArchitecture:
     """The architecture of a Hugging Face model directory.
 
-    Raises ConfigError for an unknown architecture, a feature that would be lost, or a value that
-    makes no model, by its name.
+    Raises a ConfigError that names the key for an unknown architecture, a feature that would be
+    lost, or an impossible value.
     """
     folder = Path(directory).absolute()
     if not is_file(folder / CONFIG):
@@ -115,12 +116,13 @@ def _instead(folder: Path) -> str:
     if is_file(folder / ADAPTER):
         return f"it holds an adapter ({ADAPTER}): merge it into its model and give that directory"
     if (folder / CONFIG).is_symlink():
-        return f"{CONFIG} is a link to nothing: fetch the model again"
+        return f"{CONFIG} is a broken link: fetch the model again"
     return "give the directory of a Hugging Face model"
 
 
 def _name(config: JsonObject) -> str:
-    """The architecture. transformers goes by model_type, vLLM by architectures: they must agree."""
+    """The architecture. transformers reads model_type and vLLM architectures, so they must
+    agree."""
     names, kind = config.get("architectures") or [], config.get("model_type")
     if not isinstance(names, list) or not all(type(name) is str for name in names):
         config.refuse("architectures", f"must be a list of names, got {shown(names)}")
@@ -207,7 +209,8 @@ def _head_dim(family: _Class, config: JsonObject, hidden: int, heads: int) -> in
 
 
 def _context(family: _Class, config: JsonObject) -> int:
-    """Tokens. A sliding window that is never left is no window (Mistral 7B v0.1)."""
+    """The context in tokens. Within its window, a sliding window has no effect (Mistral 7B
+    v0.1)."""
     positions = config.integer("max_position_embeddings")
     if not family.windows or config.get("sliding_window", family.window) is None:
         return positions
@@ -215,7 +218,7 @@ def _context(family: _Class, config: JsonObject) -> int:
 
 
 def _check_layer_types(name: str, config: JsonObject, layers: int) -> None:
-    """All layers attend to everything."""
+    """Raises ConfigError unless all layers have full attention."""
     if "layer_types" not in config:
         return
     if name == "MistralForCausalLM":
@@ -229,7 +232,7 @@ def _check_layer_types(name: str, config: JsonObject, layers: int) -> None:
 
 
 def family_of(settings: dict[str, Any]) -> str:
-    """The architecture that has exactly these features, for a model that came from no file."""
+    """The architecture with exactly these features, for a model that did not come from a file."""
     features = settings["qkv_bias"], settings["qk_norm"]
     names = {
         (False, False): "LlamaForCausalLM",
@@ -245,7 +248,7 @@ def family_of(settings: dict[str, Any]) -> str:
 
 
 def config_json(settings: dict[str, Any]) -> dict[str, Any]:
-    """The content of config.json for a model that came from no file."""
+    """The content of config.json for a model that did not come from a file."""
     name = family_of(settings)
     return rope_json(settings) | {
         "architectures": [name],

@@ -1,17 +1,17 @@
-"""Which Hugging Face tensors make which of Megatron's, by architecture.
+"""The table of tensors: which Hugging Face tensors make up which of Megatron's, by architecture.
 
-To add a family whose blocks are those of a decoder with RMSNorm, rotary positions and SwiGLU, add a
-line to FAMILIES: the name in config.json's `architectures`, and rows; and what its configuration
-class takes for absent keys to architecture.py. A row names one of Megatron's parameters and the
-tensors it is made of; `{layer}` stands for the layer's number in the whole model. How they are put
-together is one of three kinds:
+To add a family of decoders with RMSNorm, rotary positions and SwiGLU, add a line to FAMILIES: the
+name in `architectures` of config.json, and its rows. Then add the defaults of its configuration
+class to architecture.py. A row names one of Megatron's parameters and the tensors it is made of;
+`{layer}` stands for the number of the layer in the whole model. There are three ways to combine
+them:
 
     COPY      the tensor itself
     QKV       queries, keys and values interleaved by key-value head: [q.. k v] per head
-    GATE_UP   the gate above the up projection
+    GATE_UP   the gate projection above the up projection
 
-A tensor-parallel rank's part of the result is made of the same part of each source, in all three.
-Behind each source stands its shape:
+In all three, the part of a tensor-parallel rank is made of the same part of each source. Each
+source is followed by its shape:
 
     v vocabulary · h hidden · f feed-forward · d head · q all query heads · k all key-value heads
 
@@ -34,7 +34,7 @@ Kind = Literal["COPY", "QKV", "GATE_UP"]
 
 @dataclass(frozen=True)
 class Row:
-    """One of Megatron's parameters and the Hugging Face tensors that it holds."""
+    """One of Megatron's parameters and the Hugging Face tensors that it is made of."""
 
     megatron: str
     hf: tuple[str, ...]
@@ -42,7 +42,7 @@ class Row:
     kind: Kind = "COPY"
 
     @classmethod
-    def made_of(cls, megatron: str, *sources: str, kind: Kind = "COPY") -> "Row":
+    def made_of(cls, megatron: str, *sources: str, kind: Kind = "COPY") -> Row:
         """A row from sources written as "name [shape]"."""
         names, shapes = zip(*(source.rstrip("]").split(" [") for source in sources))
         return cls(megatron, names, shapes, kind)
@@ -51,7 +51,7 @@ class Row:
     def per_layer(self) -> bool:
         return "{layer}" in self.megatron
 
-    def of_layer(self, layer: int) -> "Row":
+    def of_layer(self, layer: int) -> Row:
         """The row with its names filled in."""
         names = tuple(name.format(layer=layer) for name in self.hf)
         return Row(self.megatron.format(layer=layer), names, self.shapes, self.kind)
@@ -69,12 +69,12 @@ class Row:
         return [tuple(size[letter] for letter in shape.split()) for shape in self.shapes]
 
     def whole_size(self, settings: dict[str, Any]) -> tuple[int, ...]:
-        """The shape of Megatron's tensor: the sources on top of each other."""
+        """The shape of Megatron's tensor: the sources stacked along the first dimension."""
         sizes = self.sizes(settings)
         return (sum(size[0] for size in sizes), *sizes[0][1:])
 
     def merge(self, parts: list[torch.Tensor], head_dim: int) -> torch.Tensor:
-        """Megatron's tensor from `parts`, the tensors of `hf` or one rank's part of each."""
+        """Megatron's tensor, made from `parts`: the tensors of `hf`, or one rank's part of each."""
         if self.kind == "COPY":
             return parts[0]
         if self.kind == "GATE_UP":
@@ -83,7 +83,7 @@ class Row:
         return torch.cat([part.unflatten(0, (groups, -1)) for part in parts], 1).flatten(0, 1)
 
     def split(self, whole: torch.Tensor, heads: int, kv_heads: int) -> list[torch.Tensor]:
-        """The tensors of `hf` from Megatron's whole one; the inverse of `merge`."""
+        """The tensors of `hf`, made from Megatron's whole tensor; the inverse of `merge`."""
         if self.kind == "COPY":
             return [whole]
         if self.kind == "GATE_UP":
@@ -99,8 +99,8 @@ OUTPUT = "output_layer.weight"
 
 
 def _layer(megatron: str, *sources: str, kind: Kind = "COPY") -> Row:
-    sources = (f"model.layers.{{layer}}.{source}" for source in sources)
-    return Row.made_of(f"decoder.layers.{{layer}}.{megatron}", *sources, kind=kind)
+    names = (f"model.layers.{{layer}}.{source}" for source in sources)
+    return Row.made_of(f"decoder.layers.{{layer}}.{megatron}", *names, kind=kind)
 
 
 _LLAMA = (
@@ -147,18 +147,18 @@ FAMILIES: dict[str, tuple[Row, ...]] = {
     "Qwen3ForCausalLM": (*_LLAMA, *_QK_NORM),
 }
 
-# The names above are those of TransformerEngine's fused modules; Megatron's own modules keep the
-# norms apart, but write checkpoints under the fused names too. Either is read.
+# The names above are those of TransformerEngine's fused modules. Megatron's own modules keep the
+# norms separate, but may write checkpoints with the fused names. Both are read.
 _LOCAL_NAMES = {
     "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
     "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
 }
-# Buffers that old Llama files hold; they follow from config.json.
+# Buffers in old Llama files, which follow from config.json.
 IGNORED = ("rotary_emb.inv_freq",)
 
 
 def canonical(name: str) -> str:
-    """A parameter's name in a checkpoint and in the table, under either naming of the norms."""
+    """The name of a parameter in the table, given either of its names in a checkpoint."""
     for local, fused in _LOCAL_NAMES.items():
         if name.endswith(local):
             return name.removesuffix(local) + fused
@@ -166,7 +166,7 @@ def canonical(name: str) -> str:
 
 
 def rows_of(architecture: str, settings: dict[str, Any]) -> list[Row]:
-    """Every row of a whole model of these settings, layer numbers filled in."""
+    """All rows of a model with these settings, with layer numbers filled in."""
     rows: list[Row] = []
     for row in FAMILIES[architecture]:
         if row.per_layer:
@@ -182,9 +182,9 @@ def check_tensors(
     shapes: Mapping[str, tuple[int, ...]],
     directory: str | Path,
 ) -> None:
-    """Raises ConfigError where a tensor is missing, of another shape, or belongs to no row.
+    """Raises ConfigError if a tensor is missing, has another shape, or belongs to no row.
 
-    Where embeddings are tied the output projection may be stored too, and is not read.
+    If embeddings are tied, the output projection may be stored too. It is not read.
     """
     needed = {name: size for row in rows for name, size in zip(row.hf, row.sizes(settings))}
     there = {name for name in shapes if not name.endswith(IGNORED)}
@@ -192,7 +192,7 @@ def check_tensors(
         there.discard("lm_head.weight")
     for problem, wrong in (
         ("lacks", needed.keys() - there),
-        ("has besides", there - needed.keys()),
+        ("also has", there - needed.keys()),
         ("has in another shape", {n for n in there & needed.keys() if shapes[n] != needed[n]}),
     ):
         if wrong:
@@ -207,7 +207,7 @@ def check_tensors(
 def _explanation(needed: Collection[str], there: Collection[str]) -> str:
     if any(f"model.{name}" in needed for name in there):
         return (
-            "the names have no 'model.' in front, as where a model is saved without its head: load "
-            "it with AutoModelForCausalLM and save it with save_pretrained"
+            "the names do not begin with 'model.', as in a model that was saved without its head: "
+            "load it with AutoModelForCausalLM and save it with save_pretrained"
         )
     return "the files or config.json are of another model"

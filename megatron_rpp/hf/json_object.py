@@ -1,6 +1,6 @@
-"""JSON files that the user gave, and their values, checked one by one.
+"""JSON files of the user, with values that are checked one by one.
 
-A value of the wrong kind is refused with its file and key; nothing is converted or guessed.
+A value of the wrong type is an error that names file and key. Nothing is converted or guessed.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from typing import Any, NoReturn
 
 from megatron_rpp.lifecycle.config_error import ConfigError, reading
 
-_LARGEST = 2**31 - 1  # No size, and no length of a context, is above it.
+_LARGEST = 2**31 - 1  # No size and no context length is larger.
 
 
 REQUIRED = object()
-"""Stands for a default where the key may not be absent."""
+"""Stands for the default of a key that must be present."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Raises ConfigError where `path` is not a JSON object."""
+    """The JSON object in a file. Raises ConfigError if it holds anything else."""
     with reading(f"{path}", "fetch or write it again"):
         content = json.loads(path.read_bytes())
     if not isinstance(content, dict):
@@ -32,22 +32,22 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def is_file(path: Path) -> bool:
-    """Whether there is such a file; raises ConfigError where that cannot be told."""
+    """Whether there is such a file. Raises ConfigError if the file system does not tell."""
     with reading(f"{path}", "correct the path, or its permissions"):
         return path.is_file()
 
 
 @dataclass(frozen=True)
 class JsonObject:
-    """A JSON object of a file: the whole content, or one that stands in it."""
+    """A JSON object in a file: the whole content, or an object nested in it."""
 
     path: Path
     content: dict[str, Any]
     prefix: str = ""
-    """In front of each key, as messages name it: "rope_scaling." for the object of that key."""
+    """Prefix of the keys in messages, such as "rope_scaling." for the object under that key."""
 
     @classmethod
-    def read(cls, path: Path) -> "JsonObject":
+    def read(cls, path: Path) -> JsonObject:
         return cls(path, read_json(path))
 
     def __contains__(self, key: str) -> bool:
@@ -82,8 +82,8 @@ class JsonObject:
             self.refuse(key, f"must be true or false, got {shown(value)}")
         return value
 
-    def section(self, key: str) -> "JsonObject | None":
-        """The object of `key`; None where it is absent, null or empty."""
+    def section(self, key: str) -> JsonObject | None:
+        """The object under `key`; None if it is absent, null or empty."""
         value = self.content.get(key)
         if value is not None and not isinstance(value, dict):
             self.refuse(key, f"must be an object {{...}} or null, got {shown(value)}")
@@ -97,6 +97,6 @@ class JsonObject:
 
 
 def shown(value: Any) -> str:
-    """A value of JSON as a message shows it, cut where it is long."""
+    """A JSON value as messages show it, cut if it is long."""
     text = json.dumps(value)
     return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,9 +1,8 @@
-"""Rotary positions in config.json, in both spellings: `rope_theta` with `rope_scaling`
-(transformers 4) and `rope_parameters` (transformers 5). The first is written, which both of them
-and vLLM read.
+"""Rotary positions in config.json, in both spellings.
 
-A file may hold both, or say one thing twice. Versions of transformers prefer different ones, so
-they must agree; else the file is refused.
+transformers 4 writes `rope_theta` with `rope_scaling`, transformers 5 writes `rope_parameters`. We
+read both and write the first, which all versions and vLLM read. If a file holds both, or says one
+thing twice, the two must agree, because versions of transformers prefer different ones.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from typing import Any
 from megatron_rpp.hf.json_object import JsonObject, shown
 from megatron_rpp.lifecycle.config_error import ConfigError
 
-_THETA = 10000.0  # Of every configuration class in families.FAMILIES.
+_THETA = 10000.0  # The default of every configuration class in families.FAMILIES.
 _LLAMA3 = {
     "factor": "factor",
     "low_freq_factor": "low_freq_factor",
@@ -26,7 +25,7 @@ _SPELLINGS = ("rope_scaling", "rope_parameters")
 def read_rope(config: JsonObject) -> dict[str, Any]:
     """The settings rope_theta and rope_scaling.
 
-    Raises ConfigError for a scaling that is not supported, or that the file does not say in full.
+    Raises ConfigError if the scaling is not supported or not given in full.
     """
     sections = [config.section(key) for key in _SPELLINGS]
     found = [_settings(config, section) for section in sections if section is not None]
@@ -70,7 +69,7 @@ def _theta(config: JsonObject, section: JsonObject) -> float:
 
 
 def _kind(section: JsonObject) -> Any:
-    """Of the scaling; older files call it `type`."""
+    """The kind of scaling, `rope_type`; older files call it `type`."""
     kinds = [section[key] for key in ("rope_type", "type") if key in section]
     if len(kinds) == 2 and kinds[0] != kinds[1]:
         found = f"is {shown(kinds[0])}, but type is {shown(kinds[1])}"
@@ -82,8 +81,11 @@ def _kind(section: JsonObject) -> Any:
 
 
 def _llama3(config: JsonObject, section: JsonObject) -> dict[str, Any]:
-    """As transformers 4 reads it: transformers 5 takes max_position_embeddings for a missing
-    original length, and one outside the section for one inside."""
+    """The scaling of Llama 3 as transformers 4 reads it.
+
+    transformers 5 replaces a missing original length by max_position_embeddings, and prefers one
+    outside the section to the one inside.
+    """
     scaling: dict[str, Any] = {ours: section.number(key) for ours, key in _LLAMA3.items()}
     original = _LLAMA3["original_max_length"]
     scaling["original_max_length"] = section.integer(original)

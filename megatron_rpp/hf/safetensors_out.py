@@ -1,4 +1,4 @@
-"""A model as safetensors files of a bounded size, written one at a time."""
+"""Writes a model as safetensors files of bounded size, one at a time."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 def parse_size(text: str) -> int:
-    """Bytes of a size such as 5GB, 200MB or 1000000; raises ConfigError otherwise."""
+    """Bytes of a size such as 5GB, 200MB or 1000000. Raises ConfigError for anything else."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?B|)", text.strip(), re.IGNORECASE)
     size = float(found[1]) * _UNITS[found[2].upper()] if found else 0
     if size < 1:
@@ -25,7 +25,8 @@ def parse_size(text: str) -> int:
 
 
 def plan(sizes: dict[str, int], limit: int) -> list[list[str]]:
-    """The names of each file, in order; a tensor above `limit` bytes gets a file of its own."""
+    """The tensors of each file, in order. A tensor larger than `limit` bytes gets a separate
+    file."""
     files: list[list[str]] = [[]]
     used = 0
     for name, size in sizes.items():
@@ -38,17 +39,17 @@ def plan(sizes: dict[str, int], limit: int) -> list[list[str]]:
 
 
 def file_name(number: int, files: int) -> str:
-    """Of the file `number`, counted from 0, of so many."""
+    """The name of file `number`, counted from 0, out of `files`."""
     return SINGLE if files == 1 else f"model-{number + 1:05d}-of-{files:05d}.safetensors"
 
 
 def write(file: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """One file."""
+    """Writes one file."""
     save_file(tensors, file, metadata={"format": "pt"})
 
 
 def write_index(directory: Path, files: list[list[str]], total_size: int) -> None:
-    """Says which of several files holds which tensor; `total_size` in bytes."""
+    """Writes the index of several files: which one holds which tensor. `total_size` is in bytes."""
     if len(files) > 1:
         index = {
             name: file_name(number, len(files))

@@ -1,7 +1,7 @@
 """A Hugging Face directory as a source of weights, checked before any model is built.
 
-The same directory is the same function as transformers makes of it, or it is refused by name.
-Headers and small files are read, and whole tensors only where two of them claim one place.
+A directory gives the same function as in transformers, or an error that names what is different.
+Only headers and small files are read, and whole tensors only if two of them claim one place.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 @dataclass(frozen=True)
 class Source:
-    """A directory whose files and config.json fit each other."""
+    """A directory whose files match its config.json."""
 
     settings: dict[str, Any]
-    """As ModelConfig.architecture gives it."""
+    """The same settings as ModelConfig.architecture."""
     rows: list[Row]
     weights: Weights
     notes: list[str]
-    """What is done otherwise than the user may expect, in sentences."""
+    """Sentences about what may differ from what the user expects."""
 
 
 def check_source(directory: str | Path) -> Source:
     """The model of a Hugging Face directory.
 
-    Raises ConfigError where it is not a whole model of a known architecture, or what transformers
-    makes of it depends on its version or on what else is installed.
+    Raises ConfigError if it is not a complete model of a known architecture, or if the result in
+    transformers would depend on its version or on other installed packages.
     """
     architecture = read_architecture(directory)
     folder = Path(directory).absolute()
@@ -63,18 +63,20 @@ def _notes(dtype: str | None, weights: Weights) -> list[str]:
             f"{weights.directory / CONFIG} says {dtype}, the files hold {', '.join(stored)}: each "
             f"weight keeps the type it is stored in"
         )
-    if set(weights.files.values()) == {weights.directory / SINGLE}:
-        if is_file(weights.directory / INDEX):
-            notes.append(
-                f"{weights.directory / SINGLE} is read, as transformers does, and not the files "
-                f"that {INDEX} beside it names"
-            )
+    single, index = weights.directory / SINGLE, weights.directory / INDEX
+    if set(weights.files.values()) == {single} and is_file(index):
+        notes.append(
+            f"{single} is read, as transformers does, and not the files that {INDEX} beside it "
+            "names"
+        )
     return notes
 
 
 def _check_tied(weights: Weights, folder: Path) -> None:
-    """A head that is stored is the embedding: transformers 4 drops it, 5 keeps it where it
-    differs."""
+    """Raises ConfigError if a stored head differs from the embedding it is tied to.
+
+    transformers 4 drops such a head, transformers 5 keeps it.
+    """
     if _HEAD in weights.files and not weights.same(_EMBEDDING, _HEAD):
         raise ConfigError(
             f"{folder / CONFIG} ties the embeddings, but {_HEAD} in {weights.files[_HEAD]} differs "

@@ -110,7 +110,7 @@ def test_what_may_surprise_is_said(tmp_path):
     directory = odd.made(tmp_path, "llama2", odd.older_index)
     set_config(directory, dtype="bfloat16")
     said: list[str] = []
-    to_megatron(directory, tmp_path / "megatron", say=said.append)
+    to_megatron(directory, tmp_path / "megatron", log=said.append)
     assert [note.removeprefix(str(directory)) for note in said] == [
         "/config.json says bfloat16, the files hold float32: each weight keeps the type it is "
         "stored in",

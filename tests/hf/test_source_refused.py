@@ -117,7 +117,7 @@ REFUSED = {
         "llama2", odd.renamed("consolidated.safetensors"),
         "but consolidated.safetensors: only files named as save_pretrained names them are read",
     ),
-    "a link to nothing": ("llama2", dangling, "but model.safetensors: it is a link to nothing"),
+    "a broken link": ("llama2", dangling, "but model.safetensors: it is a broken link"),
     # With peft installed, or without.
     "an adapter beside": (
         "llama2", odd.text("adapter_config.json", "{}"),
@@ -129,11 +129,11 @@ REFUSED = {
     # transformers 5 reads that one, 4 the others.
     "a distributed checkpoint beside": (
         "llama2", odd.beside("shard-00001-model-00001-of-00001.safetensors"),
-        "shard-00001-model-00001-of-00001.safetensors is of a distributed checkpoint",
+        "shard-00001-model-00001-of-00001.safetensors is part of a distributed checkpoint",
     ),
     "names without 'model.'": (
         "smollm2", odd.tensors(without_prefix),
-        "lacks model.embed_tokens.weight.*no 'model.' in front.*AutoModelForCausalLM",
+        "lacks model.embed_tokens.weight.*do not begin with 'model.'.*AutoModelForCausalLM",
     ),
     "broken generation settings": (
         "llama2", odd.text("generation_config.json", '{"eos'),
