@@ -47,12 +47,15 @@ def words(base: Path, **settings) -> list[str]:
 
 
 def submit(cluster: Cluster, script: str, run: Path, options: str, argv: list[str], **env) -> str:
-    """The number of a job over the repository's launch/`script`; its log is in `run`."""
+    """The number of a job over the repository's launch/`script`; its log is in `run`.
+
+    The job's working directory is not the repository, and RUN is relative to it.
+    """
     run.mkdir()
     return cluster.run(
-        "sbatch", "--parsable", f"--chdir={ROOT}", f"--output={run}/%a.log", *options.split(),
-        f"--job-name={run.name}", ROOT / "launch" / script, "train", *argv,
-        RUN=str(run), PYTHONPATH=str(ROOT), **env,
+        "sbatch", "--parsable", f"--chdir={run.parent}", f"--output={run}/%a.log",
+        *options.split(), f"--job-name={run.name}", ROOT / "launch" / script, "train", *argv,
+        RUN=run.name, PYTHONPATH=str(ROOT), **env,
     ).strip()  # fmt: skip
 
 
@@ -179,6 +182,32 @@ def test_a_dry_run_shows_the_command_and_no_secret():
     torchrun = "bash launch/torchrun.sh --nnodes 4 --nproc-per-node 8 --rdzv-endpoint FIRST_NODE:"
     assert torchrun in command
     assert "train --config a\\ b.yaml --checkpoint.dir runs/x/checkpoints" in command
+
+
+def test_one_node_meets_at_no_port():
+    shown = dry_run("slurm.sbatch", "train")
+    assert "MASTER_ADDR=127.0.0.1" in shown.stdout
+    assert "launch/torchrun.sh --nnodes 1 --nproc-per-node 1 train" in shown.stdout
+
+
+def test_the_repository_is_found_from_elsewhere(tmp_path):
+    """It is mounted into a container beside the working directory."""
+    env = os.environ | {"DRYRUN": "1", "CONTAINER_IMAGE": "image.sqsh"}
+    command = ["bash", str(ROOT / "launch/slurm_per_gpu.sbatch"), "train"]
+    shown = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert f"directory: {tmp_path}\n" in shown.stdout
+    assert f"--container-mounts={tmp_path}:{tmp_path}\\,{ROOT}:{ROOT} " in shown.stdout
+    assert f"bash {ROOT}/launch/slurm_task.sh train" in shown.stdout
+
+
+def test_a_script_whose_repository_is_lost_is_refused(tmp_path):
+    """Such as one that sbatch read from its standard input."""
+    text = (ROOT / "launch/slurm.sbatch").read_text()
+    command = ["bash", "-s", "train"]
+    refused = subprocess.run(command, cwd=tmp_path, input=text, capture_output=True, text=True)
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1
+    assert refused.stderr.startswith("error: the repository of this script is not found")
 
 
 @pytest.mark.parametrize(
