@@ -19,7 +19,7 @@ from megatron_rpp.lifecycle.parent_death import end_with
 
 def main() -> None:
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        # Should the launcher be killed, this rank saves and ends: nobody would end it any more.
+        # If the launcher is killed, nobody else would end this rank.
         end_with(os.getppid(), signal.SIGTERM)
     sys.path.append(os.getcwd())
     program = sys.argv.pop(1)
