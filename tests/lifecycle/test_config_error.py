@@ -1,9 +1,11 @@
-"""Whatever a library raises while the user's input is read becomes a ConfigError, and nothing else."""
+"""Whatever a library raises while the user's input is read becomes a ConfigError, and nothing
+else."""
 
 from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 
@@ -22,7 +24,7 @@ def caught(raising) -> ValueError:
     [
         (lambda: json.loads("{"), "JSONDecodeError: Expecting property name"),
         (lambda: {}["key"], "KeyError: 'key'"),
-        (lambda: open("/gone/file"), r"FileNotFoundError: .*'/gone/file'"),
+        (lambda: Path("/gone/file").read_text(), r"FileNotFoundError: .*'/gone/file'"),
         (lambda: b"\xff".decode(), "UnicodeDecodeError: 'utf-8' codec"),
         (lambda: int("1" * 5000), "ValueError: Exceeds the limit"),
     ],

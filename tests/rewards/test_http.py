@@ -16,8 +16,10 @@ PROMPTS, RESPONSES, LABELS = ["a", "bb", "ccc"], ["x", "yy", "zzz"], ["1", None,
 
 
 class Server(ThreadingHTTPServer):
-    """Answers with `script`: (status, body or seconds to hang) for one request after the other,
-    the last one for all that follow; a body may be a function of the request."""
+    """Answers requests in turn from `script`: (status, body or seconds to hang).
+
+    The last entry answers all further requests. A body may be a function of the request.
+    """
 
     daemon_threads = True
 
@@ -43,7 +45,7 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header("Location", "http://127.0.0.1:9/elsewhere")
         self.end_headers()
         try:
-            if isinstance(answer, float):  # trickles, with a byte at a time
+            if isinstance(answer, float):  # trickles in, a byte at a time
                 for _ in range(int(answer * 20)):
                     self.wfile.write(b" ")
                     time.sleep(0.05)
@@ -128,9 +130,9 @@ def test_an_answer_that_trickles_in_is_over_the_limit(server):
 
 
 def test_a_server_that_hangs_and_one_that_is_not_there():
-    with Server() as server:  # listens and never accepts
-        with pytest.raises(RewardError, match="no answer after 1 tries: .*timed out"):
-            score(server, retries=0, timeout=1)
+    timed_out = pytest.raises(RewardError, match="no answer after 1 tries: .*timed out")
+    with Server() as server, timed_out:  # the server listens and never accepts
+        score(server, retries=0, timeout=1)
     with pytest.raises(RewardError, match="no answer after 1 tries: .*refused"):
         score(server, retries=0)
 
@@ -151,9 +153,17 @@ def test_the_token_comes_from_the_environment_and_is_never_shown(server, monkeyp
         ("http://me:s3cret@host/score", {}, "reward model at host must be .*without user and"),
         ("http://host/score?key=s3cret", {}, "or a query, which logs would show"),
         ("http:///score", {}, "must be http"),
-        ("http://host/score", {"batch": 2.5}, "batch must be a whole number of at least 1, got 2.5"),
+        (
+            "http://host/score",
+            {"batch": 2.5},
+            "batch must be a whole number of at least 1, got 2.5",
+        ),
         ("http://host/score", {"shape": "verl"}, r"shape must be one of \['openrlhf', 'slime'\]"),
-        ("http://host/score", {"retries": -1}, "retries must be a whole number of at least 0, got -1"),
+        (
+            "http://host/score",
+            {"retries": -1},
+            "retries must be a whole number of at least 0, got -1",
+        ),
         ("http://host/score", {"timeout": "1"}, "timeout must be at least 1, got '1'"),
         ("http://host/score", {"token_variable": "NO_SUCH"}, "'NO_SUCH' of token_variable is not"),
         ("http://host/score", {"token": "s3cret"}, "must be among"),
