@@ -27,6 +27,17 @@ class Sampling:
 
 
 @dataclass(frozen=True)
+class StepKey:
+    """What the prompts and the random numbers of a step follow from, on any layout."""
+
+    seed: int
+    step: int
+    """Steps before this one."""
+    prompts_seen: int
+    """Data position: prompts that the steps before this one took."""
+
+
+@dataclass(frozen=True)
 class Request:
     """One sequence to generate: the prompt, and the id from which its random numbers derive."""
 

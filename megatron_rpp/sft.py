@@ -2,9 +2,9 @@
 
     torchrun --nproc-per-node N -m megatron_rpp.sft --config FILE [--section.key value ...]
 
-What is learned of a row is its label and, in a conversation, every turn of the assistant
-(data/supervised.py); the loss is the mean over those tokens of the whole batch. The same models,
-packed micro-batches, evaluation, checkpoints, resume and stopping as `train.py`.
+The model learns the label of a row and, in a conversation, every turn of the assistant
+(data/supervised.py). The loss is the mean over those tokens of the whole batch. Models, packed
+micro-batches, evaluation, checkpoints, resume and stopping are those of `train.py`.
 """
 
 from __future__ import annotations
@@ -14,12 +14,15 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+from megatron_rpp.config import Config, LoggingConfig, cli, count_replicas
+
+if __name__ == "__main__":
+    cli.parse(program="sft")  # answers --help and mistakes before torch is imported
+
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_rpp.checkpoint.run_state import RunState
-from megatron_rpp.config import Config, LoggingConfig, cli, count_replicas
 from megatron_rpp.data.chat import PromptFormat
 from megatron_rpp.data.loading import cache_dir, pass_key
 from megatron_rpp.data.prompts import Prompt, PromptFile
@@ -35,9 +38,9 @@ from megatron_rpp.reporting.console import Console
 from megatron_rpp.rollout.buffer import RolloutBuffer, from_generations
 from megatron_rpp.runtime import checkpointing, export
 from megatron_rpp.runtime.inputs import Inputs, check_writable, load_inputs, once_a_node
-from megatron_rpp.runtime.policy import Policy, build_policy
+from megatron_rpp.runtime.policy import build_policy
 from megatron_rpp.runtime.run import Run, assemble
-from megatron_rpp.runtime.session import run_to_completion, session
+from megatron_rpp.runtime.session import session, training
 from megatron_rpp.stages import nonfinite
 from megatron_rpp.stages.logprobs import make_micro_batches, token_logprobs
 from megatron_rpp.stages.rollout import shard
@@ -49,17 +52,19 @@ def main(argv: list[str] | None = None) -> None:
     count_replicas(config.parallel, groups.launched_world_size())
     check_writable("sft.dir", config.sft.dir)
     export.check_export(config, config.sft.dir)
-    inputs = fitting_lessons(config, load_inputs(config, train_is_scored=False))
+    inputs = with_fitting_rows(config, load_inputs(config, train_is_scored=False))
     groups.start(**config.parallel.sizes(), seed=config.seed)
     finetune(config, inputs, dry_run)
     groups.stop()
 
 
-def fitting_lessons(config: Config, inputs: Inputs) -> Inputs:
-    """The inputs without the rows that are too long with their labels, if those are to be dropped.
+def with_fitting_rows(config: Config, inputs: Inputs) -> Inputs:
+    """Checks all training rows; drops those too long with their labels, if data.overlong_prompts
+    says so.
 
-    Raises ConfigError where a row has nothing to learn from, or is too long and not to be dropped.
     The first start on a source reads all of it, on one rank of each node.
+
+    Raises ConfigError if a row has no label, or is too long and may not be dropped.
     """
     context, parts = config.model.max_length, []
     drop = config.data.overlong_prompts == "drop"
@@ -83,7 +88,7 @@ def fitting_lessons(config: Config, inputs: Inputs) -> Inputs:
 
 
 def _fitting_rows(prompts: PromptFile, form: PromptFormat, context: int, drop: bool) -> np.ndarray:
-    """Those of `prompts.rows` that fit the context with their labels."""
+    """The rows of `prompts` that fit the context with their labels."""
     fits = np.ones(len(prompts), bool)
     for index, prompt in enumerate(prompts):
         if not prompt.example.label:
@@ -106,75 +111,74 @@ def _fitting_rows(prompts: PromptFile, form: PromptFormat, context: int, drop: b
 
 
 def batch_of(prompts: list[Prompt], form: PromptFormat) -> RolloutBuffer:
-    """The prompts with what is learned of them as responses; the mask leaves out the rest."""
-    lessons = [sft_example(prompt, form) for prompt in prompts]
-    requests = [Request(part.prompt, index) for index, part in enumerate(lessons)]
+    """A buffer with the labels as responses; the mask selects the tokens to learn."""
+    examples = [sft_example(prompt, form) for prompt in prompts]
+    requests = [Request(part.prompt, index) for index, part in enumerate(examples)]
     generations = [
-        Generation(part.response, [0.0] * len(part.response), False) for part in lessons
+        Generation(part.response, [0.0] * len(part.response), False) for part in examples
     ]
     buffer = from_generations(prompts, requests, generations, samples_per_prompt=1)
-    learned = [mark for part in lessons for mark in part.learned]
+    learned = [mark for part in examples for mark in part.learned]
     buffer.mask = torch.tensor(learned, dtype=torch.bool)
     return buffer
 
 
 def settings_of(config: Config) -> Config:
-    """The settings of a warm start in the sections in which those of a run stand."""
-    own = config.sft
+    """The settings with the sft section in the places where a run of train.py has its own."""
+    sft = config.sft
     return replace(
         config,
-        optimizer=own.optimizer,
-        train=replace(config.train, steps=own.steps, stop_accuracy=own.stop_accuracy),
-        evaluation=replace(config.evaluation, interval=own.eval_interval),
+        optimizer=sft.optimizer,
+        train=replace(config.train, steps=sft.steps, stop_accuracy=sft.stop_accuracy),
+        evaluation=replace(config.evaluation, interval=sft.eval_interval),
         checkpoint=replace(
-            config.checkpoint, dir=own.dir, load=None, interval=own.checkpoint_interval,
+            config.checkpoint, dir=sft.dir, load=None, interval=sft.checkpoint_interval,
             keep_best=False, save_rollouts=False,
         ),  # fmt: skip
-        logging=LoggingConfig(dir=own.dir),
+        logging=LoggingConfig(dir=sft.dir),
     )
 
 
 def finetune(config: Config, inputs: Inputs, dry_run: bool = False) -> None:
-    """Trains to sft.steps, or to the accuracy at which to stop. Collective."""
+    """Trains for sft.steps steps, or until sft.stop_accuracy is reached. Collective."""
     config, console = settings_of(config), Console(groups.is_main())
     with session(config, console) as stop:
         policy = build_policy(config, config.optimizer, inputs.vocab_size)
-        run = assemble(config, inputs, console, policy, None, config.logging.dir)
+        run = assemble(config, inputs, console, policy=policy)
         run.stop = stop
         checkpointing.resume(run, repair=not dry_run)
-        console.say(describe())
-        console.say(f"data: {inputs.counts}")
-        run_to_completion(run, _loop, "sft.steps", dry_run)
+        console.log(describe())
+        console.log(f"data: {inputs.counts}")
+        if dry_run:
+            console.log("dry run: everything is built and nothing was trained")
+            return
+        with training(run, "sft.steps"):
+            with console.stage("supervised steps", config.train.steps) as advance_bar:
+                advance_bar(run.state.step)
+                while not run.finished:
+                    checkpointing.stop_if_requested(run)
+                    row = sft_step(run)
+                    run.advance(config.sft.batch_size)
+                    checkpointing.finish_step(run, row)
+                    if "eval/accuracy" in row:
+                        cells = {tag: f"{value:.4g}" for tag, value in row.items()}
+                        console.row({"step": str(run.state.step)} | cells)
+                    advance_bar(1)
+            console.log(f"checkpoint: {Path(config.checkpoint.dir) / (run.saves.current or '')}")
 
 
-def _loop(run: Run) -> None:
-    config, log, state = run.config, run.log, run.state
-    log.start(state.step, run.begun)
-    with run.console.stage("supervised steps", config.train.steps) as progress:
-        progress(state.step)
-        while not run.finished:
-            checkpointing.stop_if_requested(run)
-            row = _step(config, run.inputs, run.policy, state)
-            run.saved_as = None
-            checkpointing.finish_step(run, row)
-            if "eval/accuracy" in row:
-                run.console.row({"step": str(state.step)} | {t: f"{row[t]:.4g}" for t in row})
-            progress(1)
-    log.close()
-    run.console.say(f"checkpoint: {Path(config.checkpoint.dir) / (run.saved_as or '')}")
+def sft_step(run: Run) -> dict[str, float]:
+    """One optimizer step. Returns its metrics; the loss is in nats per token. Collective.
 
-
-def _step(config: Config, inputs: Inputs, policy: Policy, state: RunState) -> dict[str, float]:
-    """One optimizer step, counted in `state`. Returns its metrics: loss in nats a token.
-
-    Raises RunFailure where too many in a row were skipped (stages/finite.py).
+    Raises RunFailure if too many updates in a row were skipped (stages/nonfinite.py).
     """
     heartbeat.enter("supervised step")
     start = time.perf_counter()
-    size = config.sft.batch_size
-    rows = inputs.train.order(state.prompts_seen, size, config.seed)
-    own = [inputs.train[rows[i]] for i in shard(size, groups.data_rank(), groups.data_size())]
-    buffer = batch_of(own, inputs.form)
+    inputs, policy, train, key = run.inputs, run.policy, run.config.train, run.step_key
+    size = run.config.sft.batch_size
+    rows = inputs.train.order(key.prompts_seen, size, key.seed)
+    positions = shard(size, groups.data_rank(), groups.data_size())
+    buffer = batch_of([inputs.train[rows[i]] for i in positions], inputs.form)
 
     def loss(batch: MicroBatch, hidden: torch.Tensor):
         logprobs, _ = token_logprobs(policy.model, batch, hidden, temperature=1.0)
@@ -183,14 +187,13 @@ def _step(config: Config, inputs: Inputs, policy: Policy, state: RunState) -> di
         count = mask.sum().int()
         return total, count, torch.stack([total.detach().double(), count.double()])
 
-    budget = config.train.max_tokens_per_microbatch
-    batches = make_micro_batches(policy.model, buffer, list(range(len(buffer))), budget)
-    done = optimizer_step(policy.model, policy.optimizer, policy.scheduler, batches, loss)
-    nonfinite.count(state, done.fault, config.train.max_skipped_updates)
-    state.step += 1
-    state.prompts_seen += size
+    batches = make_micro_batches(
+        policy.model, buffer, list(range(len(buffer))), max_tokens=train.max_tokens_per_microbatch
+    )
+    done = optimizer_step(policy, batches, loss)
+    nonfinite.count_skipped(run.state, done.skip_reason, train.max_skipped_updates)
     row = {"sft/skipped_updates": 0, "sft/grad_norm": done.grad_norm}
-    if done.fault is None:
+    if done.skip_reason is None:
         row["sft/loss"] = _mean_loss(done.reports)
     else:
         row["sft/skipped_updates"] = 1
@@ -198,7 +201,7 @@ def _step(config: Config, inputs: Inputs, policy: Policy, state: RunState) -> di
 
 
 def _mean_loss(reports: list[torch.Tensor]) -> float:
-    """From the sums and counts of this rank's micro-batches. Collective."""
+    """The loss per token, from the sums and counts of all micro-batches. Collective."""
     empty = torch.zeros(2, dtype=torch.float64, device=devices.device())
     sums = torch.stack([empty, *reports]).sum(0)
     dist.all_reduce(sums, group=groups.token_group())

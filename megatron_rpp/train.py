@@ -1,12 +1,11 @@
-"""REINFORCE++ (arXiv 2501.03262): the whole training loop, a line per stage.
+"""REINFORCE++ (arXiv 2501.03262): the training loop.
 
     torchrun --nproc-per-node N -m megatron_rpp.train --config FILE [--section.key value ...]
 
-Every rank runs this program. A data-parallel replica (its tensor × pipeline × context ranks)
-samples, scores and keeps its own shard of the rollout buffer; normalisations and losses are
-reductions over the data-parallel group.
+Every rank runs this program. A data-parallel replica (its tensor × pipeline × context ranks) samples
+and scores its own shard of the rollouts; normalisations and losses are reduced over the replicas.
 
-A step that was interrupted goes on where it was saved: each stage is skipped that is done.
+A run resumes from the last saved stage; completed stages are skipped.
 
 Left out: asynchronous rollouts, replay.
 """
@@ -15,7 +14,11 @@ from __future__ import annotations
 
 from functools import partial
 
-from megatron_rpp.config import Config, check_world_size, cli
+from megatron_rpp.config import AlgorithmConfig, Config, check_world_size, cli
+
+if __name__ == "__main__":
+    cli.parse(program="train")  # answers --help and mistakes before torch is imported
+
 from megatron_rpp.lifecycle import entrypoint
 from megatron_rpp.model.build import parameter_count
 from megatron_rpp.parallel import groups
@@ -23,12 +26,13 @@ from megatron_rpp.parallel.device import describe
 from megatron_rpp.reporting.console import Console
 from megatron_rpp.reporting.flops import step_flops
 from megatron_rpp.reporting.metrics import step_metrics
+from megatron_rpp.rewards import Scores
 from megatron_rpp.rollout.buffer import RolloutBuffer
 from megatron_rpp.runtime import checkpointing, export, preflight
 from megatron_rpp.runtime import run as runs
 from megatron_rpp.runtime.inputs import Inputs, check_writable, load_inputs
 from megatron_rpp.runtime.run import Run, evaluate_held_out
-from megatron_rpp.runtime.session import run_to_completion, session
+from megatron_rpp.runtime.session import session, training
 from megatron_rpp.runtime.step_progress import StepProgress
 from megatron_rpp.stages import advantage, kl_control, logprobs, reward, rollout, update
 
@@ -51,122 +55,147 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def train(config: Config, inputs: Inputs, dry_run: bool = False) -> None:
-    """Trains to config.train.steps, or to the accuracy at which to stop. Collective."""
+    """Trains for train.steps steps, or until train.stop_accuracy is reached. Collective."""
     console = Console(groups.is_main())
     with session(config, console) as stop:
         run = runs.build(config, inputs, console)
         run.stop = stop
         checkpointing.resume(run, repair=not dry_run)
-        _announce(run)
-        run_to_completion(run, _loop, "train.steps", dry_run)
-
-
-def _loop(run: Run) -> None:
-    config, console, log, state = run.config, run.console, run.log, run.state
-    log.start(state.step, run.begun)
-    if not run.begun:
-        evaluate_held_out(run)
-    while not run.finished:
-        checkpointing.stop_if_requested(run)
-        row, buffer = rl_step(run)
-        log.histograms(state.step + 1, buffer)
-        run.saved_as = None
-        state.step += 1
-        state.prompts_seen += config.rollout.prompts_per_step
-        state.kl_factor = kl_control.next_factor(
-            config.algorithm, state.kl_factor, row, config.rollout.samples_per_step
-        )
-        checkpointing.finish_step(run, row)
-        console.row({"step": str(state.step)} | {t: f"{row[t]:.4g}" for t in CONSOLE_METRICS if t in row})
-    log.close()
-    if state.step:
-        console.say(f"checkpoint: {config.checkpoint.dir}; metrics: {log.rows}")
-    else:
-        target = config.train.stop_accuracy
-        console.say(f"train.stop_accuracy {target} is reached before the first step")
+        _log_start(run)
+        if dry_run:
+            console.log("dry run: everything is built and nothing was trained")
+            return
+        with training(run, "train.steps"):
+            if not (run.started or run.finished):
+                evaluate_held_out(run)
+            while not run.finished:
+                checkpointing.stop_if_requested(run)
+                row, buffer = rl_step(run)
+                run.advance(config.rollout.prompts_per_step)
+                kl_control.adapt(run.state, row, config.algorithm, config.rollout.samples_per_step)
+                run.metrics.histograms(run.state.step, buffer)
+                checkpointing.finish_step(run, row)
+                _log_step(run, row)
+            _log_end(run)
 
 
 def rl_step(run: Run) -> tuple[dict[str, float], RolloutBuffer]:
-    """One step of REINFORCE++: rollout, reward, score, advantage, update. Collective.
+    """One step of REINFORCE++; stages that are done already are skipped. Collective.
 
-    Goes on where `run.step_progress` stands. Returns the step's row of metrics (the same on every rank)
-    and this replica's shard of the rollouts.
+    Returns the metrics of the step (the same on every rank) and this replica's rollouts.
     """
-    config, inputs, policy, state = run.config, run.inputs, run.policy, run.state
-    temperature, count = config.rollout.temperature, config.rollout.prompts_per_step
-    algorithm = kl_control.scaled(config.algorithm, state.kl_factor)
-    work = checkpointing.begin_step(run)
-    if work.buffer is None:
-        with run.stage("rollout", runs.own_samples(config)) as progress:
-            work.buffer = rollout.collect(
-                run.engine, inputs.train, inputs.sampling, count, config.rollout.samples_per_prompt,
-                groups.data_rank(), groups.data_size(), config.seed, state.step,
-                state.prompts_seen, progress,
-            )  # fmt: skip
-        checkpointing.keep(run, "rollout")
-    if work.buffer.scores is None:
-        with run.stage("reward"):
-            work.scores = reward.score(work.buffer, inputs.rewards, inputs.response_form)
-        checkpointing.keep(run, "reward")
-    if work.buffer.old_logprobs is None:
-        with run.stage("score"):
-            _score(run, work.buffer)
-    stats = advantage.fill(work.buffer, algorithm, config.reward, groups.data_group())
-    with run.stage("update"):
-        updated = update.run(
-            policy.model, policy.optimizer, policy.scheduler, work.buffer, algorithm,
-            config.train, temperature, config.rollout.samples_per_step, config.seed, state,
-            work.update, partial(checkpointing.stop_if_requested_inside_step, run),
-        )  # fmt: skip
-    for fault in updated.faults:
-        run.console.say(f"step {state.step + 1}: update skipped, {fault}")
-    scored = (algorithm.old_logprobs == "recompute") + (run.reference is not None)
-    flops = step_flops(config.model, inputs.vocab_size, work.buffer, config.train.epochs, scored)
-    run.step_progress = StepProgress()
-    return (
-        step_metrics(work.buffer, algorithm, work.scores, stats, updated, work.times, flops),
-        work.buffer,
+    algorithm = kl_control.scaled(run.config.algorithm, run.state.kl_factor)
+    progress = checkpointing.begin_step(run)
+    if progress.buffer is None:
+        progress.buffer = _sample(run)
+        checkpointing.finish_stage(run, "rollout")
+    buffer = progress.buffer
+    if progress.scores is None:
+        progress.scores = _score(run, buffer)
+        checkpointing.finish_stage(run, "reward")
+    if buffer.old_logprobs is None:
+        _compute_logprobs(run, buffer)
+    advantages = advantage.compute_advantages(
+        buffer, algorithm, run.config.reward, group=groups.data_group()
     )
-
-
-def _score(run: Run, buffer: RolloutBuffer) -> None:
-    """Fills `old_logprobs` and, with a reference, `ref_logprobs`."""
-    compute = partial(
-        logprobs.response_logprobs, buffer=buffer,
-        max_tokens=run.config.train.max_tokens_per_microbatch,
-        temperature=run.config.rollout.temperature,
+    updates = _update(run, buffer, algorithm)
+    run.step_progress = StepProgress()
+    row = step_metrics(
+        buffer, algorithm, rewards=progress.scores, advantage=advantages, update=updates,
+        times=progress.times, flops=_flops(run, buffer),
     )  # fmt: skip
-    recompute = run.config.algorithm.old_logprobs == "recompute"
-    old = compute(run.policy.model) if recompute else buffer.rollout_logprobs
-    if run.reference is not None:
-        with run.reference.active() as model:
-            buffer.ref_logprobs = compute(model)
-    buffer.old_logprobs = old
+    return row, buffer
 
 
-def _announce(run: Run) -> None:
-    """The start-up log: device, layout, model, data, reward shaping, position."""
-    config, inputs, say = run.config, run.inputs, run.console.say
+def _sample(run: Run) -> RolloutBuffer:
+    """Stage 1: samples responses to the prompts of the step."""
+    settings, replicas = run.config.rollout, groups.data_size()
+    with run.stage("rollout", settings.samples_per_step // replicas) as advance_bar:
+        return rollout.collect(
+            run.engine, run.inputs.train, run.inputs.sampling, rollout=settings, key=run.step_key,
+            replica=groups.data_rank(), replicas=replicas, progress=advance_bar,
+        )  # fmt: skip
+
+
+def _score(run: Run, buffer: RolloutBuffer) -> Scores:
+    """Stage 2: scores the responses with the reward functions."""
+    with run.stage("reward"):
+        return reward.score(buffer, run.inputs.rewards, run.inputs.response_form)
+
+
+def _compute_logprobs(run: Run, buffer: RolloutBuffer) -> None:
+    """Stage 3: log-probs under the policy before its update and under the reference."""
+    with run.stage("logprobs"):
+        logprobs.compute_logprobs(
+            buffer, run.policy.model, run.reference, recompute=_recomputes(run.config),
+            max_tokens=run.config.train.max_tokens_per_microbatch,
+            temperature=run.config.rollout.temperature,
+        )  # fmt: skip
+
+
+def _update(run: Run, buffer: RolloutBuffer, algorithm: AlgorithmConfig) -> update.UpdateStats:
+    """Stage 5: updates the policy; logs the updates that were skipped."""
+    with run.stage("update"):
+        stats = update.update_policy(
+            run.policy, buffer, algorithm, train=run.config.train, rollout=run.config.rollout,
+            key=run.step_key, state=run.state, progress=run.step_progress.update,
+            safe_point=partial(checkpointing.stop_if_requested, run),
+        )  # fmt: skip
+    for reason in stats.skip_reasons:
+        run.console.log(f"step {run.state.step + 1}: update skipped, {reason}")
+    return stats
+
+
+def _recomputes(config: Config) -> bool:
+    """Whether the log-probs of the policy come from the training kernels, not from the engine."""
+    return config.algorithm.old_logprobs == "recompute"
+
+
+def _flops(run: Run, buffer: RolloutBuffer) -> float:
+    """Floating-point operations of the step for this replica's samples."""
+    config, passes = run.config, _recomputes(run.config) + (run.reference is not None)
+    return step_flops(config.model, run.inputs.vocab_size, buffer, config.train.epochs, passes)
+
+
+def _log_start(run: Run) -> None:
+    """Logs device, layout, model, data, rewards, algorithm, and where the run starts."""
+    config, inputs, log = run.config, run.inputs, run.console.log
     parallel, shaping = config.parallel, config.reward
     count = parameter_count(run.policy.model)
-    say(describe())
-    say(
+    log(describe())
+    log(
         f"layout: tensor {parallel.tensor} × pipeline {parallel.pipeline} (× "
         f"{parallel.virtual_pipeline} chunks) × context {parallel.context} × data "
         f"{groups.data_size()}, sequence parallel {'on' if parallel.sequence_parallel else 'off'}; "
         f"model: {count:,} parameters, vocabulary {inputs.vocab_size}, {config.model.dtype}"
     )
-    say(
+    log(
         f"data: {inputs.counts}; rewards: {', '.join(shaping.functions)}; normalised "
         f"{shaping.normalize}, scale {shaping.scale}, clip {shaping.clip}"
     )
     if groups.is_main() and (note := inputs.note_on_labels()) is not None:
-        say(note)
-    say(f"algorithm {config.algorithm.name}; {config.algorithm.kl_summary}")
+        log(note)
+    log(f"algorithm {config.algorithm.name}; {config.algorithm.kl_summary}")
     start = f"resumed at step {run.state.step}" if run.state.step else "starts at step 0"
     if run.step_progress.buffer is not None:
         start += f" and {run.step_progress.update.done} mini-batches"
-    say(f"{start} of {config.train.steps}, {run.state.prompts_seen} prompts seen")
+    log(f"{start} of {config.train.steps}, {run.state.prompts_seen} prompts seen")
+
+
+def _log_step(run: Run, row: dict[str, float]) -> None:
+    """Prints one line of the run's table."""
+    cells = {tag: f"{row[tag]:.4g}" for tag in CONSOLE_METRICS if tag in row}
+    run.console.row({"step": str(run.state.step)} | cells)
+
+
+def _log_end(run: Run) -> None:
+    """Logs where the results are."""
+    config = run.config
+    if run.state.step:
+        run.console.log(f"checkpoint: {config.checkpoint.dir}; metrics: {run.metrics.rows}")
+    else:
+        target = config.train.stop_accuracy
+        run.console.log(f"train.stop_accuracy {target} is reached before the first step")
 
 
 if __name__ == "__main__":

@@ -1,16 +1,16 @@
-"""Kills a small run again and again, restarts it until it is done, and compares bit for bit.
+"""Kills a small run many times, restarts it each time, and compares the result bit for bit.
 
     python tools/chaos.py [--kills 100] [--ranks 2] [--seed 0] [--section.key value ...]
 
-Each time the run is killed by SIGKILL, a random rank or the whole job, at a random moment of a
-phase (every phase of a step and of a save is drawn once before any is drawn again), and started
-anew with the same command. Every other run writes its checkpoints in the background. At the end
-final weights, Adam's moments and the metrics must equal, bit for bit, those of a run that was left
-alone. Prints a table and a verdict; the exit code is 1 where they differ.
+Each kill is a SIGKILL to a random rank or to the whole job, at a random moment of a phase. Every
+phase of a step and of a save is drawn once before any is drawn again. Then the run is restarted with
+the same command. Every other run writes its checkpoints in the background. At the end, the final
+weights, Adam's moments and the metrics must equal those of an undisturbed run bit for bit. Prints a
+table and a verdict; the exit code is 1 if they differ.
 
-The ranks are forked from this process, which has imported the program but started nothing, so that
-a restart costs no import; they are real processes of their own otherwise, over gloo. A kill comes
-within the phase or up to DELAY seconds later. Left out: CUDA; launchers (tests of torchrun.py).
+The ranks are forked from this process, which has imported the program but started nothing, so a
+restart costs no import. Otherwise they are real processes, over gloo. A kill comes within the phase
+or up to DELAY seconds later. Left out: CUDA; launchers (tests of torchrun.py).
 """
 
 from __future__ import annotations
@@ -34,15 +34,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_rpp import train
 from megatron_rpp.lifecycle import heartbeat
 from tests.small_run import arguments, make_data
 
 PHASES = (
-    "rollout", "keep rollouts", "reward", "score", "update", "evaluation", "save: begin",
+    "rollout", "keep rollouts", "reward", "logprobs", "update", "evaluation", "save: begin",
     "save: write", "save: seal", "save: rename", "save: pointer", "save: remove old ones",
 )  # fmt: skip
-"""Where a run is killed. Those after "save: seal" are the main rank's alone."""
+"""Where a run is killed. Only the main rank enters those after "save: seal"."""
 MAIN_ONLY = PHASES[PHASES.index("save: rename") :]
 DELAY = 0.05
 STEPS = 4
@@ -79,7 +78,7 @@ def plan(kills: int, ranks: int, seed: int) -> list[Kill]:
 
 
 def _armed(kill: Kill, rank: int) -> None:
-    """Lets `kill` happen to this process, if it is for it (or for all: then rank 0 tells)."""
+    """Prepares `kill` in this process, if this rank is its victim (rank 0 if all ranks are)."""
     if kill.victim not in (rank, None) or (kill.victim is None and rank != 0):
         return
     target = os.getpid() if kill.victim is not None else 0
@@ -97,7 +96,7 @@ def _armed(kill: Kill, rank: int) -> None:
 
 
 def _rank(rank: int, ranks: int, port: int, argv: list[str], kill: Kill | None, log: Path) -> None:
-    """In a forked process: one rank of the program."""
+    """Runs one rank of the program; in a forked process."""
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
         "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
@@ -107,6 +106,8 @@ def _rank(rank: int, ranks: int, port: int, argv: list[str], kill: Kill | None, 
     os.dup2(output, 2)
     if kill is not None:
         _armed(kill, rank)
+    from megatron_rpp import train  # the parent has imported it: this takes no time
+
     train.main(argv)
 
 
@@ -122,11 +123,11 @@ def _fork(group: int, *arguments) -> int:
     except BaseException:
         traceback.print_exc()
     finally:
-        os._exit(code)  # nothing of the parent is to be cleaned up
+        os._exit(code)  # skips the clean-up of the parent
 
 
 def start(ranks: int, argv: list[str], kill: Kill | None, log: Path) -> list[int]:
-    """Runs all ranks until they have ended; their exit codes (below 0: the signal).
+    """Runs all ranks to their end; returns their exit codes (below 0: the signal).
 
     Like a launcher, it ends the other ranks when one has failed.
     """
@@ -183,6 +184,8 @@ def main() -> int:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     options, settings = parser.parse_known_args()
+    import megatron_rpp.train  # noqa: F401 (once, before the ranks are forked; --help needs none)
+
     folder = Path(tempfile.mkdtemp(prefix="chaos_"))
     make_data(folder)
 

@@ -1,4 +1,4 @@
-"""What a finished run achieved: a table, answers before and after, the curves, where things are.
+"""Reports what a finished run achieved: a table, answers before and after, curves, directories.
 
     python tools/report.py --config FILE [--section.key value ...]
 """

@@ -71,14 +71,15 @@ def group_baseline(scores: Tensor, group_ids: Tensor, kind: str) -> Tensor:
     return relative.to(scores)
 
 
-def advantages(
+def compute_advantages(
     name: str,
     scores: Tensor,
-    kl: Tensor | None,
     mask: Tensor,
+    *,
     group_ids: Tensor,
-    kl_coef: float,
-    gamma: float,
+    kl: Tensor | None = None,
+    kl_coef: float = 0.0,
+    gamma: float = 1.0,
     group: dist.ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor, Moments]:
     """Advantages of this rank's responses by the algorithm ``name`` (see the module docstring).

@@ -1,1 +1,1 @@
-"""Checkpoints: what is in one, how it is written, which one of a directory is current."""
+"""Checkpoints: what they hold, how they are written, and which one of a directory is current."""

@@ -1,11 +1,10 @@
-"""One writer a directory: a second run is refused while the first lives, and not after its death.
+"""One run per directory: a second run is refused while the first one lives.
 
-The kernel drops the lock (flock on `<dir>/.lock`) with the process that holds it, however it ends;
-a process forked from it, such as a checkpoint's writer, does not hold it. The record in the file
-(host, process) is for the message alone.
+The lock is a flock on `<dir>/.lock`. The kernel releases it when the process ends, in whatever way;
+forked processes, such as the writer of a checkpoint, do not hold it. The text in the file (host,
+process) serves the message alone.
 
-Left out: file systems without flock (some NFS and Lustre mounts): there the run says so and goes
-on.
+Left out: file systems without flock (some NFS and Lustre mounts). The run logs that and goes on.
 """
 
 from __future__ import annotations
@@ -15,15 +14,15 @@ import fcntl
 import os
 import socket
 import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Callable, Iterable, Iterator
 
 from megatron_rpp.lifecycle.config_error import ConfigError
 from megatron_rpp.parallel import groups
 
-# A killed run may take moments to end.
 PATIENCE_SECONDS = 5.0
+"""A killed run may need a moment to end."""
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 _held: set[int] = set()  # descriptors of this process
 
@@ -38,7 +37,7 @@ os.register_at_fork(after_in_child=_leave_to_the_parent)
 
 
 def _open_locked(path: Path) -> int:
-    """A descriptor that holds the lock of `path`, which is the file by that name now."""
+    """Opens and locks `path`; the descriptor is that of the file that has the name now."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
@@ -46,7 +45,7 @@ def _open_locked(path: Path) -> int:
         except OSError:
             os.close(descriptor)
             raise
-        # The holder before us may have removed the name between our open and our lock.
+        # The previous holder may have removed the file between our open and our lock.
         if path.exists() and os.stat(path).st_ino == os.fstat(descriptor).st_ino:
             return descriptor
         os.close(descriptor)
@@ -70,19 +69,19 @@ def _take(path: Path) -> int:
 
 
 @contextmanager
-def one_writer(directories: Iterable[str], say: Callable[[str], None]) -> Iterator[None]:
-    """Holds the locks of `directories` in its context. Collective.
+def one_writer(directories: Iterable[str], log: Callable[[str], None]) -> Iterator[None]:
+    """Holds the locks of `directories` while the context is open. Collective.
 
-    Raises ConfigError, on every rank, where another run holds one of them, or no lock can be taken.
+    Raises ConfigError, on every rank, if another run holds one of them or a lock cannot be taken.
     """
     with ExitStack() as stack:
         for directory in sorted({Path(directory).resolve() for directory in directories}):
-            stack.enter_context(_one_writer(directory, say))
+            stack.enter_context(_one_writer(directory, log))
         yield
 
 
 @contextmanager
-def _one_writer(directory: Path, say: Callable[[str], None]) -> Iterator[None]:
+def _one_writer(directory: Path, log: Callable[[str], None]) -> Iterator[None]:
     path, descriptor, problem = directory / ".lock", None, None
     if groups.is_main():
         try:
@@ -92,7 +91,7 @@ def _one_writer(directory: Path, say: Callable[[str], None]) -> Iterator[None]:
             problem += ": stop that run, or give this one another directory"
         except OSError as error:
             if error.errno in _UNSUPPORTED:
-                say(f"{directory} has no file locks ({error.strerror}): let no second run use it")
+                log(f"{directory} has no file locks ({error.strerror}): let no second run use it")
             else:
                 problem = (
                     f"{path} cannot be locked ({error.strerror}): change its permissions, or give "

@@ -1,10 +1,11 @@
-"""Directories that are whole or recognisably not: a manifest, written last, names every file with
-its size and digest, and everything is on the disk before a rename shows it.
+"""Manifests: whether a directory is complete and undamaged.
 
-Work on many files is shared by the ranks (each digests every world-size-th file); a process without
-a process group is a world of one.
+The manifest is written last and names every file with its size and checksum. Everything is on the
+disk before a rename makes the directory visible. The ranks share the work on many files: each
+computes the checksums of every world-size-th file. A process without a process group is a world of
+one.
 
-Left out: signatures; a digest shows damage, not intent.
+Left out: signatures. A checksum shows damage, not intent.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ MANIFEST = "manifest.json"
 _ALGORITHM = "blake2b"
 
 
-def _own_share(names: list[str]) -> list[str]:
+def _share_of_this_rank(names: list[str]) -> list[str]:
     alone = not dist.is_initialized()
     return names if alone else names[dist.get_rank() :: dist.get_world_size()]
 
 
 def describe(path: Path, to_disk: bool = False) -> dict[str, Any]:
-    """A file's entry in the manifest: size in bytes, digest. to_disk: and it is on the disk then."""
+    """A file's entry in the manifest: size in bytes and checksum. to_disk: flush it to the disk."""
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, _ALGORITHM).hexdigest()
         if to_disk:
@@ -39,26 +40,28 @@ def describe(path: Path, to_disk: bool = False) -> dict[str, Any]:
         return {"size": os.fstat(file.fileno()).st_size, _ALGORITHM: digest}
 
 
-def seal(
+def write_manifest(
     directory: str | Path,
     notes: dict[str, Any] | None = None,
     described: dict[str, dict[str, Any]] | None = None,
 ) -> None:
-    """Writes the manifest of `directory`, when its files and theirs below are complete. Collective.
+    """Writes the manifest of `directory`, whose files are complete by now. Collective.
 
-    notes: JSON values to keep in the manifest. described: entries by name, the same on every rank,
-    of files that are on the disk already; they are not read again.
-
-    Raises OSError, on every rank, where the disk of any does not take it.
+    Args:
+        notes: JSON values that the manifest holds too.
+        described: entries, by name, of files that are on the disk already and are not read again;
+            the same on every rank.
+    Raises:
+        OSError: on every rank, if the file system fails on any.
     """
     directory = Path(directory)
     known = described or {}
     names = [name for name in ranks.on_main_rank(partial(_files, directory)) if name not in known]
     shares = ranks.on_every_rank(
-        lambda: {name: describe(directory / name, to_disk=True) for name in _own_share(names)}
+        lambda: {name: describe(directory / name, to_disk=True) for name in _share_of_this_rank(names)}
     )
     files = known | {name: entry for share in shares for name, entry in share.items()}
-    ranks.on_main_rank(partial(_write_manifest, directory, notes or {}, files))
+    ranks.on_main_rank(partial(_write_file, directory, notes or {}, files))
 
 
 def _files(directory: Path) -> list[str]:
@@ -66,7 +69,7 @@ def _files(directory: Path) -> list[str]:
     return sorted(str(name) for name in found if str(name) != MANIFEST)
 
 
-def _write_manifest(directory: Path, notes: dict[str, Any], files: dict[str, dict]) -> None:
+def _write_file(directory: Path, notes: dict[str, Any], files: dict[str, dict]) -> None:
     for folder in {(directory / name).parent for name in files} | {directory}:
         sync_directory(folder)
     content = {"notes": notes, "files": dict(sorted(files.items()))}
@@ -89,7 +92,7 @@ def _first_damage(directory: Path, files: dict[str, dict], names: list[str]) -> 
 
 
 def read_manifest(directory: str | Path) -> dict[str, Any] | None:
-    """The manifest of a sealed directory; None where there is none or it is not one."""
+    """The manifest of a directory; None if there is none or it cannot be read."""
     try:
         content = json.loads((Path(directory) / MANIFEST).read_text())
         return content if isinstance(content["files"], dict) else None
@@ -98,11 +101,11 @@ def read_manifest(directory: str | Path) -> dict[str, Any] | None:
 
 
 def damage(directory: str | Path) -> str | None:
-    """What is wrong with a sealed directory, the same on every rank; None: nothing. Collective."""
+    """What is wrong with a directory, the same on every rank; None: nothing. Collective."""
     directory = Path(directory)
     manifest = ranks.gathered(read_manifest(directory))[0]
     if manifest is None:
         return f"{MANIFEST} is missing or unreadable"
     files = manifest["files"]
-    found = ranks.gathered(_first_damage(directory, files, _own_share(sorted(files))))
+    found = ranks.gathered(_first_damage(directory, files, _share_of_this_rank(sorted(files))))
     return next((text for text in found if text is not None), None)

@@ -1,4 +1,4 @@
-"""Where a run stands: what a checkpoint keeps beside weights and optimizer."""
+"""Where a run stands between two steps: what a checkpoint holds besides weights and optimizer."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from dataclasses import dataclass, field
 @dataclass
 class RunState:
     step: int = 0
-    """Steps done."""
+    """Finished steps."""
     prompts_seen: int = 0
     """Data position: prompts taken from the shuffled data set so far."""
     accuracy: float | None = None
     """Held-out accuracy of the last evaluation."""
     kl_factor: float = 1.0
-    """What the adaptive KL controller has made of the KL coefficients: a factor on them."""
+    """The factor by which the adaptive KL controller multiplies the KL coefficients."""
     skipped_in_a_row: int = 0
-    """Updates skipped since the last one that was not, for a loss or gradient not finite."""
+    """Updates skipped since the last one that was not, because of NaN or infinity."""
 
     identity: dict[str, list[str]] = field(default_factory=dict)
-    """What the run was made with (identity.py): [digest, words] by name."""
+    """Data, tokenizer and rewards of the run (identity.py): [digest, description] by name."""
 
     def reached(self, target: float | None) -> bool:
         """Whether the last evaluation reached the accuracy at which to stop (None: never)."""
@@ -27,5 +27,5 @@ class RunState:
 
 
 def due(step: int, interval: int) -> bool:
-    """Whether something that happens every `interval` steps (0: never) happens after `step`."""
+    """Whether something that happens every `interval` steps (0: never) is due after `step`."""
     return interval > 0 and step % interval == 0

@@ -1,28 +1,33 @@
-"""Checkpoints in Megatron's tree, through Megatron's dist_checkpointing: sharded by the layout that
-writes, readable by any other TP × PP × DP. Policy, optimizer, schedule, step, data position; there
-is no random state to keep (seeds.py: every random number is a function of its place).
+"""Saves and loads the state of a run, through Megatron's dist_checkpointing.
 
-How one is written: checkpoint/writer.py. Which one of a directory is in force, and how one gets
-there unharmed: checkpoint/store.py.
+A checkpoint is in Megatron's format: each rank writes its shards, and any other TP × PP × DP reads
+them. It holds policy, optimizer, schedule, step and data position. There is no random state to save:
+every random number is a function of seed, step and position (seeds.py).
+
+The other files of this room: writer.py writes the files, store.py keeps the directory of
+checkpoints and says which one is current.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Callable
+from types import MappingProxyType
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from megatron_rpp.checkpoint.run_state import RunState
 from megatron_rpp.checkpoint.store import POINTER, newest, require
-from megatron_rpp.checkpoint.writer import Writing
+from megatron_rpp.checkpoint.writer import PendingSave
 from megatron_rpp.config import CheckpointConfig
 from megatron_rpp.config.model import NOT_COMPARED
 from megatron_rpp.lifecycle.config_error import ConfigError, reading
 from megatron_rpp.lifecycle.exit_codes import SaveFailed
 from megatron_rpp.model.language_model import chunks
+from megatron_rpp.model.policy import Policy
 from megatron_rpp.parallel import device as _device  # noqa: F401  (before megatron)
 from megatron_rpp.parallel import groups
 
@@ -34,30 +39,30 @@ from megatron.core.dist_checkpointing.mapping import (
     apply_factories,
 )
 
-__all__ = ["POINTER", "SaveFailed", "load_weights", "newest", "require", "resume", "save", "write"]
+__all__ = ["POINTER", "SaveFailed", "load_weights", "newest", "require", "resume", "save"]
 
 # Adam's state in the model's own shapes, so that it loads on any other layout too.
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
 def _model_state(model: torch.nn.Module) -> dict:
-    """By chunk; the tensors' own keys hold the layers' numbers in the whole model."""
+    """The sharded state by chunk. The keys of the tensors count layers in the whole model."""
     return {
         f"chunk{number}": chunk.sharded_state_dict(metadata=dict(_METADATA))
         for number, chunk in enumerate(chunks(model))
     }
 
 
-def _fill(model: torch.nn.Module, state: dict) -> None:
+def _load_model(model: torch.nn.Module, state: dict) -> None:
     for number, chunk in enumerate(chunks(model)):
         chunk.load_state_dict(state[f"chunk{number}"])
 
 
 def _check_fit(model: torch.nn.Module, path: Path) -> None:
-    """Refuses a checkpoint of another model, alike on every rank."""
+    """Raises ConfigError, on every rank, if the checkpoint at `path` is of another model."""
     with reading(f"checkpoint {path}", "choose another"):
         stored = dist_checkpointing.load_tensors_metadata(str(path))
-        # A checkpoint from elsewhere has no such record; its tensors' shapes must do.
+        # A checkpoint of another program has no such record; then only shapes are compared.
         theirs = dist_checkpointing.load_common_state_dict(str(path)).get("architecture", {})
     own = _model_state(model)
     apply_factories(own)
@@ -84,34 +89,34 @@ def _check_fit(model: torch.nn.Module, path: Path) -> None:
 
 
 def load_weights(model: torch.nn.Module, directory: str | Path) -> None:
-    """Fills `model` with the weights of a checkpoint, whatever layout wrote it."""
+    """Loads the weights of a checkpoint that any layout wrote into `model`. Collective."""
     path = require(directory)
     _check_fit(model, path)
-    # What modules keep beside weights (TransformerEngine's FP8 scales) stays as it is here: a
-    # converted checkpoint has none.
+    # What modules hold besides weights (TransformerEngine's FP8 scales) is not loaded: a converted
+    # checkpoint has none.
     weights, extra = {}, {}
     for number, state in _model_state(model).items():
         extra[number] = {n: None for n, entry in state.items() if isinstance(entry, ShardedObject)}
         weights[number] = {n: entry for n, entry in state.items() if n not in extra[number]}
     loaded = dist_checkpointing.load({"model": weights}, str(path))["model"]
-    _fill(model, {number: loaded[number] | extra[number] for number in loaded})
+    _load_model(model, {number: loaded[number] | extra[number] for number in loaded})
 
 
-def _whole_state(model, optimizer, scheduler, loading: bool) -> dict:
-    model_state = _model_state(model)
+def _whole_state(policy: Policy, *, loading: bool) -> dict:
+    model_state = _model_state(policy.model)
     return {
         "model": model_state,
-        "optimizer": optimizer.sharded_state_dict(
+        "optimizer": policy.optimizer.sharded_state_dict(
             model_state, is_loading=loading, metadata=dict(_METADATA)
         ),
-        "scheduler": scheduler.state_dict(),
+        "scheduler": policy.scheduler.state_dict(),
     }
 
 
 def _allocate_moments(optimizer) -> None:
-    """Gives Adam its state, which Megatron reads before it loads or saves it.
+    """Allocates Adam's state, which Megatron reads before it loads or saves it.
 
-    Both torch's Adam and the fused ones make it in their first step; torch's counts steps in it.
+    Torch's Adam and the fused ones allocate it in their first step; torch's counts steps in it.
     """
     for part in optimizer.chained_optimizers:
         for group in part.optimizer.param_groups:
@@ -125,17 +130,17 @@ def _allocate_moments(optimizer) -> None:
 
 
 def _load_optimizer(optimizer, content: dict) -> None:
-    """Adam's state from the checkpoint; its settings stay those of this run.
+    """Loads Adam's state from the checkpoint; its settings stay those of this run.
 
-    torch's Adam counts steps beside the moments. Megatron 0.16 looks for that count among the
-    sharded moments, so it is set aside while they load, and it gives all parameters one tensor to
-    count in, which would count every step as many times: each gets its own.
+    Torch's Adam counts steps beside the moments. Megatron 0.16 looks for that count among the
+    sharded moments, so it is removed while they load. Megatron also gives all parameters one
+    tensor to count in, which would count every step many times, so each gets its own here.
     """
     (part,) = optimizer.chained_optimizers
     settings = ("max_lr", "min_lr", "betas", "eps")
     own = [{name: group[name] for name in settings} for group in part.optimizer.param_groups]
     moments = content.pop("param_state", None)
-    # Megatron 0.19 finds a group by its learning rates, which this run may have changed.
+    # Megatron 0.19 identifies a group by its learning rates, which this run may have changed.
     for group in content.get("optimizer", content)["param_groups"]:
         group.update({name: own[0][name] for name in ("max_lr", "min_lr") if name in group})
     part.load_state_dict(content)
@@ -160,54 +165,50 @@ def _check_optimizer(content: dict, path: Path) -> None:
         )
 
 
-def resume(model: torch.nn.Module, optimizer, scheduler, path: Path) -> RunState:
-    """Restores everything that `save` wrote at `path`.
+def resume(policy: Policy, path: Path) -> RunState:
+    """Restores everything that `save` wrote at `path`. Collective.
 
-    Raises ConfigError, on every rank, where it is of another model or kind of optimizer.
+    Raises ConfigError, on every rank, if it is of another model or another kind of optimizer.
     """
-    _check_fit(model, path)
-    _allocate_moments(optimizer)
-    content = _whole_state(model, optimizer, scheduler, True)
+    _check_fit(policy.model, path)
+    _allocate_moments(policy.optimizer)
+    content = _whole_state(policy, loading=True)
     _check_optimizer(content["optimizer"], path)
     loaded = dist_checkpointing.load(content, str(path))
-    _fill(model, loaded["model"])
-    _load_optimizer(optimizer, loaded["optimizer"])
-    scheduler.load_state_dict(loaded["scheduler"])
+    _load_model(policy.model, loaded["model"])
+    _load_optimizer(policy.optimizer, loaded["optimizer"])
+    policy.scheduler.load_state_dict(loaded["scheduler"])
     return RunState(**loaded["run"])
 
 
-def write(
-    settings: CheckpointConfig,
-    model: torch.nn.Module,
-    optimizer,
-    scheduler,
-    state: RunState,
-    notes: dict[str, Any],
-    suffix: str = "",
-    fill: Callable[[Path], dict[str, Any]] = lambda directory: {},
-    in_background: bool = False,
-) -> Writing:
-    """Writes a checkpoint of `state`, to be put in force by `publish`. Collective.
-
-    Args:
-        notes: JSON values for the manifest; "accuracy": held-out accuracy of these weights, where
-            they were evaluated.
-        suffix: of its name, where it is not of the end of a step.
-        fill: writes more into the directory (collective), and returns more notes.
-        in_background: return when a process of each rank has begun to write the state as it is now.
-
-    Raises SaveFailed where the file system does not take it; the one in force stays.
-    """
-    name = f"iter_{state.step:07d}{suffix}"
-    _allocate_moments(optimizer)  # there are none yet before the first update
-    content = _whole_state(model, optimizer, scheduler, False)
-    content |= {"run": asdict(state), "architecture": chunks(model)[0].architecture}
-    return Writing(settings, name, state.step, content, notes, fill, in_background)
+def _nothing_more(directory: Path) -> dict[str, Any]:
+    return {}
 
 
 def save(
-    directory: str | Path, model: torch.nn.Module, optimizer, scheduler, state: RunState, keep: int
-) -> Path:
-    """Writes a checkpoint of `state.step` and drops all but the newest `keep`; collective."""
-    settings = CheckpointConfig(dir=str(directory), keep=keep)
-    return write(settings, model, optimizer, scheduler, state, {}).publish()
+    policy: Policy,
+    state: RunState,
+    settings: CheckpointConfig,
+    *,
+    notes: Mapping[str, Any] = MappingProxyType({}),
+    suffix: str = "",
+    write_more: Callable[[Path], dict[str, Any]] = _nothing_more,
+    in_background: bool = False,
+) -> PendingSave:
+    """Writes a checkpoint of `state` to `settings.dir`; `publish` makes it current. Collective.
+
+    Args:
+        notes: JSON values for the manifest. "accuracy" is the held-out accuracy of these weights,
+            if they were evaluated.
+        suffix: ends the name of a checkpoint that is not of the end of a step.
+        write_more: writes more files into the directory (collective) and returns more notes.
+        in_background: return as soon as a process of each rank writes the present state.
+    Raises:
+        SaveFailed: the file system fails; the current checkpoint stays as it is.
+    """
+    _allocate_moments(policy.optimizer)  # before the first update there are none
+    content = _whole_state(policy, loading=False)
+    content |= {"run": asdict(state), "architecture": chunks(policy.model)[0].architecture}
+    pending = PendingSave(settings, f"iter_{state.step:07d}{suffix}", state.step)
+    pending.start(content, dict(notes), write_more, in_background=in_background)
+    return pending

@@ -1,25 +1,26 @@
-"""A directory of checkpoints: which one is in force, how a new one comes to be, which old ones go.
+"""A directory of checkpoints: which one is current, how a new one is added, which ones are deleted.
 
-    <dir>/latest_checkpointed_iteration.txt     the step (or the name) of the one in force
+    <dir>/latest_checkpointed_iteration.txt     the step (or the name) of the current one
     <dir>/best_checkpointed_iteration.txt       that of the best evaluation (checkpoint.keep_best)
-    <dir>/iter_0000040/                         a checkpoint; sealed by its manifest (manifest.py)
-    <dir>/damaged_iter_0000060/                 set aside at a resume: it did not match its manifest
-    <dir>/.saving_*  .removing_*                left by a kill; cleared away by the next save
+    <dir>/iter_0000040/                         a checkpoint with its manifest (manifest.py)
+    <dir>/damaged_iter_0000060/                 renamed by a resume: it did not match its manifest
+    <dir>/.saving_*  .removing_*                left by a kill; deleted by the next save
 
-A save goes to a temporary directory, is sealed, renamed, and only then pointed to; so a kill or a
-power cut leaves the previous checkpoint in force. Checkpoints from elsewhere (Megatron's own) have
-no manifest; of them only `.metadata`, which Megatron writes last, is asked for.
+A save writes to a temporary directory, adds the manifest, renames the directory, and moves the
+pointer last. So after a kill or a power cut the previous checkpoint is still current. Checkpoints of
+other programs (Megatron's own) have no manifest; they count as complete if they have `.metadata`,
+which Megatron writes last.
 
-Whatever writes here holds the directory's one-writer lock (checkpoint/directory_lock.py); `newest` without repair and
-`require` need none.
+A process that writes here holds the lock of the directory (directory_lock.py). `newest` without
+repair and `require` need no lock.
 """
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Callable
 
 from megatron_rpp.checkpoint import manifest
 from megatron_rpp.lifecycle import heartbeat
@@ -32,14 +33,14 @@ POINTER, BEST = "latest_checkpointed_iteration.txt", "best_checkpointed_iteratio
 
 
 def _pointed(directory: Path) -> str | None:
-    """The checkpoint that the pointer names; None where there is none, or it is empty."""
+    """The checkpoint that the pointer names; None if there is no pointer, or it is empty."""
     pointer = directory / POINTER
     text = pointer.read_text().strip() if pointer.exists() else ""
     return f"iter_{int(text[:20]):07d}" if text.isdigit() else text or None
 
 
 def _candidates(directory: Path) -> list[str]:
-    """The checkpoints to try: the one pointed to and those before it, else all; newest first."""
+    """The checkpoints to try, newest first: the current one and older ones; all without a pointer."""
     names = sorted((path.name for path in directory.glob("iter_*")), reverse=True)
     pointed = _pointed(directory)
     if pointed is None or not (directory / pointed).is_dir():
@@ -57,13 +58,13 @@ def _damage(path: Path) -> str | None:
 
 
 def newest(
-    directory: str | Path, say: Callable[[str], None] = print, repair: bool = False
+    directory: str | Path, log: Callable[[str], None] = print, repair: bool = False
 ) -> Path | None:
     """The newest intact checkpoint that the pointer allows; None in a new directory. Collective.
 
     Args:
-        say: told of each damaged one that is passed over.
-        repair: set those aside (renamed) and move the pointer; only for the directory's one writer.
+        log: called with a line about each damaged one that is passed over.
+        repair: rename those and move the pointer; only for the one writer of the directory.
     Raises:
         ConfigError: there are checkpoints and none is intact, or the pointer names one and there
             are none.
@@ -76,10 +77,10 @@ def newest(
             if repair:
                 _set_aside(directory, name, list(damaged))
             if name != _pointed(directory) and not damaged:
-                say(f"{directory / POINTER} names no checkpoint; using {name}")
+                log(f"{directory / POINTER} names no checkpoint; using {name}")
             for other, problem in damaged.items():
                 where = f", set aside as damaged_{other}" if repair else ""
-                say(f"checkpoint {directory / other} is damaged ({problem}){where}; using {name}")
+                log(f"checkpoint {directory / other} is damaged ({problem}){where}; using {name}")
             return directory / name
         damaged[name] = found
     if damaged:
@@ -96,16 +97,16 @@ def newest(
     return None
 
 
-def _set_aside(directory: Path, kept: str, damaged: list[str]) -> None:
+def _set_aside(directory: Path, intact: str, damaged: list[str]) -> None:
     def rename() -> None:
         for name in damaged:
             target = directory / f"damaged_{name}"
             shutil.rmtree(target, ignore_errors=True)
             (directory / name).rename(target)
-        _point(directory / POINTER, kept)
+        _point(directory / POINTER, intact)
 
     if damaged:
-        ranks.on_main_rank(rename)  # nobody reads on before the names are changed
+        ranks.on_main_rank(rename)  # all ranks wait for the new names
 
 
 def _is_checkpoint(path: Path) -> bool:
@@ -113,9 +114,9 @@ def _is_checkpoint(path: Path) -> bool:
 
 
 def current(directory: str | Path) -> Path:
-    """The checkpoint in force in `directory`, which may also be a checkpoint itself; not checked.
+    """The current checkpoint of `directory`, which may also be a checkpoint itself; not checked.
 
-    Raises ConfigError where there is none.
+    Raises ConfigError if there is none.
     """
     path = Path(directory).absolute()
     if _is_checkpoint(path):
@@ -129,10 +130,10 @@ def current(directory: str | Path) -> Path:
     return path / names[0]
 
 
-def require(directory: str | Path, say: Callable[[str], None] = print) -> Path:
+def require(directory: str | Path, log: Callable[[str], None] = print) -> Path:
     """The newest checkpoint of `directory`, which may also be a checkpoint itself. Collective.
 
-    Raises ConfigError where there is none, or it is damaged. Changes nothing.
+    Raises ConfigError if there is none, or it is damaged. Changes nothing.
     """
     path = Path(directory).absolute()
     if _is_checkpoint(path):
@@ -140,12 +141,12 @@ def require(directory: str | Path, say: Callable[[str], None] = print) -> Path:
         if found is not None:
             raise ConfigError(f"checkpoint {path} is damaged ({found}): choose another")
         return path
-    found = newest(path, say)
-    if found is None:
+    latest = newest(path, log)
+    if latest is None:
         raise ConfigError(
             f"no checkpoint at {path}: it holds no {POINTER}; give the directory of an earlier run"
         )
-    return found
+    return latest
 
 
 def _point(pointer: Path, name: str) -> None:
@@ -154,15 +155,15 @@ def _point(pointer: Path, name: str) -> None:
 
 
 def clear(directory: Path) -> None:
-    """Removes what kills have left."""
+    """Deletes what kills have left."""
     for pattern in (".saving_*", ".removing_*"):
         for stale in directory.glob(pattern):
-            # What a killed run's writer adds meanwhile goes at the next save.
+            # What the writer of a killed run still adds is deleted by the next save.
             shutil.rmtree(stale, ignore_errors=True)
 
 
-def _remove(path: Path) -> None:
-    """A kill leaves either the whole directory or none by its name."""
+def _delete(path: Path) -> None:
+    """Deletes a checkpoint. After a kill it is either whole or no longer there by its name."""
     doomed = path.with_name(f".removing_{path.name}")
     shutil.rmtree(doomed, ignore_errors=True)
     path.rename(doomed)
@@ -178,7 +179,7 @@ def begin(directory: Path, name: str) -> Path:
     def make() -> Path:
         directory.mkdir(parents=True, exist_ok=True)
         clear(directory)
-        # By process: a helper of a killed run may still write to its own.
+        # Named by process: a writer of a killed run may still write to its own.
         temporary = directory / f".saving_{name}_{this_process()}"
         temporary.mkdir()
         return temporary
@@ -186,27 +187,29 @@ def begin(directory: Path, name: str) -> Path:
     return ranks.on_main_rank(make)
 
 
-def publish(temporary: Path, final: Path, keep: int, keep_best: bool) -> Path:
-    """Puts a whole, sealed checkpoint in force and removes old ones. Collective.
+def publish(temporary: Path, final: Path, *, keep: int, keep_best: bool) -> Path:
+    """Makes a complete checkpoint current and deletes old ones. Collective.
 
-    keep: newest checkpoints that stay; keep_best: the one of the best evaluation stays too.
-
-    Raises SaveFailed, on every rank.
+    Args:
+        keep: how many of the newest checkpoints stay.
+        keep_best: the one of the best evaluation stays too.
+    Raises:
+        SaveFailed: on every rank, if the file system fails.
     """
     try:
-        ranks.on_main_rank(partial(_put_in_force, temporary, final, keep, keep_best))
+        ranks.on_main_rank(partial(_make_current, temporary, final, keep, keep_best))
     except OSError as error:
         raise SaveFailed(
-            f"the checkpoint {final} is written and could not be put in force: {error}. "
-            f"The one in force is as it was: make room (or mend the file system) and run again"
+            f"the checkpoint {final} is written and could not be made current: {error}. "
+            f"The current one is as it was: make room (or repair the file system) and run again"
         ) from error
     return final
 
 
-def _put_in_force(temporary: Path, final: Path, keep: int, keep_best: bool) -> None:
+def _make_current(temporary: Path, final: Path, keep: int, keep_best: bool) -> None:
     heartbeat.enter("save: rename")
     if final.exists():
-        _remove(final)
+        _delete(final)
     temporary.rename(final)
     sync_directory(final.parent)
     heartbeat.enter("save: pointer")
@@ -225,11 +228,11 @@ def _prune(newest: Path, keep: int, keep_best: bool) -> None:
         staying.add(best)
     for name in names:
         if name not in staying:
-            _remove(directory / name)
+            _delete(directory / name)
 
 
 def _best(directory: Path, names: list[str]) -> str | None:
-    """The checkpoint with the highest held-out accuracy, the newest of equals; None: none has."""
+    """The newest checkpoint with the highest held-out accuracy; None if no accuracy is known."""
     found = []
     for name in names:
         content = manifest.read_manifest(directory / name)

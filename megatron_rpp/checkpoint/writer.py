@@ -1,9 +1,9 @@
-"""A checkpoint on its way to the disk: written at once, or by a process of its own meanwhile.
+"""Writes a checkpoint, at once or in the background while the run goes on.
 
-Megatron's own way to save asynchronously: the tensors go to the host, each rank forks a process that
-writes them (on the CPU the fork itself is the copy: later updates do not reach it), and when the
-processes of all ranks are done, the ranks finish the checkpoint together. A save that waits runs the
-same functions in this process.
+This is Megatron's own way to save asynchronously. The tensors are copied to the host, and each rank
+forks a process that writes them (on the CPU the fork itself is the copy: later updates do not reach
+it). When the processes of all ranks are done, the ranks finish the checkpoint together. A save in
+the foreground runs the same functions in this process.
 
 Left out: more than one save at a time; Megatron's persistent writer process, which needs CUDA.
 """
@@ -15,10 +15,11 @@ import os
 import pickle
 import shutil
 import tempfile
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Iterator
+from typing import Any
 
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -36,15 +37,15 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQu
 
 
 class _Results:
-    """What the writing of one rank hands back, through a file without a name that a forked process
-    shares: Megatron's results, for which this stands in for a queue, and digests of its files.
+    """What the writer of one rank returns: Megatron's results, and the digests of its files.
 
-    Megatron would make the queue in a process of its own, which imports the whole program again
-    (seconds, in every rank's first save) and which a signal to the job would kill.
+    It replaces Megatron's queue by an unnamed file that a forked process shares. Megatron would
+    make the queue in a process of its own. That process imports the whole program again (seconds,
+    in the first save of every rank), and a signal to the job would kill it.
     """
 
     def __init__(self) -> None:
-        self.file = tempfile.TemporaryFile()
+        self.file = tempfile.TemporaryFile()  # noqa: SIM115 (as long as this object)
 
     def put(self, value: Any) -> None:
         pickle.dump(value, self.file)
@@ -63,7 +64,7 @@ class _Results:
         return self._read(0)
 
     def digests(self) -> dict[str, dict]:
-        """Of this rank's files, by name. Raises OSError where they could not be read again."""
+        """Digests of this rank's files, by name. Raises OSError if they could not be read."""
         found = self._read(1)
         if isinstance(found, str):
             raise OSError(found)
@@ -71,9 +72,9 @@ class _Results:
 
 
 def _write_own(write: Callable, directory: Path, trainer: int, rank: int, *arguments: Any) -> None:
-    """Runs Megatron's writing of this rank's files, then digests them while they are in memory.
+    """Writes this rank's files with Megatron's function, then digests them while they are cached.
 
-    trainer: the process that trains; where that is another than this one and dies, this ends.
+    trainer: the process that trains. If this is another process, it ends with the trainer.
     """
     if os.getpid() != trainer:
         end_with(trainer)
@@ -86,12 +87,12 @@ def _write_own(write: Callable, directory: Path, trainer: int, rank: int, *argum
 
 
 def _request(content: dict, directory: Path, results: _Results):
-    """Megatron's plan of a save, nothing of which but common.pt is written yet. Collective."""
+    """Returns Megatron's plan of a save; so far only common.pt is written. Collective."""
     strategy = {}
     if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters:
         strategy = {"async_strategy": "mcore"}  # else 0.19 asks for another package
-    # Megatron takes its queue from here when it plans. Left there, the next save by anyone else in
-    # this process would take the results of this one for its own.
+    # Megatron takes its queue from here when it plans. If ours stayed there, another save in this
+    # process would take the results of this one for its own.
     before, filesystem_async._results_queue = filesystem_async._results_queue, results
     try:
         request = dist_checkpointing.save(
@@ -107,34 +108,37 @@ def _request(content: dict, directory: Path, results: _Results):
     return request._replace(async_fn=write_own)
 
 
-class Writing:
-    """A checkpoint that is being written; it is in force when `publish` returns.
+class PendingSave:
+    """A checkpoint that is being written. It becomes current when `publish` returns.
 
-    Every method is collective, and raises SaveFailed, on every rank, where the file system does not
-    take it: the checkpoint in force stays, and what is there of this one is removed.
+    Every method is collective. If the file system fails on any rank, it raises SaveFailed on all:
+    the current checkpoint stays as it is, and the files of this one are removed.
     """
 
-    def __init__(
-        self,
-        settings: CheckpointConfig,
-        name: str,
-        step: int,
-        content: dict,
-        notes: dict[str, Any],
-        fill: Callable[[Path], dict[str, Any]],
-        in_background: bool,
-    ):
-        """Writes `content`, or, in_background, begins to. See checkpoint.write for the rest."""
+    def __init__(self, settings: CheckpointConfig, name: str, step: int):
         self.settings, self.name, self.step = settings, name, step
         self.directory = Path(settings.dir)
-        self.temporary: Path | None = None
-        self._results, self._calls = _Results(), AsyncCallsQueue()
+        self._temporary: Path | None = None
+        self._notes: dict[str, Any] = {}
+        self._results: _Results | None = None
+        self._calls = AsyncCallsQueue()
+
+    def start(
+        self,
+        content: dict,
+        notes: dict[str, Any],
+        write_more: Callable[[Path], dict[str, Any]],
+        *,
+        in_background: bool,
+    ) -> None:
+        """Writes `content`, or starts a process of each rank that does. See `state.save`."""
         with self._failing():
             heartbeat.enter("save: begin")
-            self.temporary = store.begin(self.directory, name)
+            self._results = _Results()
+            self._temporary = store.begin(self.directory, self.name)
             heartbeat.enter("save: write")
-            self.notes = {"step": step} | notes | fill(self.temporary)
-            request = _request(content, self.temporary, self._results)
+            self._notes = {"step": self.step} | notes | write_more(self._temporary)
+            request = _request(content, self._temporary, self._results)
             if in_background:
                 self._calls.schedule_async_request(request)
             else:
@@ -146,39 +150,43 @@ class Writing:
             yield
         except (OSError, RuntimeError, CheckpointException) as error:
             free = shutil.disk_usage(self.directory).free / 1e9
-            # torch's writer does not always say it: what the disk cut short, it calls inconsistent.
+            # torch's writer does not always say so: it calls a file that was cut short inconsistent.
             full = "the disk is full; " if free < 1e-3 else ""
-            if self.temporary is not None and groups.is_main():
-                shutil.rmtree(self.temporary, ignore_errors=True)  # it may be what fills the disk
+            if self._temporary is not None and groups.is_main():
+                shutil.rmtree(self._temporary, ignore_errors=True)  # it may be what fills the disk
             raise SaveFailed(
                 f"the checkpoint of step {self.step} could not be written to {self.directory}: "
                 f"{full}{_reason(error)}; {free:.1f} GB were free. The checkpoints there are as "
                 f"they were: make room (or mend the file system) and run again"
             ) from error
 
-    def written(self, wait: bool) -> bool:
-        """Whether every rank's part is on the disk. wait: until it is."""
+    def written(self, *, wait: bool) -> bool:
+        """Whether the parts of all ranks are on the disk. wait: return when they are."""
         with self._failing():
             self._calls.maybe_finalize_async_calls(blocking=wait)
         return self._calls.get_num_unfinalized_calls() == 0
 
     def publish(self) -> Path:
-        """Waits for what is not written yet, seals the checkpoint and puts it in force."""
+        """Waits until all is written, adds the manifest and makes the checkpoint current."""
+        assert self._temporary is not None and self._results is not None, "call start first"
         self.written(wait=True)
         with self._failing():
             heartbeat.enter("save: seal")
             digests = ranks.on_every_rank(self._results.digests)
             described = {name: entry for share in digests for name, entry in share.items()}
-            manifest.seal(self.temporary, self.notes, described)
+            manifest.write_manifest(self._temporary, self._notes, described)
         return store.publish(
-            self.temporary, self.directory / self.name, self.settings.keep, self.settings.keep_best
+            self._temporary,
+            self.directory / self.name,
+            keep=self.settings.keep,
+            keep_best=self.settings.keep_best,
         )
 
 
 def _reason(error: BaseException) -> str:
-    """One line: what the file system said, by rank where ranks differ.
+    """One line: the message of the file system, by rank if Megatron reports several.
 
-    Collective where Megatron made the ranks fail together: only its coordinator knows why.
+    Collective if Megatron made the ranks fail together: only its coordinator knows why.
     """
     if isinstance(error, CheckpointException):
         found = [f"rank {rank}: {failure[0]}" for rank, failure in error.failures.items()]

@@ -76,7 +76,7 @@ def to_megatron(
     with atomic_directory_for_all(output) as partial, counting(len(rows)) as advance:
         entries = [source.entry(row, advance) for row in rows]
         dist_checkpoint.write(partial / RELEASE, entries, common)
-        manifest.seal(partial / RELEASE, {"step": 0})
+        manifest.write_manifest(partial / RELEASE, {"step": 0})
         if rank() == 0:
             copy_side_files(source.directory, partial / HF_FOLDER)
             (partial / POINTER).write_text(f"{RELEASE}\n")

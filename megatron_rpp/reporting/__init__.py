@@ -1,1 +1,1 @@
-"""What a user sees of a run: console, metrics, FLOPs."""
+"""What the user sees of a run: console, metrics, FLOPs."""

@@ -1,12 +1,12 @@
-"""What the user watches: a progress bar for the stage under way, and a table row for each step.
+"""The console: a progress bar for the current stage, and a line of a table for each step.
 
-Only the main rank prints; elsewhere, and where the output is not a terminal, bars stay silent.
+Only the main rank prints. Bars are shown on terminals only.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Callable, Iterator
 
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -16,18 +16,18 @@ HEADER_EVERY = 20
 
 
 class Console:
-    """Prints on the main rank; silent on the others."""
+    """Prints on the main rank and is silent on the others."""
 
     def __init__(self, main: bool):
         self.rich = RichConsole(quiet=not main, highlight=False, soft_wrap=True)
         self.rows = 0
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         self.rich.print(text, markup=False)
 
     @contextmanager
     def stage(self, title: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
-        """A bar while a stage runs; yields a function that advances it."""
+        """Shows a bar while a stage runs; yields the function that advances it."""
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
         bar = Progress(*columns, TimeElapsedColumn(), console=self.rich, transient=True)
         if not self.rich.is_terminal:
@@ -38,11 +38,11 @@ class Console:
             yield lambda done: bar.advance(task, done)
 
     def row(self, cells: dict[str, str]) -> None:
-        """One line of the run's table; the header comes back every HEADER_EVERY lines."""
+        """Prints one line of the run's table; every HEADER_EVERY lines the header comes again."""
         widths = {name: max(len(name), 9) for name in cells}
         if self.rows % HEADER_EVERY == 0:
-            self.say("  ".join(name.rjust(widths[name]) for name in cells))
-        self.say("  ".join(text.rjust(widths[name]) for name, text in cells.items()))
+            self.log("  ".join(name.rjust(widths[name]) for name in cells))
+        self.log("  ".join(text.rjust(widths[name]) for name, text in cells.items()))
         self.rows += 1
 
     def table(self, title: str, columns: list[str], rows: list[list[str]]) -> None:

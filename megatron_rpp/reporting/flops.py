@@ -1,7 +1,9 @@
-"""Floating-point operations that a step needs, for the model FLOPs utilisation (PaLM, arXiv
-2204.02311, appendix B): matrix products only, a multiplication and an addition each; attention is
-causal, so a token attends to itself and to what precedes it; what a kernel computes beyond that
-(padding, both triangles, recomputation) is not counted.
+"""Floating-point operations of a step, for the model FLOPs utilisation (PaLM, arXiv 2204.02311,
+appendix B).
+
+Only matrix products count, with a multiplication and an addition each. Attention is causal: a token
+attends to itself and to the tokens before it. What a kernel computes beyond that (padding, both
+triangles, recomputation) does not count.
 
 Left out: mixture of experts.
 """
@@ -15,13 +17,13 @@ from megatron_rpp.rollout.buffer import RolloutBuffer
 
 
 def body_flops(model: ModelConfig, lengths: torch.Tensor) -> float:
-    """Forward through all layers, of whole sequences of `lengths` [n] tokens."""
+    """A forward pass of sequences of `lengths` [n] tokens through all layers."""
     head_dim = model.head_dim or model.hidden // model.heads
     kv_heads = model.kv_heads or model.heads
     attention_weights = model.hidden * head_dim * (2 * model.heads + 2 * kv_heads)
     weights = attention_weights + 3 * model.hidden * model.ffn_hidden
     tokens = lengths.double().sum()
-    pairs = (lengths.double() * (lengths.double() + 1) / 2).sum()  # of a token and one it attends
+    pairs = (lengths.double() * (lengths.double() + 1) / 2).sum()  # (token, attended token)
     return float(model.layers * (2 * weights * tokens + 4 * model.heads * head_dim * pairs))
 
 
@@ -31,18 +33,19 @@ def head_flops(model: ModelConfig, vocab_size: int, rows: int) -> float:
 
 
 def step_flops(
-    model: ModelConfig, vocab_size: int, buffer: RolloutBuffer, epochs: int, scored: int
+    model: ModelConfig, vocab_size: int, buffer: RolloutBuffer, epochs: int, passes: int
 ) -> float:
-    """Rollout, scoring and update of the samples in `buffer`.
+    """The rollout, the log-probs and the update of the samples in `buffer`.
 
-    A prompt that is sampled several times is read once; backward counts twice the forward.
+    A prompt that is sampled several times is read once. A backward pass counts as two forward ones.
 
     Args:
-        epochs: passes of the update. scored: models that scored the samples before it.
+        epochs: passes of the update.
+        passes: forward passes before the update: of the policy, of the reference.
     """
     forward = body_flops(model, buffer.lengths)
     forward += head_flops(model, vocab_size, int(buffer.response_lengths.sum()))
     prompts = dict(zip(buffer.group_ids.tolist(), buffer.prompt_lengths.tolist()))
     once = body_flops(model, torch.tensor(list(prompts.values())))
     rollout = forward - body_flops(model, buffer.prompt_lengths) + once
-    return rollout + forward * (scored + 3 * epochs)
+    return rollout + forward * (passes + 3 * epochs)

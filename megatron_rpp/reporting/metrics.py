@@ -1,9 +1,9 @@
-"""A step's numbers: reduced over data-parallel ranks, then written by the main rank.
+"""The metrics of a step: reduced over the data-parallel ranks, then written by the main rank.
 
-Tags are those of the README; `metrics.jsonl` has one row a step, TensorBoard the same tags as
-scalars, and histograms of advantages and response lengths of the main rank's shard.
+docs/metrics.md explains every tag. `metrics.jsonl` has one row per step. TensorBoard has the same
+tags as scalars, and histograms of the advantages and response lengths of the main rank's shard.
 
-Left out: weights-and-biases and other trackers.
+Left out: Weights & Biases and other trackers.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Iterator
 
 import torch
 import torch.distributed as dist
@@ -31,10 +31,13 @@ from megatron_rpp.stages.advantage import AdvantageStats
 from megatron_rpp.stages.evaluation import Evaluation
 from megatron_rpp.stages.update import UpdateStats
 
+_TIME_TAGS = {"logprobs": "score"}
+"""Stages whose tag time/... has another name than the stage: the tag is older."""
+
 
 @dataclass
 class StageTimes:
-    """Seconds of each stage of one step, on this rank."""
+    """Seconds of each stage of one step on this rank, by the name in its tag."""
 
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -42,19 +45,21 @@ class StageTimes:
     def measure(self, stage: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+        tag = _TIME_TAGS.get(stage, stage)
+        self.seconds[tag] = self.seconds.get(tag, 0.0) + time.perf_counter() - start
 
 
 def _rollout_difference(buffer: RolloutBuffer) -> torch.Tensor:
-    """fp64, a value per masked token: |log-prob by the rollout engine - that by the policy|."""
+    """|log-prob by the rollout engine - that by the policy| of each masked token, fp64."""
+    assert buffer.old_logprobs is not None
     return (buffer.rollout_logprobs.double() - buffer.old_logprobs)[buffer.mask].abs()
 
 
 def _peaks(buffer: RolloutBuffer) -> tuple[float, float]:
-    """Over all ranks: memory in GB, and the largest difference of rollout and training."""
+    """Maxima over all ranks: memory in GB, and the difference of rollout and training log-probs."""
     difference = _rollout_difference(buffer)
-    own = [devices.peak_memory_gb(), float(difference.max()) if len(difference) else 0.0]
-    memory, largest = groups.reduce_sums(own, dist.group.WORLD, dist.ReduceOp.MAX)
+    peaks = [devices.peak_memory_gb(), float(difference.max()) if len(difference) else 0.0]
+    memory, largest = groups.reduce_sums(peaks, dist.group.WORLD, dist.ReduceOp.MAX)
     return memory, largest
 
 
@@ -62,6 +67,7 @@ def _shard_sums(buffer: RolloutBuffer, rewards: Scores) -> dict[str, float]:
     """What this replica's samples add to the step's means."""
     lengths = buffer.response_lengths
     difference = _rollout_difference(buffer)
+    assert buffer.scores is not None and buffer.old_logprobs is not None
     ratio = importance_ratio(buffer.old_logprobs, buffer.rollout_logprobs)[buffer.mask].double()
     sums = {
         "samples": len(buffer),
@@ -83,28 +89,33 @@ def _shard_sums(buffer: RolloutBuffer, rewards: Scores) -> dict[str, float]:
         for start, reduction in ((torch.inf, "amin"), (-torch.inf, "amax"))
     )
     sums |= {"groups": len(found), "flat_groups": int((low == high).sum())}
-    for kind in KL_KINDS if buffer.ref_logprobs is not None else ():
-        kl = kl_estimate(buffer.old_logprobs, buffer.ref_logprobs, kind)[buffer.mask]
-        sums[f"kl/{kind}"] = float(kl.double().sum())
+    if buffer.ref_logprobs is not None:
+        for kind in KL_KINDS:
+            kl = kl_estimate(buffer.old_logprobs, buffer.ref_logprobs, kind)[buffer.mask]
+            sums[f"kl/{kind}"] = float(kl.double().sum())
     return sums | {f"part/{name}": sum(values) for name, values in rewards.parts.items()}
 
 
 def step_metrics(
     buffer: RolloutBuffer,
     algorithm: AlgorithmConfig,
+    *,
     rewards: Scores,
     advantage: AdvantageStats,
     update: UpdateStats,
     times: StageTimes,
     flops: float,
 ) -> dict[str, float]:
-    """The step's row, the same on every rank. Collective over the data-parallel group.
+    """The metrics of a step by tag, the same on every rank. Collective over the data-parallel group.
 
-    algorithm: with the step's KL coefficients. rewards: of this replica's samples.
-    flops: that this replica's samples need (model/flops.py).
+    Args:
+        algorithm: with the KL coefficients of the step.
+        rewards: the scores of this replica's samples.
+        flops: what this replica's samples need (flops.py).
     """
-    own = _shard_sums(buffer, rewards) | {"flops": flops}
-    sums = dict(zip(own, groups.reduce_sums([float(v) for v in own.values()], groups.data_group())))
+    shard = _shard_sums(buffer, rewards) | {"flops": flops}
+    values = [float(value) for value in shard.values()]
+    sums = dict(zip(shard, groups.reduce_sums(values, groups.data_group())))
     memory, largest_difference = _peaks(buffer)
     tokens, scores = max(sums["masked"], 1), advantage.scores
     seconds = times.seconds
@@ -126,7 +137,7 @@ def step_metrics(
         "policy/ratio_max": update.ratio_max,
         "policy/approx_kl": update.approx_kl,
         "policy/learning_rate": update.learning_rate,
-        "policy/skipped_updates": len(update.faults),
+        "policy/skipped_updates": len(update.skip_reasons),
         "advantage/count": advantage.advantages.count,
         "advantage/mean": advantage.advantages.mean,
         "advantage/var": advantage.advantages.var,
@@ -151,32 +162,34 @@ def step_metrics(
 
 
 class MetricsLog:
-    """Writes the run's files; on ranks other than the main one, nothing.
+    """Writes the metrics files of a run on the main rank; does nothing on the others.
 
-    metrics.jsonl: a row a step (steps count from 1). evaluations.jsonl: a row an evaluation, with
-    its sample answers (step 0 is before training). TensorBoard: all of it.
+    metrics.jsonl has a row per step (steps count from 1). evaluations.jsonl has a row per
+    evaluation, with sample answers (step 0 is before training). TensorBoard has all of it.
     """
 
     def __init__(self, directory: str | Path):
         self.directory = Path(directory)
         self.rows = self.directory / "metrics.jsonl"
         self.evaluations = self.directory / "evaluations.jsonl"
-        self.writer = None
+        self.writer: SummaryWriter | None = None
 
-    def start(self, steps_done: int, begun: bool) -> None:
-        """Opens the files. A run that has `begun` continues them after `steps_done`; later rows are
-        dropped. Otherwise they start anew: the evaluation of step 0 is about to come again.
+    def open(self, steps_done: int, *, resumed: bool) -> None:
+        """Opens the files.
+
+        A resumed run appends to them after the row of step `steps_done`; later rows are removed.
+        Any other run starts new files, because it repeats the evaluation of step 0.
         """
         if not groups.is_main():
             return
         for path in (self.rows, self.evaluations):
-            kept = [row for row in read_rows(path) if begun and row["step"] <= steps_done]
-            write_atomic(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
-        purged = steps_done + 1 if begun else 0
+            rows = [row for row in read_rows(path) if resumed and row["step"] <= steps_done]
+            write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+        purged = steps_done + 1 if resumed else 0
         self.writer = SummaryWriter(str(self.directory), purge_step=purged)
 
     def step(self, step: int, row: dict[str, float]) -> None:
-        """The numbers of finished step `step`; they are on the disk when this returns."""
+        """Writes the metrics of step `step`; they are on the disk when this returns."""
         if self.writer is None:
             return
         self._append(self.rows, {"step": step, **row})
@@ -185,11 +198,11 @@ class MetricsLog:
         self.writer.flush()
 
     def evaluation(self, step: int, result: Evaluation) -> None:
-        """An evaluation after `step` steps."""
+        """Writes an evaluation after `step` steps."""
         if self.writer is None:
             return
         self._append(self.evaluations, {"step": step, **asdict(result)})
-        if step == 0:  # later ones come with their step's row
+        if step == 0:  # later ones are in the row of their step
             for tag, value in evaluation_row(result).items():
                 self.writer.add_scalar(tag, value, step)
         for number, sample in enumerate(result.samples):
@@ -197,7 +210,8 @@ class MetricsLog:
             self.writer.add_text(f"eval/sample_{number}", text, step)
 
     def histograms(self, step: int, buffer: RolloutBuffer) -> None:
-        """Advantages and response lengths of the main rank's shard."""
+        """Writes histograms of the main rank's advantages and response lengths."""
+        assert buffer.advantages is not None
         if self.writer is not None and len(buffer.advantages):
             self.writer.add_histogram("advantage/histogram", buffer.advantages, step)
             self.writer.add_histogram("response/length_histogram", buffer.response_lengths, step)
@@ -219,7 +233,7 @@ def evaluation_row(result: Evaluation) -> dict[str, float]:
 
 
 def read_rows(path: str | Path) -> list[dict]:
-    """The rows of a JSONL file; a last line torn by a kill is left out."""
+    """The rows of a JSONL file; a last line that a kill has cut off is left out."""
     if not Path(path).exists():
         return []
     lines = Path(path).read_text().splitlines(keepends=True)

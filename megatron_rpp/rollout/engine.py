@@ -10,8 +10,9 @@ pipeline stages.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Callable, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -39,6 +40,7 @@ class RolloutEngine(Protocol):
         self,
         requests: list[Request],
         sampling: Sampling,
+        *,
         seed: int,
         step: int,
         progress: Callable[[int], None] = lambda finished: None,
@@ -60,7 +62,7 @@ class _Wave:
     ended: np.ndarray  # [n] bool: by end-of-sequence or a stop string
 
     @classmethod
-    def start(cls, requests: list[Request], max_new_tokens: int) -> "_Wave":
+    def start(cls, requests: list[Request], max_new_tokens: int) -> _Wave:
         count = len(requests)
         shape = (count, max_new_tokens)
         return cls(
@@ -91,6 +93,7 @@ class MegatronEngine:
         self,
         requests: list[Request],
         sampling: Sampling,
+        *,
         seed: int,
         step: int,
         progress: Callable[[int], None] = lambda finished: None,

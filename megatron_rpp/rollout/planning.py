@@ -6,7 +6,7 @@ memory alone: length-sorted, within a token budget, as many on every data-parall
 
 from __future__ import annotations
 
-from typing import Callable
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from megatron_rpp.seeds import permutation
 
 
 def minibatch_of(
-    sample_count: int, minibatches: int, seed: int, step: int, epoch: int
+    sample_count: int, minibatches: int, *, seed: int, step: int, epoch: int
 ) -> torch.Tensor:
     """[sample_count] the mini-batch, 0..minibatches-1, of each sample of the whole step."""
     order = permutation(sample_count, seed, step, epoch)
@@ -52,6 +52,7 @@ def micro_batches(
     buffer: RolloutBuffer,
     samples: list[int],
     max_tokens: int,
+    *,
     split: Split,
     device: torch.device,
     agree: Callable[[int], int],
@@ -68,7 +69,7 @@ def micro_batches(
     """
     planned = plan(split.padded(buffer.lengths).tolist(), samples, max_tokens)
     planned += [[]] * (agree(len(planned)) - len(planned))
-    rows = [split.row_length(buffer.lengths[torch.tensor(group, dtype=int)]) for group in planned]
+    rows = [split.row_length(buffer.lengths[torch.tensor(group, dtype=torch.int64)]) for group in planned]
     if same_length:
         rows = [max(rows)] * len(rows)
     return [pack(buffer, group, split, row, device) for group, row in zip(planned, rows)]

@@ -50,7 +50,7 @@ def save(buffer: RolloutBuffer, scores: Scores | None, path: Path) -> None:
 def _chosen(path: Path, first: int, end: int) -> dict[str, torch.Tensor]:
     """The columns of a file, of its samples first .. end-1 of the step."""
     with safe_open(path, framework="pt") as file:
-        columns = {_OLD_NAMES.get(name, name): file.get_tensor(name) for name in file.keys()}
+        columns = {_OLD_NAMES.get(name, name): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     inside = (columns["sample_ids"] >= first) & (columns["sample_ids"] < end)
     response_lengths = columns["lengths"] - columns["prompt_lengths"]
     by_kind = {

@@ -1,1 +1,1 @@
-"""What a run is and what surrounds its steps: inputs, models, resuming, saving, stopping."""
+"""A run and everything around its steps: inputs, models, saving, resuming, stopping."""

@@ -1,8 +1,11 @@
-"""How a run saves, resumes, and stops where it is told to."""
+"""How a run saves, resumes, and stops early."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 from megatron_rpp.checkpoint import manifest
 from megatron_rpp.checkpoint import state as checkpoint
@@ -13,151 +16,151 @@ from megatron_rpp.runtime import identity, step_progress
 from megatron_rpp.runtime.run import Run, evaluate_held_out
 from megatron_rpp.runtime.step_progress import StepProgress
 
+_PROGRESS = "underway"
+"""Where the manifest of a checkpoint inside a step has the progress of that step."""
+
 
 class Preempted(RunFailure):
-    """Told to stop; everything is saved, and the same command goes on."""
+    """The run was asked to stop. Everything is saved, and the same command continues it."""
 
     exit_code = PREEMPTED
 
 
-def resume(run: Run, repair: bool) -> None:
-    """Continues from what checkpoint.dir holds, else from checkpoint.load, else at step 0.
-    Collective.
+def resume(run: Run, *, repair: bool) -> None:
+    """Continues from checkpoint.dir, or else from checkpoint.load, or else starts at step 0.
 
-    Where the data is other than the checkpoint's, it begins at its start; any difference is said.
+    Collective. Logs what has changed since the checkpoint. If the training data has, it starts from
+    the beginning.
 
-    repair: set damaged checkpoints of checkpoint.dir aside.
+    Args:
+        repair: rename damaged checkpoints of checkpoint.dir.
     """
-    policy, settings, say = run.policy, run.config.checkpoint, run.console.say
-    own = identity.identities(run.config, run.inputs) if groups.is_main() else None
-    now = groups.broadcast_object(own)
+    settings, log = run.config.checkpoint, run.console.log
+    found = identity.identities(run.config, run.inputs) if groups.is_main() else None
+    now = groups.broadcast_object(found)
     run.state.identity = identity.recorded(now)
-    path = checkpoint.newest(settings.dir, say, repair)
+    path = checkpoint.newest(settings.dir, log, repair)
     if path is not None:
-        run.saved_as = path.name
+        run.saves.current = path.name
     elif settings.load is not None:
-        path = checkpoint.require(settings.load, say)
+        path = checkpoint.require(settings.load, log)
     else:
         return
-    state = checkpoint.resume(policy.model, policy.optimizer, policy.scheduler, path)
-    run.state = identity.carry_over(state, now, path, say)
+    state = checkpoint.resume(run.policy, path)
+    run.state = identity.carry_over(state, now, path, log)
     content = ranks.gathered(manifest.read_manifest(path))[0]
-    if content is not None and "underway" in content["notes"]:
-        begun = step_progress.read(
-            path, content["notes"]["underway"], run.config, run.inputs.train, run.state
+    if content is not None and _PROGRESS in content["notes"]:
+        notes, prompts = content["notes"][_PROGRESS], run.inputs.train
+        progress = step_progress.load(
+            path, notes, config=run.config, prompts=prompts, key=run.step_key
         )
-        if begun is None:
-            say(f"the data has other prompts than {path}: step {run.state.step + 1} is begun anew")
+        if progress is None:
+            log(f"the data has other prompts than {path}: step {state.step + 1} is begun anew")
         else:
-            run.step_progress = begun
+            run.step_progress = progress
 
 
 def begin_step(run: Run) -> StepProgress:
-    """The step under way: restored by `resume`, or with its kept rollouts, or new. Collective."""
+    """The progress of the step: what `resume` or saved rollouts restored, or none. Collective."""
     if run.step_progress.buffer is None and run.config.checkpoint.save_rollouts:
-        run.step_progress = step_progress.kept(run.config, run.inputs.train, run.state)
+        run.step_progress = step_progress.load_rollouts(
+            config=run.config, prompts=run.inputs.train, key=run.step_key
+        )
     return run.step_progress
 
 
-def keep(run: Run, stage: str) -> None:
-    """After a stage whose work is worth keeping: keeps it if asked to, and is a safe point."""
-    step_progress.keep(run.step_progress, run.config, run.inputs.train, run.state, stage)
-    stop_if_requested_inside_step(run)
+def finish_stage(run: Run, stage: str) -> None:
+    """Ends the stage rollout or reward: saves the rollouts if asked to; a safe point. Collective."""
+    if run.config.checkpoint.save_rollouts:
+        step_progress.save_rollouts(
+            run.step_progress, stage, config=run.config, prompts=run.inputs.train, key=run.step_key
+        )
+    stop_if_requested(run)
 
 
 def finish_step(run: Run, row: dict[str, float]) -> None:
-    """Ends the step that `run.state` counts: evaluation and checkpoint where they are due, its row.
-    Collective."""
+    """Ends a step that `run.state` counts: evaluates and saves if due, logs its row. Collective."""
     step, config = run.state.step, run.config
     if step == config.train.steps or due(step, config.evaluation.interval):
         row |= evaluate_held_out(run)
-    row["time/checkpoint"] = write_if_due(run, row)
-    # The row before the checkpoint is in force: a kill between them repeats the step, row and all,
-    # while the other order would lose the row.
-    run.log.step(step, row)
+    save_if_due(run, row)
+    row["time/checkpoint"] = run.saves.take_stall_seconds()
+    # The row is written before the checkpoint becomes current. A kill in between repeats the step
+    # and its row; in the other order, it would lose the row.
+    run.metrics.step(step, row)
     publish_if_written(run)
 
 
-def write_if_due(run: Run, row: dict[str, float]) -> float:
-    """After the last step and every checkpoint.interval steps a checkpoint, not yet in force; and
-    the seconds that saves have held the run up since the last step. Collective."""
+def save_if_due(run: Run, row: dict[str, float]) -> None:
+    """Saves after the last step and every checkpoint.interval steps. Collective.
+
+    The checkpoint becomes current later, in `publish_if_written` or `publish`.
+    """
     if run.finished or due(run.state.step, run.config.checkpoint.interval):
-        with run.saves.measure("checkpoint"), run.console.stage("checkpoint"):
-            finish(run)
+        with run.saves.stalling(), run.console.stage("checkpoint"):
+            publish(run)
             background = run.config.checkpoint.async_save and not run.finished
-            _write(run, {"accuracy": row.get("eval/accuracy")}, in_background=background)
-    return run.saves.seconds.pop("checkpoint", 0.0)
+            _save(run, {"accuracy": row.get("eval/accuracy")}, in_background=background)
 
 
 def publish_if_written(run: Run) -> None:
-    """Puts a checkpoint in force whose writing is over. Collective."""
-    with run.saves.measure("checkpoint"):
-        if run.writing is not None and run.writing.written(wait=False):
-            finish(run)
+    """Makes the pending checkpoint current if it is written. Collective."""
+    with run.saves.stalling():
+        if run.saves.pending is not None and run.saves.pending.written(wait=False):
+            publish(run)
 
 
-def finish(run: Run) -> None:
-    """Waits for the checkpoint that is being written, if any, and puts it in force; the rollouts
-    kept for its steps go. Collective."""
-    if run.writing is None:
-        return
-    writing, run.writing = run.writing, None
-    path = writing.publish()
-    if writing.step == run.state.step:
-        run.saved_as = path.name
-    step_progress.forget(run.config, before=writing.step)
+def publish(run: Run) -> None:
+    """Waits for the pending checkpoint, if any, and makes it current. Collective.
+
+    Deletes the saved rollouts of the steps that it has behind it.
+    """
+    pending, run.saves.pending = run.saves.pending, None
+    if pending is not None:
+        run.saves.current = pending.publish().name
+        step_progress.delete_rollouts(run.config, before=pending.step)
 
 
-def ensure(run: Run) -> None:
-    """The run as it is, between steps, is in checkpoint.dir. Collective."""
-    finish(run)
-    if run.saved_as is None:
-        _write(run, {})
-        finish(run)
+def ensure_saved(run: Run) -> None:
+    """Saves the run at this safe point, if the current checkpoint is not of it. Collective."""
+    publish(run)
+    if run.saves.current != f"iter_{run.state.step:07d}{run.step_progress.suffix}":
+        _save(run)
+        publish(run)
 
 
-def _write(run: Run, notes: dict, **how) -> None:
-    policy = run.policy
-    run.writing = checkpoint.write(
-        run.config.checkpoint, policy.model, policy.optimizer, policy.scheduler, run.state, notes,
-        **how,
+def _save(
+    run: Run, notes: Mapping[str, Any] = MappingProxyType({}), *, in_background: bool = False
+) -> None:
+    """Saves the run at a safe point, between two steps or inside one."""
+
+    def save_progress(directory: Path) -> dict[str, Any]:
+        if run.step_progress.buffer is None:
+            return {}
+        saved = step_progress.save(
+            run.step_progress, directory, config=run.config, prompts=run.inputs.train,
+            key=run.step_key,
+        )  # fmt: skip
+        return {_PROGRESS: saved}
+
+    run.saves.pending = checkpoint.save(
+        run.policy, run.state, run.config.checkpoint, notes=notes,
+        suffix=run.step_progress.suffix, write_more=save_progress, in_background=in_background,
     )  # fmt: skip
 
 
 def stop_if_requested(run: Run) -> None:
-    """A safe point between steps: where any rank was told to stop, all save and stop. Collective.
-
-    Raises Preempted.
-    """
-    if run.saved_as is None and run.step_progress.buffer is not None:
-        return stop_if_requested_inside_step(run)  # resumed from inside a step of another directory
-    reason = run.stop.requested()
-    if reason is None:
-        return
-    if run.state.step:
-        ensure(run)
-    raise Preempted(f"{reason}: saved after step {run.state.step}; the same command goes on")
-
-
-def stop_if_requested_inside_step(run: Run) -> None:
-    """A safe point inside a step: the rollouts so far and the place in the update are saved too.
+    """A safe point: if any rank was asked to stop, all ranks save and stop. Collective.
 
     Raises Preempted.
     """
     reason = run.stop.requested()
     if reason is None:
         return
-    name = f"iter_{run.state.step:07d}_{run.step_progress.place}"
-
-    def fill(directory: Path) -> dict:
-        prompts = run.inputs.train
-        return {"underway": step_progress.write(run.step_progress, directory, run.config, prompts, run.state)}
-
-    if run.saved_as != name:  # else it was stopped where it had just resumed
-        finish(run)
-        _write(run, {}, suffix=f"_{run.step_progress.place}", fill=fill)
-        finish(run)
-    raise Preempted(
-        f"{reason}: saved in step {run.state.step + 1} after {run.step_progress.update.done} "
-        f"mini-batches; the same command goes on"
-    )
+    if run.started:
+        ensure_saved(run)
+    step, done = run.state.step, run.step_progress.update.done
+    place = f"after step {step}"
+    if run.step_progress.buffer is not None:
+        place = f"in step {step + 1} after {done} mini-batches"
+    raise Preempted(f"{reason}: saved {place}; the same command goes on")

@@ -1,6 +1,6 @@
-"""The final policy as a Hugging Face directory, converted from the checkpoint that a run ends with.
+"""Exports the final policy as a Hugging Face directory, from the last checkpoint of the run.
 
-The main rank converts, a tensor at a time, while the others wait: nothing is gathered.
+The main rank converts one tensor at a time while the others wait. Nothing is gathered.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ import torch.distributed as dist
 
 from megatron_rpp.config import Config
 from megatron_rpp.config.infer_settings import HF_FOLDER, hf_source
+from megatron_rpp.conversion import output_dir
 from megatron_rpp.conversion.convert import to_hf_alone
-from megatron_rpp.conversion.output_dir import check_output, copy_side_files
 from megatron_rpp.hf.architecture import CONFIG, family_of
 from megatron_rpp.parallel import groups
 
 
 def check_export(config: Config, checkpoints: str) -> None:
-    """Raises ConfigError, before any work, where the export could not be written at the end."""
+    """Raises ConfigError, before any work, if the export could not be written at the end."""
     if config.checkpoint.export_hf is not None:
         sources = [Path(checkpoints)]
         source = hf_source(config.model.hf_path, config.model.init_path)
@@ -26,22 +26,22 @@ def check_export(config: Config, checkpoints: str) -> None:
             family_of(config.model.architecture(config.model.vocab_size or 0))
         else:
             sources.append(source)
-        check_output(Path(config.checkpoint.export_hf), sources, CONFIG, overwrite=True)
+        output_dir.check_output(Path(config.checkpoint.export_hf), sources, CONFIG, overwrite=True)
 
 
-def keep_side_files(config: Config, checkpoints: str) -> None:
-    """Puts config.json and tokenizer of the model beside its checkpoints. Collective."""
+def copy_side_files(config: Config, checkpoints: str) -> None:
+    """Copies config.json and tokenizer of the model to its checkpoints. Collective."""
     source = hf_source(config.model.hf_path, config.model.init_path)
     folder = Path(checkpoints) / HF_FOLDER
     if source is not None and groups.is_main() and source.resolve() != folder.resolve():
-        copy_side_files(source, folder)
+        output_dir.copy_side_files(source, folder)
     dist.barrier()
 
 
 def export_policy(config: Config, checkpoints: str) -> None:
-    """Writes checkpoint.export_hf from the newest of `checkpoints`, over an older export.
+    """Writes checkpoint.export_hf from the current one of `checkpoints`. Collective.
 
-    Collective; does nothing where no export is asked for.
+    Replaces an older export. Does nothing if the setting is null.
     """
     target = config.checkpoint.export_hf
     if target is not None:

@@ -1,17 +1,19 @@
-"""What a run was made with, as its checkpoints keep it: data, tokenizer and reward.
+"""Identities of data, tokenizer and rewards, which checkpoints hold.
 
-A resume compares it with what it is given now. Other prompts begin at their start: the place of the
-checkpoint is one in the order of the old ones. Any other difference is said, and the run goes on.
-Identities are of contents, not of paths: a copied data set is the same data set.
+A resume compares those of the checkpoint with those it is given. If the prompts differ, the data
+starts from the beginning, because the position in the checkpoint belongs to the old prompts. Any
+other difference is logged, and the run goes on. Identities depend on contents, not on paths: a
+copied data set is the same data set.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 from megatron_rpp.checkpoint.run_state import RunState
 from megatron_rpp.config import Config
@@ -27,15 +29,15 @@ _REWARD = ("functions", "options", "weights", "normalize", "scale", "clip", "tim
 
 
 class Identity(NamedTuple):
-    """Of one thing that a run is made with."""
+    """The identity of one input of a run."""
 
     digest: str
     shown: str
-    """In words, for messages."""
+    """What messages call it."""
 
 
 def identities(config: Config, inputs: Inputs) -> dict[str, Identity]:
-    """By what they are of, in words."""
+    """The identities of all inputs, by the names that messages use."""
     data, reward = config.data, config.reward
     prompts, labels = inputs.train.identities()
     named = f"{', '.join(data.sources)}: {len(inputs.train)} prompts"
@@ -56,26 +58,26 @@ def identities(config: Config, inputs: Inputs) -> dict[str, Identity]:
 
 
 def carry_over(
-    state: RunState, now: dict[str, Identity], place: Path, say: Callable[[str], None]
+    state: RunState, now: dict[str, Identity], place: Path, log: Callable[[str], None]
 ) -> RunState:
-    """The state of the checkpoint at `place`, for a run that is made with `now`.
+    """Adapts the state of the checkpoint at `place` to a run whose inputs are `now`.
 
-    say: is told of every difference.
+    log: called with a line about every difference.
     """
     before = {name: Identity(*values) for name, values in state.identity.items()}
     if not before:
-        say(f"{place} does not say what it was made with: the run goes on at its place in the data")
+        log(f"{place} does not say what it was made with: the run goes on at its place in the data")
     other = [name for name, old in before.items() if old.digest != now[name].digest]
     for name in other:
         follows = "it begins at its start" if name == PROMPTS else "the run goes on"
         shown = f"then {before[name].shown}; now {now[name].shown}"
-        say(f"changed since {place}: {name} ({shown}): {follows}")
+        log(f"changed since {place}: {name} ({shown}): {follows}")
     seen = 0 if PROMPTS in other else state.prompts_seen
     return replace(state, prompts_seen=seen, identity=recorded(now))
 
 
 def recorded(now: dict[str, Identity]) -> dict[str, list[str]]:
-    """As a checkpoint keeps it."""
+    """Identities in the form in which a checkpoint holds them."""
     return {name: list(identity) for name, identity in now.items()}
 
 
@@ -88,7 +90,7 @@ def _digest(content: bytes) -> str:
 
 
 def _files(path: str | None) -> bytes:
-    """The content of a file, or of the tokenizer's files in a directory; empty where there is none."""
+    """The content of a file, or of the tokenizer files of a directory; empty if there is none."""
     if not path:
         return b""
     place = Path(path)

@@ -1,5 +1,7 @@
-"""Everything a run reads, opened and checked before any expensive work and before any rank waits
-for another: every rank reads the same files and refuses the same mistakes."""
+"""Opens and checks everything that a run reads, before any expensive work.
+
+Every rank reads the same files and finds the same mistakes, before any rank waits for another.
+"""
 
 from __future__ import annotations
 

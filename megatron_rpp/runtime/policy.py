@@ -1,8 +1,6 @@
-"""The models of a run, built and filled: policy, optimizer, schedule, and the reference."""
+"""Builds the models of a run and loads their weights: the policy and the reference."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 
@@ -10,17 +8,10 @@ from megatron_rpp.checkpoint import state as checkpoint
 from megatron_rpp.config import Config, OptimizerConfig
 from megatron_rpp.model import build
 from megatron_rpp.model.hf_weights import load_hf
+from megatron_rpp.model.language_model import chunks
 from megatron_rpp.model.optimizer import build_optimizer
+from megatron_rpp.model.policy import Policy
 from megatron_rpp.model.reference import OffloadedReference, Reference, ResidentReference
-
-
-@dataclass
-class Policy:
-    """The model that is trained (its chunks, DDP-wrapped), with its optimizer and schedule."""
-
-    model: torch.nn.ModuleList
-    optimizer: object
-    scheduler: object
 
 
 def build_start(config: Config, vocab_size: int) -> torch.nn.ModuleList:
@@ -34,22 +25,22 @@ def build_start(config: Config, vocab_size: int) -> torch.nn.ModuleList:
 
 
 def build_policy(config: Config, optimizer: OptimizerConfig, vocab_size: int) -> Policy:
-    """The policy of step 0, with an optimizer that has done nothing."""
+    """The policy before its first update."""
     stage = build_start(config, vocab_size)
     model = build.wrap_for_training(stage, optimizer.distributed)
     return Policy(model, *build_optimizer(model, optimizer, config.model.dtype == "bf16"))
 
 
 def build_reference(config: Config, policy: Policy, vocab_size: int) -> Reference | None:
-    """The policy's initial weights, frozen; None where no KL coefficient needs them.
+    """A frozen copy of the policy's initial weights; None if no KL coefficient needs it.
 
-    Called before the policy resumes from a checkpoint, while it still holds those weights.
+    Call it before the policy resumes from a checkpoint, while it still holds those weights.
     """
     if not config.algorithm.kl_in_reward and config.algorithm.kl_loss_coef == 0:
         return None
     if config.reference.placement == "offload":
         return OffloadedReference(policy.model)
     stage = build.build_model(config.model, config.parallel, vocab_size, config.seed)
-    for chunk, own in zip(stage, policy.model, strict=True):
-        chunk.load_state_dict(own.module.state_dict())
+    for chunk, trained in zip(chunks(stage), chunks(policy.model), strict=True):
+        chunk.load_state_dict(trained.state_dict())
     return ResidentReference(stage)

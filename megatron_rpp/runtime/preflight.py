@@ -1,6 +1,6 @@
-"""What can be known before a run starts: whether the cluster is as the run needs it.
+"""Preflight: checks, before a run starts, that the cluster is what the run needs.
 
-`run` prints a table of checks and raises ConfigError (exit code 2) where one has failed. It is what
+`run` prints a table of checks and raises ConfigError (exit code 2) if one has failed. It is what
 tools/preflight.py does, and `train --dry-run` before it builds the models. Collective: every rank
 takes part in every check, and rank 0 judges.
 
@@ -42,13 +42,13 @@ class Check:
     name: str
     passed: bool
     found: str
-    """What was found and, where it does not suffice, what to do."""
+    """What was found and, if that is not enough, what to do."""
 
 
 def run(config: Config, vocab_size: int, console: Console) -> None:
-    """All checks, as a table on rank 0. Collective, the groups have been started.
+    """Runs all checks and prints their table on rank 0. Collective; the groups have been started.
 
-    Raises ConfigError, on every rank, where a check has failed.
+    Raises ConfigError, on every rank, if a check has failed.
     """
     checks = [
         _versions(),
@@ -66,7 +66,7 @@ def run(config: Config, vocab_size: int, console: Console) -> None:
     if failed:
         found = "; ".join(f"{check.name}: {check.found}" for check in failed)
         raise ConfigError(f"preflight: {len(failed)} of {len(checks)} checks failed: {found}")
-    console.say(f"preflight: all {len(checks)} checks passed")
+    console.log(f"preflight: all {len(checks)} checks passed")
 
 
 def _gather(value: Any) -> list[Any]:

@@ -1,54 +1,76 @@
-"""What a run holds, from the moment everything is built: the one argument of the loop's stages."""
+"""`Run`: the parts of a training run, which its stages share."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Callable, Iterator
 
 from megatron_rpp.checkpoint.run_state import RunState
-from megatron_rpp.checkpoint.writer import Writing
+from megatron_rpp.checkpoint.writer import PendingSave
 from megatron_rpp.config import Config
 from megatron_rpp.lifecycle import heartbeat
+from megatron_rpp.model.policy import Policy
 from megatron_rpp.model.reference import Reference
-from megatron_rpp.parallel import groups
+from megatron_rpp.records import StepKey
 from megatron_rpp.reporting.console import Console
-from megatron_rpp.reporting.metrics import MetricsLog, StageTimes, evaluation_row
+from megatron_rpp.reporting.metrics import MetricsLog, evaluation_row
 from megatron_rpp.rollout.engine import MegatronEngine, RolloutEngine
 from megatron_rpp.runtime.inputs import Inputs
-from megatron_rpp.runtime.policy import Policy, build_policy, build_reference
+from megatron_rpp.runtime.policy import build_policy, build_reference
 from megatron_rpp.runtime.step_progress import StepProgress
 from megatron_rpp.runtime.stop_request import Stop
 from megatron_rpp.stages.evaluation import evaluate
 
 
 @dataclass
+class Saves:
+    """The checkpoints that a run writes to checkpoint.dir."""
+
+    current: str | None = None
+    """Name of the current checkpoint; None before the first."""
+    pending: PendingSave | None = None
+    """The checkpoint that is being written."""
+    stall_seconds: float = 0.0
+    """How long saves have stalled the run since its last row of metrics."""
+
+    @contextmanager
+    def stalling(self) -> Iterator[None]:
+        """Counts the time in the context as a stall."""
+        start = time.perf_counter()
+        yield
+        self.stall_seconds += time.perf_counter() - start
+
+    def take_stall_seconds(self) -> float:
+        """Returns the stall so far and starts to count anew."""
+        seconds, self.stall_seconds = self.stall_seconds, 0.0
+        return seconds
+
+
+@dataclass
 class Run:
-    """Built by `build`; `state` is where it stands, everything else stays."""
+    """The parts of a training run. Only `state`, `step_progress` and `saves` change with its steps."""
 
     config: Config
     inputs: Inputs
     policy: Policy
     reference: Reference | None
-    """None where no KL coefficient needs it, and in the supervised warm start."""
+    """None if no KL coefficient needs it, and in supervised fine-tuning."""
     engine: RolloutEngine
     console: Console
-    log: MetricsLog
+    metrics: MetricsLog
     stop: Stop = field(default_factory=Stop)
-    """Whether the run was told to end early."""
+    """Tells whether the run was asked to end early."""
     state: RunState = field(default_factory=RunState)
+    """Where the run stands between two steps."""
     step_progress: StepProgress = field(default_factory=StepProgress)
     """What is done of the step after `state`."""
-    writing: Writing | None = None
-    """A checkpoint that is not in force yet."""
-    saves: StageTimes = field(default_factory=StageTimes)
-    """How long saves have held the run up since its last row of metrics."""
-    saved_as: str | None = None
-    """The checkpoint of checkpoint.dir that holds `state`; None where none does."""
+    saves: Saves = field(default_factory=Saves)
 
     @property
-    def begun(self) -> bool:
-        """Whether anything of its first step is done and saved."""
+    def started(self) -> bool:
+        """Whether there is any work to save."""
         return self.state.step > 0 or self.step_progress.buffer is not None
 
     @property
@@ -56,9 +78,20 @@ class Run:
         train = self.config.train
         return self.state.step >= train.steps or self.state.reached(train.stop_accuracy)
 
+    @property
+    def step_key(self) -> StepKey:
+        """The key of the step after `state`."""
+        return StepKey(self.config.seed, self.state.step, self.state.prompts_seen)
+
+    def advance(self, prompts: int) -> None:
+        """Counts the step, which took `prompts` prompts, as finished."""
+        self.step_progress = StepProgress()
+        self.state.step += 1
+        self.state.prompts_seen += prompts
+
     @contextmanager
     def stage(self, name: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
-        """Times a stage of the step under way and shows a bar; yields what advances the bar."""
+        """Times a stage of the step and shows a bar; yields the function that advances the bar."""
         heartbeat.enter(name)
         title = f"step {self.state.step + 1}/{self.config.train.steps} {name}"
         with self.step_progress.times.measure(name), self.console.stage(title, total) as progress:
@@ -66,44 +99,40 @@ class Run:
 
 
 def build(config: Config, inputs: Inputs, console: Console) -> Run:
-    """A run of train.py at step 0, with fresh models and nothing written yet. Collective."""
+    """Builds the run of train.py before its first step; writes nothing. Collective."""
     policy = build_policy(config, config.optimizer, inputs.vocab_size)
     reference = build_reference(config, policy, inputs.vocab_size)
-    return assemble(config, inputs, console, policy, reference, config.logging.dir)
+    return assemble(config, inputs, console, policy=policy, reference=reference)
 
 
 def assemble(
     config: Config,
     inputs: Inputs,
     console: Console,
+    *,
     policy: Policy,
-    reference: Reference | None,
-    log_dir: str,
+    reference: Reference | None = None,
 ) -> Run:
-    """The run of these models, with the engine that samples from `policy`."""
+    """Makes a run of these models, with an engine that samples from `policy`."""
     engine = MegatronEngine(policy.model, inputs.tokenizer, config.rollout.max_batch)
-    return Run(config, inputs, policy, reference, engine, console, MetricsLog(log_dir))
+    metrics = MetricsLog(config.logging.dir)
+    return Run(config, inputs, policy, reference, engine, console, metrics)
 
 
 def evaluate_held_out(run: Run) -> dict[str, float]:
-    """Asks the held-out prompts, logs and shows the answer; its part of the step's row. Collective.
+    """Answers the held-out prompts, logs the result and returns its metrics. Collective.
 
-    Its accuracy is kept in `run.state`.
+    Sets `run.state.accuracy`.
     """
     inputs, state = run.inputs, run.state
     heartbeat.enter("evaluation")
     with run.console.stage("evaluation"):
         result = evaluate(
-            run.engine, inputs.held_out, inputs.rewards, inputs.response_form, inputs.greedy,
-            run.config.evaluation.samples,
+            run.engine, inputs.held_out, inputs.rewards, form=inputs.response_form,
+            sampling=inputs.greedy, shown=run.config.evaluation.samples,
         )  # fmt: skip
     state.accuracy = result.accuracy
-    run.log.evaluation(state.step, result)
+    run.metrics.evaluation(state.step, result)
     text = f"held-out accuracy {result.accuracy:.1%}, reward {result.reward:.3f}"
-    run.console.say(f"step {state.step}: {text} ({result.count} prompts)")
+    run.console.log(f"step {state.step}: {text} ({result.count} prompts)")
     return evaluation_row(result)
-
-
-def own_samples(config: Config) -> int:
-    """Responses of one step that this replica samples."""
-    return config.rollout.samples_per_step // groups.data_size()

@@ -1,10 +1,9 @@
-"""What every training program does around its steps: locks, signals, a watchdog, the dry run, the
-export at the end."""
+"""What every training program does around its steps: locks, signals, a watchdog, the export."""
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch.distributed as dist
@@ -22,10 +21,10 @@ from megatron_rpp.runtime.stop_request import Stop
 
 @contextmanager
 def session(config: Config, console: Console) -> Iterator[Stop]:
-    """The run's directories are its own, and it can be told to stop. Collective."""
+    """Locks the directories of the run and listens for requests to stop. Collective."""
     stop = Stop(config.train.exit_duration_minutes)
     with (
-        one_writer([config.checkpoint.dir, config.logging.dir], console.say),
+        one_writer([config.checkpoint.dir, config.logging.dir], console.log),
         stop.listening(),
         _watching(config),
         frozen_heap(),
@@ -35,8 +34,11 @@ def session(config: Config, console: Console) -> Iterator[Stop]:
 
 @contextmanager
 def frozen_heap() -> Iterator[None]:
-    """Garbage collections leave out what is alive now, mostly imported modules: Megatron runs a
-    full one in every save, and the run stands still for it (tools/benchmark.py checkpoint)."""
+    """Excludes the objects that exist now, mostly imported modules, from garbage collection.
+
+    Megatron runs a full collection in every save, which stalls the run (tools/benchmark.py
+    checkpoint).
+    """
     gc.freeze()
     try:
         yield
@@ -45,7 +47,7 @@ def frozen_heap() -> Iterator[None]:
 
 
 def _watching(config: Config) -> AbstractContextManager[None]:
-    """The watchdog of this rank, if there is to be one."""
+    """The watchdog of this rank, if train.hang_timeout_minutes is set."""
     minutes = config.train.hang_timeout_minutes
     if minutes is None:
         return nullcontext()
@@ -53,23 +55,27 @@ def _watching(config: Config) -> AbstractContextManager[None]:
     return Watchdog(config.logging.dir, dist.get_rank(), world, minutes).watching()
 
 
-def run_to_completion(run: Run, steps: Callable[[Run], None], setting: str, dry_run: bool) -> None:
-    """The steps that are left of a run, if any, then its export. Collective.
+@contextmanager
+def training(run: Run, setting: str) -> Iterator[None]:
+    """Surrounds the steps of a run: opens its metrics before them, exports the policy after them.
 
-    setting: that says how many steps there are.
+    A mistake of the user's that is found inside ends the run as a failure (exit code 1): work was
+    done before. Collective.
+
+    Args:
+        setting: the setting that says how many steps there are.
     """
-    config, say = run.config, run.console.say
-    if dry_run:
-        say("dry run: everything is built and nothing was trained")
-        return
-    export.keep_side_files(config, config.checkpoint.dir)
-    if run.finished:
-        say(f"finished before, at step {run.state.step}: raise {setting} to go on")
-    else:
-        try:
-            steps(run)
-        except ConfigError as error:  # found after work was done, such as a row changed on the disk
-            raise RunFailure(str(error)) from error
+    config, state = run.config, run.state
+    export.copy_side_files(config, config.checkpoint.dir)
+    try:
+        if run.finished:
+            run.console.log(f"finished before, at step {state.step}: raise {setting} to go on")
+        else:
+            run.metrics.open(state.step, resumed=run.started)
+        yield
+    except ConfigError as error:  # for example, a row has changed on the disk
+        raise RunFailure(str(error)) from error
+    run.metrics.close()
     if config.checkpoint.export_hf is not None:
-        checkpointing.ensure(run)
+        checkpointing.ensure_saved(run)
         export.export_policy(config, config.checkpoint.dir)

@@ -1,16 +1,16 @@
-"""When to stop early: SIGTERM or SIGUSR1 on any one rank, or the run's time being over.
+"""Requests to stop early: SIGTERM or SIGUSR1 on any rank, or train.exit_duration_minutes.
 
-A signal only sets a flag. At a safe point all ranks ask together, so that all of them stop there.
-Processes that Megatron forks to write a checkpoint inherit the handler, and so survive a signal
-that is sent to the whole job.
+A signal only sets a flag. At a safe point all ranks ask together, so all of them stop there. The
+processes that Megatron forks to write a checkpoint inherit the handler, so they survive a signal to
+the whole job.
 """
 
 from __future__ import annotations
 
 import signal
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Iterator
 
 import torch.distributed as dist
 
@@ -23,13 +23,13 @@ class Stop:
     """A request to stop."""
 
     def __init__(self, after_minutes: float | None = None):
-        """after_minutes: from now on; None: only a signal stops the run."""
+        """after_minutes: counted from now; None: only a signal stops the run."""
         self._end = None if after_minutes is None else time.monotonic() + 60 * after_minutes
         self._received = 0
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Takes the signals for requests while the context is open; in the main thread."""
+        """Handles the signals while the context is open. For the main thread."""
         before = {number: signal.signal(number, self._receive) for number in SIGNALS}
         try:
             yield
@@ -41,10 +41,10 @@ class Stop:
         self._received = number
 
     def requested(self) -> str | None:
-        """Why to stop, where any rank has a reason to; the same on every rank. Collective."""
+        """The reason to stop, the same on every rank; None if no rank has one. Collective."""
         over = self._end is not None and time.monotonic() >= self._end
-        own = [float(self._received), float(over)]
-        received, over = groups.reduce_sums(own, dist.group.WORLD, dist.ReduceOp.MAX)
+        found = [float(self._received), float(over)]
+        received, any_over = groups.reduce_sums(found, dist.group.WORLD, dist.ReduceOp.MAX)
         if received:
             return signal.Signals(int(received)).name
-        return "the end of train.exit_duration_minutes" if over else None
+        return "the end of train.exit_duration_minutes" if any_over else None

@@ -1,4 +1,4 @@
-"""From scores and log-probs to advantages, normalised over the global batch."""
+"""Stage 4, advantage: from scores and log-probs to advantages, normalised over the global batch."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import torch.distributed as dist
 from megatron_rpp.algorithms import (
     Moments,
     ShapingStats,
+    advantages,
     correction_weights,
     importance_ratio,
     kl_estimate,
     shape_scores,
 )
-from megatron_rpp.algorithms.advantages import advantages
 from megatron_rpp.config import AlgorithmConfig, RewardConfig
 from megatron_rpp.rollout.buffer import RolloutBuffer
 from megatron_rpp.stages import nonfinite
@@ -22,23 +22,25 @@ from megatron_rpp.stages import nonfinite
 
 @dataclass(frozen=True)
 class AdvantageStats:
-    """Over all replicas: the scores by sample, the advantages before normalisation by token."""
+    """Over all replicas: scores per sample, and advantages per token before their normalisation."""
 
     scores: ShapingStats
     advantages: Moments
 
 
-def fill(
+def compute_advantages(
     buffer: RolloutBuffer,
     algorithm: AlgorithmConfig,
     reward: RewardConfig,
+    *,
     group: dist.ProcessGroup,
 ) -> AdvantageStats:
-    """Writes `advantages`, `returns` and, where the algorithm corrects for the rollout engine,
-    `rollout_weights` [R] into the buffer; collective over `group` (DP × CP) and over the world.
+    """Fills `advantages`, `returns` and, if the algorithm corrects for the rollout engine,
+    `rollout_weights` [R]. Collective over `group` (DP × CP) and over the world.
 
-    Raises RunFailure, on every rank, where log-probs or KL are not finite (nonfinite.py).
+    Raises RunFailure, on every rank, if log-probs or KL are not finite (nonfinite.py).
     """
+    assert buffer.scores is not None and buffer.old_logprobs is not None
     scores, score_stats = shape_scores(
         buffer.scores, reward.normalize, reward.scale, reward.clip, group
     )
@@ -53,15 +55,15 @@ def fill(
             f"the KL estimates ({algorithm.kl_estimator})": kl,
         },
     )
-    values, returns, moments = advantages(
+    values, returns, moments = advantages.compute_advantages(
         algorithm.name,
         scores,
-        None if kl is None else buffer.padded(kl),
         buffer.padded(buffer.mask),
-        buffer.group_ids,
-        algorithm.kl_coef,
-        algorithm.gamma,
-        group,
+        group_ids=buffer.group_ids,
+        kl=None if kl is None else buffer.padded(kl),
+        kl_coef=algorithm.kl_coef,
+        gamma=algorithm.gamma,
+        group=group,
     )
     buffer.advantages, buffer.returns = buffer.flat(values), buffer.flat(returns)
     if algorithm.rollout_correction != "none":

@@ -1,4 +1,4 @@
-"""Greedy answers to held-out prompts: accuracy, mean reward, and a few answers to read."""
+"""Evaluation: answers to held-out prompts, their accuracy and mean reward, and a few to read."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Results over all held-out prompts asked; `samples` are the first ones, on the main rank."""
+    """Results over all prompts that were answered; `samples` are the first of this replica's."""
 
     count: int
     accuracy: float
@@ -39,13 +39,18 @@ def evaluate(
     engine: RolloutEngine,
     prompts: Sequence[Prompt],
     rewards: RewardSet,
+    *,
     form: ResponseFormat,
     sampling: Sampling,
     shown: int,
 ) -> Evaluation:
-    """Asks every prompt once, each replica its shard. Collective over the world.
+    """Answers every prompt once; each replica answers its shard. Collective over the world.
 
-    A response is correct where the first reward function gives 1.0 or more.
+    A response is correct if the first reward function gives it 1.0 or more.
+
+    Args:
+        form: how responses become text.
+        shown: how many answers to return as samples.
     """
     rank, size = groups.data_rank(), groups.data_size()
     own = [prompts[i] for i in shard(len(prompts), rank, size)]

@@ -1,10 +1,11 @@
-"""The KL coefficients of a step: those of the recipe, times a factor that the run carries along."""
+"""The KL coefficients of a step: those of the settings, times a factor that adapts to the KL."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
 from megatron_rpp.algorithms import adapted_kl_factor
+from megatron_rpp.checkpoint.run_state import RunState
 from megatron_rpp.config import AlgorithmConfig
 
 
@@ -17,14 +18,16 @@ def scaled(algorithm: AlgorithmConfig, factor: float) -> AlgorithmConfig:
     )
 
 
-def next_factor(
-    algorithm: AlgorithmConfig, factor: float, row: dict[str, float], samples: int
-) -> float:
-    """The factor of the next step, from the KL in this step's `row` over its `samples` responses.
+def adapt(
+    state: RunState, row: dict[str, float], algorithm: AlgorithmConfig, samples: int
+) -> None:
+    """Sets `state.kl_factor` for the next step, from the KL of this step over `samples` responses.
 
-    It stays 1 with the fixed controller. The row is the same on every rank, and so is the factor.
+    The fixed controller leaves it at 1. The metrics `row` is the same on every rank, so the factor
+    is too.
     """
-    if algorithm.kl_controller == "fixed":
-        return factor
-    kl = row[f"kl/{algorithm.kl_estimator}"]
-    return adapted_kl_factor(factor, kl, algorithm.kl_target, samples, algorithm.kl_horizon)
+    if algorithm.kl_controller == "adaptive":
+        kl = row[f"kl/{algorithm.kl_estimator}"]
+        state.kl_factor = adapted_kl_factor(
+            state.kl_factor, kl, algorithm.kl_target, samples, algorithm.kl_horizon
+        )

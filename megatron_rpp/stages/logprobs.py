@@ -1,5 +1,5 @@
-"""Log-probs of a buffer's response tokens under a model: the policy before its update, or the
-reference. Pipelined over micro-batches, written into a flat column of the buffer.
+"""Stage 3, logprobs: log-probs of the response tokens under the policy, before its update, and under
+the reference model. The forward passes are pipelined over micro-batches.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import torch.distributed as dist
 from megatron_rpp.model import pipeline
 from megatron_rpp.model.language_model import chunks
 from megatron_rpp.model.logprobs import vocab_parallel_logprobs
+from megatron_rpp.model.reference import Reference
 from megatron_rpp.parallel import device as devices
 from megatron_rpp.parallel import groups
 from megatron_rpp.records import MicroBatch
@@ -19,9 +20,12 @@ from megatron_rpp.rollout.packing import Split
 
 
 def make_micro_batches(
-    model: torch.nn.Module, buffer: RolloutBuffer, samples: list[int], max_tokens: int
+    model: torch.nn.ModuleList, buffer: RolloutBuffer, samples: list[int], *, max_tokens: int
 ) -> list[MicroBatch]:
-    """Micro-batches of `samples` within `max_tokens` each, as many on every data-parallel rank."""
+    """Packs `samples` into micro-batches of at most `max_tokens` tokens.
+
+    Every data-parallel rank gets the same number of them. Collective.
+    """
     config, context = chunks(model)[0].config, groups.context_group()
     stages = config.pipeline_model_parallel_size
     interleaved = config.virtual_pipeline_model_parallel_size is not None
@@ -34,14 +38,16 @@ def make_micro_batches(
     tensor = groups.tensor_group().size() if config.sequence_parallel else 1
     split = Split(context.size(), context.rank(), tensor)
     return planning.micro_batches(
-        buffer, samples, max_tokens, split, devices.device(), agree, same_length=interleaved
+        buffer, samples, max_tokens, split=split, device=devices.device(), agree=agree,
+        same_length=interleaved,
     )
 
 
 def token_logprobs(
-    model: torch.nn.Module,
+    model: torch.nn.ModuleList,
     batch: MicroBatch,
     hidden: torch.Tensor,
+    *,
     temperature: float,
     with_entropy: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -62,20 +68,50 @@ def token_logprobs(
 
 
 def response_logprobs(
-    model: torch.nn.Module, buffer: RolloutBuffer, max_tokens: int, temperature: float
+    model: torch.nn.ModuleList, buffer: RolloutBuffer, max_tokens: int, *, temperature: float
 ) -> torch.Tensor:
-    """fp32 [R] on the host: log-probs of every response token of this replica's shard.
+    """Log-probs of every response token of this replica's shard: fp32 [R], on the host.
 
     temperature: divides the logits, as in the rollout that sampled the tokens.
     """
-    batches = make_micro_batches(model, buffer, list(range(len(buffer))), max_tokens)
+    batches = make_micro_batches(model, buffer, list(range(len(buffer))), max_tokens=max_tokens)
 
     def head(batch: MicroBatch, hidden: torch.Tensor) -> torch.Tensor:
-        return token_logprobs(model, batch, hidden, temperature)[0]
+        return token_logprobs(model, batch, hidden, temperature=temperature)[0]
 
     column = torch.zeros(len(buffer.mask), dtype=torch.float32, device=devices.device())
     for batch, logprobs in zip(batches, pipeline.score(model, batches, head)):
         column[batch.column.to(column.device)] = logprobs
-    if groups.context_group().size() > 1:  # each rank filled in the tokens it holds
+    if groups.context_group().size() > 1:  # each rank has filled in its own tokens
         dist.all_reduce(column, group=groups.context_group())
     return groups.broadcast_from_last_stage(column).cpu()
+
+
+def compute_logprobs(
+    buffer: RolloutBuffer,
+    policy: torch.nn.ModuleList,
+    reference: Reference | None,
+    *,
+    recompute: bool,
+    max_tokens: int,
+    temperature: float,
+) -> None:
+    """Fills `old_logprobs` and, if there is a reference model, `ref_logprobs`. Collective.
+
+    Args:
+        policy: the model as it sampled the responses.
+        recompute: compute `old_logprobs` with the training kernels; otherwise take those of the
+            rollout engine.
+        max_tokens: the token budget of a micro-batch.
+        temperature: that of the rollout.
+    """
+    if recompute:
+        old = response_logprobs(policy, buffer, max_tokens, temperature=temperature)
+    else:
+        old = buffer.rollout_logprobs
+    if reference is not None:
+        with reference.active() as model:
+            buffer.ref_logprobs = response_logprobs(
+                model, buffer, max_tokens, temperature=temperature
+            )
+    buffer.old_logprobs = old  # last: a buffer that has it needs no further pass

@@ -1,9 +1,9 @@
-"""What is not finite: found on one rank, known to all, never trained on.
+"""NaN and infinity: if any rank finds one, all ranks skip the update.
 
-A NaN of one rank is in every rank's gradient as soon as they are summed. So each rank looks at its
-own loss and at its own gradients before that, all learn who found what, and all skip the update. A
-step's log-probs are in every mini-batch of it and, by the normalisation, in every sample: a NaN
-there ends the run.
+The sum of the gradients carries a NaN of one rank to every rank. So each rank checks its own loss
+and gradients before they are summed, and tells the others what it found. The log-probs of a step
+enter all of its mini-batches and, through the normalisation, all advantages: a NaN among them ends
+the run.
 """
 
 from __future__ import annotations
@@ -22,23 +22,24 @@ from megatron_rpp.rollout.buffer import RolloutBuffer
 _LOSS, _GRADIENT = 1, 2
 
 
-def fault(backward: Backward) -> str | None:
-    """What is not finite, and on which ranks; None where all is. Collective over the world.
+def skip_reason(backward: Backward) -> str | None:
+    """Says what is not finite and on which ranks; None if everything is. Collective over the world.
 
-    The same text on every rank. Where a loss is to blame, gradients follow and are not named.
+    The text is the same on every rank. A loss that is not finite makes the gradients so too; the
+    text then names the loss alone.
     """
     found = torch.zeros(dist.get_world_size(), dtype=torch.int32, device=devices.device())
-    found[dist.get_rank()] = _own_fault(backward)
+    found[dist.get_rank()] = _local_code(backward)
     dist.all_reduce(found)
     codes = found.tolist()
     for code, what in ((_LOSS, "the loss"), (_GRADIENT, "the gradient")):
-        ranks = [str(rank) for rank, own in enumerate(codes) if own == code]
+        ranks = [str(rank) for rank, found_code in enumerate(codes) if found_code == code]
         if ranks:
             return f"{what} on rank {', '.join(ranks)} is NaN or infinite"
     return None
 
 
-def _own_fault(backward: Backward) -> int:
+def _local_code(backward: Backward) -> int:
     if not all(bool(report.isfinite().all()) for report in backward.reports):
         return _LOSS
     if not all(bool(norm.isfinite()) for norm in backward.local_grad_norms):
@@ -47,10 +48,12 @@ def _own_fault(backward: Backward) -> int:
 
 
 def check_columns(buffer: RolloutBuffer, columns: dict[str, torch.Tensor | None]) -> None:
-    """Raises RunFailure, the same on every rank, where one of `columns` [R] of any rank has a NaN
-    or infinity at a token that the policy wrote. Collective over the world.
+    """Checks that `columns` [R] are finite at the tokens that the policy wrote. Collective.
 
-    columns: by what the message calls them; None: there is none.
+    Args:
+        columns: by the name that the message uses; None: no such column in this run.
+    Raises:
+        RunFailure: any rank has a NaN or an infinity; the message is the same on every rank.
     """
     problem = None
     for name, column in columns.items():
@@ -71,14 +74,14 @@ def check_columns(buffer: RolloutBuffer, columns: dict[str, torch.Tensor | None]
         raise RunFailure(next(text for text in problems if text is not None))
 
 
-def count(state: RunState, fault: str | None, limit: int) -> None:
-    """Counts skipped updates in a row in `state`, the same on every rank.
+def count_skipped(state: RunState, reason: str | None, limit: int) -> None:
+    """Counts the updates that were skipped in a row in `state`; the same on every rank.
 
-    Raises RunFailure where there are `limit` of them.
+    Raises RunFailure if there are `limit` of them.
     """
-    state.skipped_in_a_row = 0 if fault is None else state.skipped_in_a_row + 1
+    state.skipped_in_a_row = 0 if reason is None else state.skipped_in_a_row + 1
     if state.skipped_in_a_row >= limit:
         raise RunFailure(
             f"{limit} updates in a row were skipped (train.max_skipped_updates), the last because "
-            f"{fault}: resume from the last checkpoint, with a lower learning rate"
+            f"{reason}: resume from the last checkpoint, with a lower learning rate"
         )

@@ -1,11 +1,12 @@
-"""One step's rollouts: which prompts, which replica, and the finished buffer."""
+"""Stage 1, rollout: samples responses to the prompts of a step."""
 
 from __future__ import annotations
 
-from typing import Callable
+from collections.abc import Callable
 
+from megatron_rpp.config import RolloutConfig
 from megatron_rpp.data.prompts import PromptSet
-from megatron_rpp.records import Request, Sampling
+from megatron_rpp.records import Request, Sampling, StepKey
 from megatron_rpp.rollout.buffer import RolloutBuffer, from_generations
 from megatron_rpp.rollout.engine import RolloutEngine
 
@@ -19,27 +20,31 @@ def collect(
     engine: RolloutEngine,
     prompts: PromptSet,
     sampling: Sampling,
-    prompts_per_step: int,
-    samples_per_prompt: int,
-    data_rank: int,
-    data_size: int,
-    seed: int,
-    step: int,
-    prompts_seen: int,
+    *,
+    rollout: RolloutConfig,
+    key: StepKey,
+    replica: int,
+    replicas: int,
     progress: Callable[[int], None],
 ) -> RolloutBuffer:
-    """Samples this replica's prompts of `step`; a prompt's group stays on one replica.
+    """Samples responses to this replica's prompts of a step.
 
-    Prompt p of the step has samples p·k .. p·k + k-1 (k = samples_per_prompt), whichever replica
-    it is on, so the sampled tokens do not depend on the number of replicas. `prompts_seen` is the
-    data position: how many prompts all steps before this one took.
+    All responses to a prompt are sampled on one replica. Prompt p of the step has the samples
+    p·k .. p·k + k-1 (k = samples_per_prompt) on any replica, so the sampled tokens do not depend on
+    the number of replicas.
+
+    Args:
+        replica: number of this data-parallel replica, out of `replicas`.
+        progress: called with the number of responses that have been finished since its last call.
     """
-    rows = prompts.order(prompts_seen, prompts_per_step, seed)
+    rows = prompts.order(key.prompts_seen, rollout.prompts_per_step, key.seed)
     chosen, requests = [], []
-    for position in shard(prompts_per_step, data_rank, data_size):
-        prompt = prompts[rows[position]]  # tokenized here
-        for sample in range(samples_per_prompt):
+    for position in shard(rollout.prompts_per_step, replica, replicas):
+        prompt = prompts[rows[position]]  # reading it tokenizes it
+        for sample in range(rollout.samples_per_prompt):
             chosen.append(prompt)
-            requests.append(Request(prompt.tokens, position * samples_per_prompt + sample))
-    generations = engine.generate(requests, sampling, seed, step, progress)
-    return from_generations(chosen, requests, generations, samples_per_prompt)
+            requests.append(Request(prompt.tokens, position * rollout.samples_per_prompt + sample))
+    generations = engine.generate(
+        requests, sampling, seed=key.seed, step=key.step, progress=progress
+    )
+    return from_generations(chosen, requests, generations, rollout.samples_per_prompt)

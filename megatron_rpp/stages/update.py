@@ -1,27 +1,29 @@
-"""The policy update: epochs of mini-batches over one rollout batch, one optimizer step each.
+"""Stage 5, update: epochs of mini-batches over the rollouts of a step, one optimizer step each.
 
-The loss of a mini-batch is a global mean: micro-batches and data-parallel ranks add up numerators
-and counts, and Megatron divides the summed gradient once (`calculate_per_token_loss`). So neither
-the number of ranks nor the micro-batch size can change it.
+The loss of a mini-batch is a global mean: numerators and counts are summed over micro-batches and
+data-parallel ranks, and Megatron divides the summed gradient once (`calculate_per_token_loss`). So
+the loss depends neither on the number of ranks nor on the size of the micro-batches.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from megatron_rpp.algorithms import aggregation_weights, kl_estimate, policy_loss, policy_stats
 from megatron_rpp.checkpoint.run_state import RunState
-from megatron_rpp.config import AlgorithmConfig, TrainConfig
+from megatron_rpp.config import AlgorithmConfig, RolloutConfig, TrainConfig
 from megatron_rpp.lifecycle import heartbeat
 from megatron_rpp.model import pipeline
+from megatron_rpp.model.policy import Policy
 from megatron_rpp.parallel import device as devices
 from megatron_rpp.parallel import groups
-from megatron_rpp.records import MicroBatch
+from megatron_rpp.records import MicroBatch, StepKey
 from megatron_rpp.rollout import planning
 from megatron_rpp.rollout.buffer import RolloutBuffer
 from megatron_rpp.stages import nonfinite
@@ -30,8 +32,10 @@ from megatron_rpp.stages.logprobs import make_micro_batches, token_logprobs
 
 @dataclass(frozen=True)
 class UpdateStats:
-    """Means over all tokens of the step's mini-batches (loss: over mini-batches), but for those
-    whose update was skipped; all 0 where every one was."""
+    """Means over all tokens of the step's mini-batches (loss: over mini-batches).
+
+    Mini-batches whose update was skipped do not count; if all were skipped, everything is 0.
+    """
 
     loss: float
     clip_fraction: float
@@ -40,8 +44,8 @@ class UpdateStats:
     ratio_max: float
     grad_norm: float
     learning_rate: float
-    faults: list[str]
-    """Why updates were skipped, one text each."""
+    skip_reasons: list[str]
+    """One text per skipped update."""
 
 
 def _loss(model, buffer: RolloutBuffer, algorithm: AlgorithmConfig, temperature: float):
@@ -54,10 +58,14 @@ def _loss(model, buffer: RolloutBuffer, algorithm: AlgorithmConfig, temperature:
 
     def loss(batch: MicroBatch, hidden: torch.Tensor):
         def column(values: torch.Tensor) -> torch.Tensor:
-            """[1, n]: a response may be split over ranks, so tokens stand for themselves."""
+            """[1, n]: a response may be split over ranks, so each token counts for itself."""
             return values[batch.column].to(hidden.device)[None]
 
-        logprobs, entropy = token_logprobs(model, batch, hidden, temperature, True)
+        logprobs, entropy = token_logprobs(
+            model, batch, hidden, temperature=temperature, with_entropy=True
+        )
+        assert entropy is not None
+        assert buffer.old_logprobs is not None and buffer.advantages is not None
         logprobs, entropy = logprobs[None], entropy[None]
         old, advantages, mask = (
             column(values) for values in (buffer.old_logprobs, buffer.advantages, buffer.mask)
@@ -68,6 +76,7 @@ def _loss(model, buffer: RolloutBuffer, algorithm: AlgorithmConfig, temperature:
         if algorithm.entropy_coef:
             per_token = per_token - algorithm.entropy_coef * entropy
         if algorithm.kl_loss_coef:
+            assert buffer.ref_logprobs is not None
             kl = kl_estimate(logprobs, column(buffer.ref_logprobs), "k2")
             per_token = per_token + algorithm.kl_loss_coef * kl
         total = (torch.where(mask, per_token, 0.0) * column(weights).to(per_token)).sum()
@@ -100,55 +109,60 @@ class UpdateProgress:
     """How far an update has come, and what its mini-batches reported; JSON values."""
 
     done: int = 0
-    """Mini-batches, over all epochs."""
+    """Finished mini-batches, over all epochs."""
     rows: list[list[float]] = field(default_factory=list)
-    """Of `_reduce`, a row for each that was not skipped."""
+    """What `_reduce` returned, for each mini-batch whose update was not skipped."""
     norms: list[float] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
+    """Why updates were skipped. Checkpoints hold these fields by their names."""
 
 
-def run(
-    policy: torch.nn.Module,
-    optimizer,
-    scheduler,
+def update_policy(
+    policy: Policy,
     buffer: RolloutBuffer,
     algorithm: AlgorithmConfig,
+    *,
     train: TrainConfig,
-    temperature: float,
-    sample_count: int,
-    seed: int,
+    rollout: RolloutConfig,
+    key: StepKey,
     state: RunState,
     progress: UpdateProgress,
     safe_point: Callable[[], None],
 ) -> UpdateStats:
-    """Updates `policy` on the step's rollouts; the same on every layout of ranks.
+    """Updates `policy` on the rollouts of a step, with the same result on any layout. Collective.
 
     Args:
-        policy: its chunks, DDP-wrapped. buffer: this replica's shard, with old_logprobs, advantages
-            and, where a KL loss is on, ref_logprobs. temperature: of the rollout. sample_count:
-            samples of the whole step over all replicas. state: of the run; counts skipped updates.
-        progress: where to begin, and kept up to date. safe_point: called before each mini-batch,
-            when policy, optimizer and `progress` are at one point; may raise to end the update.
-
-    Raises RunFailure where too many updates in a row were skipped (nonfinite.py).
+        buffer: this replica's shard, with old_logprobs, advantages and, if there is a KL loss,
+            ref_logprobs.
+        algorithm: with the KL coefficients of this step.
+        state: counts the skipped updates.
+        progress: where to start; updated after each mini-batch.
+        safe_point: called before each mini-batch, when policy, optimizer and `progress` are
+            consistent; it may raise to end the update.
+    Raises:
+        RunFailure: too many updates in a row were skipped (nonfinite.py).
     """
-    loss = _loss(policy, buffer, algorithm, temperature)
+    loss = _loss(policy.model, buffer, algorithm, rollout.temperature)
     for position in range(progress.done, train.epochs * train.minibatches):
         safe_point()
         heartbeat.enter("update")
         epoch, minibatch = divmod(position, train.minibatches)
-        number = planning.minibatch_of(sample_count, train.minibatches, seed, state.step, epoch)
+        number = planning.minibatch_of(
+            rollout.samples_per_step, train.minibatches, seed=key.seed, step=key.step, epoch=epoch
+        )
         samples = (number[buffer.sample_ids] == minibatch).nonzero().squeeze(1).tolist()
-        batches = make_micro_batches(policy, buffer, samples, train.max_tokens_per_microbatch)
-        done = optimizer_step(policy, optimizer, scheduler, batches, loss)
-        nonfinite.count(state, done.fault, train.max_skipped_updates)
-        if done.fault is None:
+        batches = make_micro_batches(
+            policy.model, buffer, samples, max_tokens=train.max_tokens_per_microbatch
+        )
+        done = optimizer_step(policy, batches, loss)
+        nonfinite.count_skipped(state, done.skip_reason, train.max_skipped_updates)
+        if done.skip_reason is None:
             progress.rows.append(_reduce(done.reports, minibatch))
             progress.norms.append(done.grad_norm)
         else:
-            progress.faults.append(f"mini-batch {minibatch} of epoch {epoch}: {done.fault}")
+            progress.faults.append(f"mini-batch {minibatch} of epoch {epoch}: {done.skip_reason}")
         progress.done += 1
-    return _stats(progress, optimizer.param_groups[0]["lr"])
+    return _stats(progress, policy.optimizer.param_groups[0]["lr"])
 
 
 def _stats(progress: UpdateProgress, learning_rate: float) -> UpdateStats:
@@ -162,38 +176,41 @@ def _stats(progress: UpdateProgress, learning_rate: float) -> UpdateStats:
         ratio_max=max((row[6] for row in rows), default=0.0),
         grad_norm=sum(norms) / updates,
         learning_rate=learning_rate,
-        faults=progress.faults,
+        skip_reasons=progress.faults,
     )
 
 
-class Done(NamedTuple):
-    """One step of the optimizer, or why there was none."""
+class OptimizerStep(NamedTuple):
+    """What one step of the optimizer did, or why it was skipped."""
 
     reports: list[torch.Tensor]
-    """Of the loss function, on the last stage."""
+    """What the loss function reported, on the last pipeline stage."""
     grad_norm: float
-    """Global norm before clipping; 0 where the step was skipped."""
-    fault: str | None
-    """Why it was skipped; None where it was not."""
+    """Global norm before clipping; 0 if the step was skipped."""
+    skip_reason: str | None
+    """None if the step was not skipped."""
 
 
-def optimizer_step(policy, optimizer, scheduler, batches, loss) -> Done:
-    """Gradient of `loss` over `batches` and one step of the optimizer and its schedule.
+def optimizer_step(
+    policy: Policy, batches: list[MicroBatch], loss: pipeline.LossFunction
+) -> OptimizerStep:
+    """Computes the gradient of `loss` over `batches` and steps optimizer and schedule. Collective.
 
-    Where a loss or gradient of any rank is not finite, all ranks skip the step. Collective.
+    If a loss or gradient of any rank is not finite, all ranks skip the step.
     """
-    for chunk in policy:
-        chunk.zero_grad_buffer()
+    optimizer = policy.optimizer
+    for chunk in policy.model:
+        chunk.zero_grad_buffer()  # type: ignore[operator]  # a method of Megatron's DDP
     optimizer.zero_grad()
-    backward = pipeline.train(policy, batches, loss)
-    fault = nonfinite.fault(backward)
-    if fault is not None:
-        return Done(backward.reports, 0.0, fault)
+    backward = pipeline.train(policy.model, batches, loss)
+    reason = nonfinite.skip_reason(backward)
+    if reason is not None:
+        return OptimizerStep(backward.reports, 0.0, reason)
     # Every rank's gradient is finite; their sum may not be, and clipping would make it 0 or NaN.
     optimizer.prepare_grads()
     if not math.isfinite(optimizer.get_grad_norm()):
-        fault = "the norm of all ranks' gradients together is NaN or infinite"
-        return Done(backward.reports, 0.0, fault)
+        reason = "the norm of all ranks' gradients together is NaN or infinite"
+        return OptimizerStep(backward.reports, 0.0, reason)
     _, grad_norm, _ = optimizer.step()
-    scheduler.step(increment=1)
-    return Done(backward.reports, float(grad_norm), None)
+    policy.scheduler.step(increment=1)
+    return OptimizerStep(backward.reports, float(grad_norm), None)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
 from megatron_rpp.algorithms import ALGORITHMS, Moments, group_baseline
-from megatron_rpp.algorithms.advantages import GROUP_KINDS, advantages
+from megatron_rpp.algorithms.advantages import GROUP_KINDS, compute_advantages
 from tests.algorithms import oracle
 from tests.algorithms.strategies import (
     PRECISIONS,
@@ -99,9 +99,9 @@ def test_advantages_match_oracle(data, batch, name, gamma):
     ids = data.draw(ids_for(scores))
     expected, expected_returns = expected_advantages(name, scores, kl, mask, ids, 0.1, gamma)
     live = torch.tensor(mask)
-    got, returns, stats = advantages(
-        name, torch.tensor(scores), dirty(kl, mask, torch.float64), live, torch.tensor(ids), 0.1,
-        gamma,
+    got, returns, stats = compute_advantages(
+        name, torch.tensor(scores), live, group_ids=torch.tensor(ids),
+        kl=dirty(kl, mask, torch.float64), kl_coef=0.1, gamma=gamma,
     )  # fmt: skip
     # What the returns are made of, which normalisation divides by a deviation of 1e-4 or more.
     size = 1.0 if name == "grpo" else 3.0 + np.abs(scores).max()
@@ -120,8 +120,8 @@ def test_reinforce_by_hand():
     """No KL: the score is the return of every token, so a long answer weighs by its tokens."""
     mask = torch.tensor([[True, True, True], [True, False, False]])
     scores = torch.tensor([1.0, -3.0])
-    got, returns, stats = advantages(
-        "reinforce++", scores, None, mask, torch.tensor([0, 1]), 0.0, 1.0
+    got, returns, stats = compute_advantages(
+        "reinforce++", scores, mask, group_ids=torch.tensor([0, 1])
     )
     assert returns.tolist() == [[1, 1, 1], [-3, 0, 0]]
     assert stats == Moments(4, 0.0, 3.0)
@@ -133,7 +133,9 @@ def test_baseline_ignores_the_kl():
     mask = torch.tensor([[True, True], [True, True]])
     kl = torch.tensor([[9.0, math.nan], [5.0, 7.0]])
     scores, ids = torch.tensor([1.0, 0.0]), torch.tensor([4, 4])
-    got, returns, _ = advantages("reinforce++_baseline", scores, kl, mask, ids, 0.5, 1.0)
+    got, returns, _ = compute_advantages(
+        "reinforce++_baseline", scores, mask, group_ids=ids, kl=kl, kl_coef=0.5
+    )
     assert returns.tolist() == [[0.5, 0.5], [-0.5, -0.5]]
     assert got.tolist() == [[1, 1], [-1, -1]]
 
@@ -143,11 +145,13 @@ def test_saturated_rewards_give_zero_advantages(name):
     """Every answer right: nothing to learn, and no NaN."""
     mask = torch.arange(24).view(4, 6) % 5 != 0
     ids = torch.tensor([0, 0, 1, 1])
-    got, _, stats = advantages(name, torch.full((4,), 0.9), None, mask, ids, 0.0, 1.0)
+    got, _, stats = compute_advantages(name, torch.full((4,), 0.9), mask, group_ids=ids)
     assert not got.any() and stats.var == 0
 
 
 def test_unknown_algorithm():
     with pytest.raises(ValueError, match="'ppo'.*reinforce\\+\\+, reinforce\\+\\+_baseline, grpo"):
-        advantages("ppo", torch.zeros(1), None, torch.ones(1, 1, dtype=torch.bool),
-                   torch.zeros(1, dtype=torch.long), 0.0, 1.0)
+        compute_advantages(
+            "ppo", torch.zeros(1), torch.ones(1, 1, dtype=torch.bool),
+            group_ids=torch.zeros(1, dtype=torch.long),
+        )

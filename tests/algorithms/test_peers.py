@@ -44,7 +44,7 @@ from megatron_rpp.algorithms import (
     policy_loss,
     token_rewards,
 )
-from megatron_rpp.algorithms.advantages import advantages
+from megatron_rpp.algorithms.advantages import compute_advantages
 from tests.algorithms.strategies import batches, quick
 
 NAMES = {"token_mean": ("token-mean", "bnpo"), "sequence_mean": ("seq-mean-token-mean", "grpo")}
@@ -97,7 +97,9 @@ def at_last_token(scores, mask):
 @pytest.mark.parametrize("gamma", [1.0, 0.9])
 def test_verl_reinforce_plus_plus(verl, gamma):
     scores, kl, mask, ids = reinforce_batch()
-    ours, returns, stats = advantages("reinforce++", scores, kl, mask, ids, 0.1, gamma)
+    ours, returns, stats = compute_advantages(
+        "reinforce++", scores, mask, group_ids=ids, kl=kl, kl_coef=0.1, gamma=gamma
+    )
     rewards = verl.compute_rewards(at_last_token(scores, mask), kl, torch.zeros_like(kl), 0.1)
     theirs, their_returns = verl.compute_reinforce_plus_plus_outcome_advantage(
         rewards, mask.double(), SimpleNamespace(gamma=gamma)
@@ -109,7 +111,7 @@ def test_verl_reinforce_plus_plus(verl, gamma):
 def test_verl_baseline(verl):
     scores, _, mask, ids = reinforce_batch()
     scores[ids == 3] = 0.0  # the prompt of one sample
-    ours, _, stats = advantages("reinforce++_baseline", scores, None, mask, ids, 0.0, 1.0)
+    ours, _, stats = compute_advantages("reinforce++_baseline", scores, mask, group_ids=ids)
     theirs, _ = verl.compute_reinforce_plus_plus_baseline_outcome_advantage(
         at_last_token(scores, mask), mask.double(), ids.tolist()
     )
@@ -119,7 +121,7 @@ def test_verl_baseline(verl):
 @pytest.mark.parametrize("kind", ["grpo", "rloo"])
 def test_verl_groups(verl, kind):
     scores, _, mask, ids = reinforce_batch()
-    ours = advantages(kind, scores, None, mask, ids, 0.0, 1.0)[0]
+    ours = compute_advantages(kind, scores, mask, group_ids=ids)[0]
     function = getattr(verl, f"compute_{kind}_outcome_advantage")
     close(ours, function(at_last_token(scores, mask), mask.double(), ids.numpy())[0])
 

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_rpp.algorithms import Moments, global_whiten, shape_scores
-from megatron_rpp.algorithms.advantages import advantages
+from megatron_rpp.algorithms.advantages import compute_advantages
 from tests.distributed import RankFailed, run_ranks
 
 ROWS, LENGTH = 12, 7
@@ -112,6 +112,12 @@ def reinforce_inputs():
     return torch.arange(float(ROWS)).sin(), kl, mask, torch.arange(ROWS) // 2
 
 
+def reinforce(scores, kl, mask, ids, group=None):
+    return compute_advantages(
+        "reinforce++", scores, mask, group_ids=ids, kl=kl, kl_coef=0.1, group=group
+    )
+
+
 def run_everything(rank):
     groups = {size: dist.new_group(range(size)) for size in SPLITS}
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
@@ -124,9 +130,7 @@ def run_everything(rank):
             values, mask = (x[rows] for x in batch(kind))
             results[kind, size, str(split)] = global_whiten(values, mask, group)
         inputs = [x[rows] for x in reinforce_inputs()]
-        results["reinforce++", size, str(split)] = advantages(
-            "reinforce++", *inputs, 0.1, 1.0, group
-        )
+        results["reinforce++", size, str(split)] = reinforce(*inputs, group)
         results["scores", size, str(split)] = shape_scores(inputs[0], True, 2.0, 1.0, group)
     values, mask = batch("noise")
     results["pair"] = global_whiten(values * 10.0 ** (rank // 2), mask, pairs[rank // 2])
@@ -181,7 +185,7 @@ def test_all_empty(ranks, size, split):
 
 @pytest.mark.parametrize(("size", "split"), CASES)
 def test_reinforce_is_the_same_on_any_layout(ranks, size, split):
-    expected, expected_returns, _ = advantages("reinforce++", *reinforce_inputs(), 0.1, 1.0)
+    expected, expected_returns, _ = reinforce(*reinforce_inputs())
     parts = [ranks[r]["reinforce++", size, str(split)] for r in range(size)]
     got, returns = (torch.cat([part[i] for part in parts]) for i in range(2))
     np.testing.assert_allclose(returns, expected_returns, rtol=1e-12)

@@ -8,9 +8,9 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Iterator
 
 import pytest
 
@@ -160,7 +160,7 @@ def test_a_checkpoint_from_elsewhere_needs_no_manifest(run):
 def test_a_tool_can_seal_what_it_wrote(tmp_path):
     (tmp_path / "below").mkdir()
     (tmp_path / "below/file").write_bytes(b"content")
-    manifest.seal(tmp_path, {"step": 3})
+    manifest.write_manifest(tmp_path, {"step": 3})
     assert manifest.damage(tmp_path) is None
     assert manifest.read_manifest(tmp_path)["notes"] == {"step": 3}
     (tmp_path / "below/file").write_bytes(b"changed")

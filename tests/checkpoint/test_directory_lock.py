@@ -60,6 +60,6 @@ def test_a_lock_that_cannot_be_taken_is_refused(tmp_path):
 def test_one_directory_for_both_is_locked_once(tmp_path):
     make_data(tmp_path)
     with layout(config_of(tmp_path, tmp_path)):
-        with directory_lock.one_writer([str(tmp_path), f"{tmp_path}/."], say=print):
+        with directory_lock.one_writer([str(tmp_path), f"{tmp_path}/."], log=print):
             assert (tmp_path / ".lock").read_text().startswith(f"process {os.getpid()} on ")
         assert not (tmp_path / ".lock").exists()

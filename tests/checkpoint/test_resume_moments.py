@@ -7,6 +7,7 @@ import torch
 from megatron_rpp import train
 from megatron_rpp.checkpoint import state as checkpoint
 from megatron_rpp.checkpoint.run_state import RunState
+from megatron_rpp.config import CheckpointConfig
 from megatron_rpp.reporting.console import Console
 from megatron_rpp.runtime.inputs import load_inputs
 from megatron_rpp.runtime.policy import build_policy
@@ -51,7 +52,7 @@ def test_the_moments_of_adam_come_back(tmp_path):
     inputs = load_inputs(config)
 
     def step(policy, state: RunState) -> None:
-        run = assemble(config, inputs, Console(False), policy, None, config.logging.dir)
+        run = assemble(config, inputs, Console(False), policy=policy)
         run.state = state
         train.rl_step(run)
 
@@ -62,11 +63,10 @@ def test_the_moments_of_adam_come_back(tmp_path):
         )
         step(first, RunState())
         saved = RunState(step=1, prompts_seen=8, accuracy=0.25, kl_factor=1.5)
-        path = checkpoint.save(
-            tmp_path, first.model, first.optimizer, first.scheduler, saved, keep=1
-        )
+        settings = CheckpointConfig(dir=str(tmp_path), keep=1)
+        path = checkpoint.save(first, saved, settings).publish()
         assert not equal(own_weights(first), own_weights(resumed))
-        state = checkpoint.resume(resumed.model, resumed.optimizer, resumed.scheduler, path)
+        state = checkpoint.resume(resumed, path)
         assert state == saved
         before = moments(first)
         assert equal(moments(resumed), before) and any(value.any() for value in before[1::3])

@@ -1,7 +1,6 @@
-"""Hugging Face to Megatron and back: the same bits, the same files beside them; refusals; memory.
+"""Hugging Face to Megatron and back: the same bits and side files, errors, and memory.
 
-That the checkpoints load on every layout and compute what transformers computes is in
-tests/model/test_hf_weights.py.
+tests/model/test_hf_weights.py loads the checkpoints on every layout and compares with transformers.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ def assert_same_bits(ours, theirs):
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """A Qwen2 in several files with a tokenizer's files, not to be changed."""
+    """A Qwen2 in several files with a tokenizer; tests do not change it."""
     path = save(tmp_path_factory.mktemp("source"), "qwen2")
     for name, content in SIDE_FILES.items():
         (path / name).write_text(content)
@@ -64,7 +63,7 @@ def converted(source):
 
 @pytest.fixture
 def copy(source, tmp_path):
-    """The source in one file, to be broken: its directory and its tensors."""
+    """The source in one file, for tests that damage it: its directory and its tensors."""
     shutil.copytree(source, tmp_path / "model", ignore=shutil.ignore_patterns("model*", INDEX))
     tensors = weights(source)
     save_file(tensors, tmp_path / "model" / SINGLE)
@@ -104,14 +103,16 @@ def test_types_are_kept_unless_asked(source, tmp_path):
     assert_same_bits(weights(tmp_path / "kept"), half)
     to_hf(tmp_path / "megatron", tmp_path / "cast", dtype="fp32")
     assert_same_bits(weights(tmp_path / "cast"), {n: value.float() for n, value in half.items()})
-    kinds = [json.loads((tmp_path / n / "config.json").read_text())["dtype"] for n in ("kept", "cast")]
+    kinds = [
+        json.loads((tmp_path / n / "config.json").read_text())["dtype"] for n in ("kept", "cast")
+    ]
     assert kinds == ["bfloat16", "float32"]
 
 
-def test_existing_outputs_are_refused_and_replaced_whole(source, converted, tmp_path, capsys):
+def test_existing_outputs_are_errors_and_replaced_whole(source, converted, tmp_path, capsys):
     there = ["--hf-path", str(source), "--megatron-path", str(tmp_path / "out")]
     (tmp_path / "out").mkdir()
-    assert convert_hf_to_megatron.main(there) == 0  # an empty directory is none
+    assert convert_hf_to_megatron.main(there) == 0  # an empty directory does not count as existing
     assert convert_hf_to_megatron.main(there) == 2
     assert "exists: choose another directory, or add --overwrite" in capsys.readouterr().err
     (tmp_path / "out/old").write_text("")
@@ -154,7 +155,7 @@ def set_config(directory, **values):
          "also has model.layers.0.self_attn.k_proj.bias"),
     ],
 )  # fmt: skip
-def test_what_would_be_lost_is_refused_by_name(copy, tmp_path, values, message):
+def test_what_would_be_lost_is_an_error_that_names_it(copy, tmp_path, values, message):
     set_config(copy[0], **values)
     with pytest.raises(ValueError, match=message):
         to_megatron(copy[0], tmp_path / "out")
@@ -163,8 +164,8 @@ def test_what_would_be_lost_is_refused_by_name(copy, tmp_path, values, message):
 
 @pytest.mark.parametrize("family", ["llama2", "llama3"])
 def test_both_spellings_of_rotary_positions_are_one(tmp_path, family):
-    """transformers 5 writes `rope_parameters`, 4 and our own config.json `rope_theta` and
-    `rope_scaling`; transformers reads either, and so do we."""
+    """transformers 5 writes `rope_parameters`; transformers 4 and we write `rope_theta` and
+    `rope_scaling`. transformers reads both, and so do we."""
     from transformers import AutoConfig
 
     def rope(directory) -> dict:
@@ -183,7 +184,7 @@ def test_both_spellings_of_rotary_positions_are_one(tmp_path, family):
     assert rope(path) == theirs
 
 
-def test_broken_files_are_refused(copy, tmp_path):
+def test_broken_files_are_errors(copy, tmp_path):
     folder, tensors = copy
     mixed = "model.layers.0.self_attn.k_proj.weight"
     save_file(tensors | {mixed: tensors[mixed].bfloat16()}, folder / SINGLE)
@@ -203,7 +204,7 @@ def test_broken_files_are_refused(copy, tmp_path):
         to_megatron(folder, tmp_path / "out")
 
 
-def test_a_torn_checkpoint_is_refused(converted, tmp_path):
+def test_a_torn_checkpoint_is_an_error(converted, tmp_path):
     with pytest.raises(ValueError, match="no checkpoint at"):
         to_hf(tmp_path, tmp_path / "out")
     shutil.copytree(converted, tmp_path / "torn")
@@ -212,8 +213,8 @@ def test_a_torn_checkpoint_is_refused(converted, tmp_path):
         to_hf(tmp_path / "torn", tmp_path / "out")
 
 
-def test_a_converted_checkpoint_is_sealed(converted, tmp_path, capsys):
-    """One flipped bit is noticed where it is loaded, and where it is converted back."""
+def test_a_converted_checkpoint_has_a_manifest(converted, tmp_path, capsys):
+    """One flipped bit is noticed when the checkpoint is loaded, and when it is converted back."""
     assert store.require(converted) == converted / "release"
     assert manifest.damage(converted / "release") is None
     shutil.copytree(converted, tmp_path / "damaged")
@@ -259,7 +260,7 @@ print(
 
 
 def test_memory_stays_under_one_and_a_half_files(tmp_path):
-    """A model of five files of 64 MB; either way may add to the resident set what 96 MB hold."""
+    """A model of five 64 MB files; each direction may add at most 96 MB to the resident set."""
     path, small = save(tmp_path, "llama2"), save(tmp_path, "smollm2")
     for file in path.glob("model*"):
         file.unlink()
@@ -288,5 +289,8 @@ def test_memory_stays_under_one_and_a_half_files(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     for way, added in zip(("there", "back"), map(int, done.stdout.split())):
-        assert largest / 4 < added < limit, (way, added)  # the first shows that it measures
+        assert largest / 4 < added < limit, (
+            way,
+            added,
+        )  # the lower bound proves that it measures
     assert_same_bits(weights(tmp_path / "b"), weights(path))

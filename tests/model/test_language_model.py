@@ -25,12 +25,13 @@ from tests.distributed import run_ranks
 
 LAYERS, HIDDEN, FFN, HEADS, KV_HEADS, VOCAB, MAX_LENGTH = 4, 32, 48, 4, 2, 100, 33
 TOLERANCE = 1e-5
-# [b, s] token batches of several shapes, one as long as the context, which no two ranks can halve.
+# [b, s] token batches of several shapes; one fills the context, whose odd length two ranks cannot
+# halve.
 BATCHES = [
     torch.randint(VOCAB, shape, generator=torch.Generator().manual_seed(number))
     for number, shape in enumerate([(3, 8), (2, 20), (1, MAX_LENGTH)])
 ]
-# Sequences to decode, and where their prompts end.
+# Sequences to decode, and the lengths of their prompts.
 SEQUENCES = torch.randint(VOCAB, (3, 20), generator=torch.Generator().manual_seed(9))
 PROMPT_LENGTHS = [3, 7, 5]
 
@@ -51,7 +52,7 @@ def model_config(tied):
 
 
 def make_model(tied=False, parallel=ParallelConfig()):
-    """This rank's chunks with weights of seed 5, and norm weights that are not all one."""
+    """Builds this rank's chunks with weights from seed 5 and norm weights that are not all one."""
     stage = build.build_model(model_config(tied), parallel, VOCAB, 5).requires_grad_(False)
     for parameter in stage.parameters():
         if parameter.dim() == 1:
@@ -60,7 +61,7 @@ def make_model(tied=False, parallel=ParallelConfig()):
 
 
 def all_logprobs(stage, hidden):
-    """[b, s, words] from hidden states [s, b, h] of the last stage."""
+    """Returns log-probs [b, s, vocabulary] from hidden states [s, b, h] of the last stage."""
     logits = chunks(stage)[-1].sampling_logits(hidden.flatten(0, 1))
     logits = logits.unflatten(0, hidden.shape[:2])
     return logits.log_softmax(-1).transpose(0, 1)
@@ -228,7 +229,7 @@ def packed_buffer():
 
 
 def response_logprobs(model):
-    """What transformers would give for the responses of `packed_buffer`, by way of `model`."""
+    """Returns the log-probs of `packed_buffer`'s responses by `model`, which equals transformers."""
     found = []
     for tokens in BATCHES:
         logprobs = all_logprobs(model, model(tokens))[:, :-1]
@@ -237,8 +238,11 @@ def response_logprobs(model):
 
 
 def score_on_layout(parallel, tied):
-    """Log-probs of BATCHES through the pipeline schedules, before and after decoding, the last
-    rank's decoded hidden states, and the lengths that this rank's first layer saw."""
+    """Runs BATCHES through the pipeline schedules before and after decoding.
+
+    Returns both log-probs, the last rank's decoded hidden states, and the lengths that this rank's
+    first layer received.
+    """
     groups.start(**parallel.sizes(), seed=1)
     stage = make_model(tied, parallel)
     seen = []
@@ -246,10 +250,10 @@ def score_on_layout(parallel, tied):
         lambda *call: seen.append(len(call[2][0]))
     )
     with torch.no_grad():
-        scores = logprobs.response_logprobs(stage, packed_buffer(), 64, 1.0)
+        scores = logprobs.response_logprobs(stage, packed_buffer(), 64, temperature=1.0)
         packed = len(seen)
         decoded = decode_all(stage, 6)
-        again = logprobs.response_logprobs(stage, packed_buffer(), 64, 1.0)
+        again = logprobs.response_logprobs(stage, packed_buffer(), 64, temperature=1.0)
     last = groups.is_last_stage()
     groups.destroy()
     return {
@@ -304,7 +308,7 @@ def test_who_shares_a_sequence_holds_its_part_except_in_decoding(ranks, layout):
     elif parallel.context == 2:
         rows = [(36 + 20) // 2, 44 // 2]  # each sequence a multiple of 4
     elif parallel.virtual_pipeline == 2:
-        rows = [53, 53]  # all of one shape
+        rows = [53, 53]  # all of the same shape
     for rank in ranks:
         assert rank[layout, False]["packed"] == rows
         assert rank[layout, False]["seen"] == [7, 1, 1, 1, 1, 1, 1]

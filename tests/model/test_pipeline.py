@@ -1,9 +1,9 @@
-"""Interleaved pipeline stages: why their messages go one by one (`model.build.transformer_config`).
+"""Messages of interleaved pipeline stages must not be batched (`model.build.transformer_config`).
 
-With two stages, the stage before and the stage after are the same rank. Megatron's interleaved
-schedule sends to both in one turn; in a batch of messages the receiver cannot tell them apart, takes
-activations for gradients, and the gradient norm comes out wrong without an error. Two real ranks
-compute one gradient in each way.
+With two stages, the previous and the next stage are the same rank, and Megatron's interleaved
+schedule sends to both at once. If the messages are batched, the receiver cannot tell them apart and
+takes activations for gradients: the gradient norm is wrong, without an error. Two real ranks compute
+one gradient both ways.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from megatron_rpp.config import ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_rpp.model import build
 from megatron_rpp.model.language_model import chunks
 from megatron_rpp.model.optimizer import build_optimizer
+from megatron_rpp.model.policy import Policy
 from megatron_rpp.parallel import groups
 from megatron_rpp.stages import update
 from megatron_rpp.stages.logprobs import make_micro_batches, token_logprobs
@@ -33,24 +34,24 @@ LAYOUTS = {
 
 
 def gradient_norm(layout):
-    """Of the mean log-prob of eight responses, in four micro-batches."""
+    """Gradient norm of the mean log-prob of eight responses in four micro-batches."""
     parallel = LAYOUTS[layout]
     groups.start(**parallel.sizes(), seed=1)
     model = build.wrap_for_training(build.build_model(MODEL, parallel, 50, 3), True)
     if layout == "interleaved, batched":
         for chunk in chunks(model):
             chunk.config.overlap_p2p_comm, chunk.config.batch_p2p_comm = False, True
-    optimizer, scheduler = build_optimizer(model, OptimizerConfig(), bf16=False)
+    policy = Policy(model, *build_optimizer(model, OptimizerConfig(), bf16=False))
     samples = [([1 + i, 2], [3 + (i + j) % 40 for j in range(6)]) for i in range(8)]
     buffer = make_buffer(samples if groups.data_rank() == 0 else [])
 
     def loss(batch, hidden):
-        logprobs, _ = token_logprobs(model, batch, hidden, 1.0)
+        logprobs, _ = token_logprobs(model, batch, hidden, temperature=1.0)
         total, count = -logprobs.sum(), torch.tensor(len(logprobs), dtype=torch.int)
         return total, count, total.detach()
 
-    batches = make_micro_batches(model, buffer, list(range(len(buffer))), 16)
-    norm = update.optimizer_step(model, optimizer, scheduler, batches, loss).grad_norm
+    batches = make_micro_batches(model, buffer, list(range(len(buffer))), max_tokens=16)
+    norm = update.optimizer_step(policy, batches, loss).grad_norm
     groups.destroy()
     return norm
 
@@ -71,5 +72,5 @@ def test_the_gradient_is_that_of_one_stage(norms, layout):
 
 
 def test_batched_messages_of_two_interleaved_stages_cross(norms):
-    """Where this fails, Megatron or torch keep them apart, and `batch_p2p_comm` may come back."""
+    """If this fails, Megatron or torch tell them apart, and `batch_p2p_comm` may be used again."""
     assert abs(norms["interleaved, batched"] / norms["one stage"] - 1) > 0.01

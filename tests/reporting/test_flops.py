@@ -52,7 +52,7 @@ def run_and_step(tmp_path_factory):
     with layout(config):
         run = runs.build(config, load_inputs(config), Console(False))
         update = []
-        original = train.update.run
+        original = train.update.update_policy
 
         def counting(*args, **kwargs):
             products, _, result = counted(original, *args, **kwargs)
@@ -60,10 +60,10 @@ def run_and_step(tmp_path_factory):
             return result
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(train.update, "run", counting)
+            patch.setattr(train.update, "update_policy", counting)
             patch.setattr(device, "peak_flops", lambda: 1e12)
             row, buffer = train.rl_step(run)
-        scored = counted(logprobs.response_logprobs, run.policy.model, buffer, 1, 1.0)
+        scored = counted(logprobs.response_logprobs, run.policy.model, buffer, 1, temperature=1.0)
         return config, run, row, buffer, scored[:2], update[0]
 
 

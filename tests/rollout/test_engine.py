@@ -63,7 +63,7 @@ def generate(model, tokenizer):
 
     def run(requests, max_batch=64, **settings):
         sampling = Sampling(**{"max_new_tokens": 16} | settings)
-        return MegatronEngine(model, tokenizer, max_batch).generate(requests, sampling, SEED, STEP)
+        return MegatronEngine(model, tokenizer, max_batch).generate(requests, sampling, seed=SEED, step=STEP)
 
     return run
 
@@ -132,7 +132,7 @@ def test_another_seed_step_or_sample_gives_other_tokens(model, tokenizer, genera
     engine, sampling = MegatronEngine(model, tokenizer, 64), Sampling(max_new_tokens=16)
     base = tokens_of(generate(requests))
     for seed, step in [(SEED + 1, STEP), (SEED, STEP + 1)]:
-        assert tokens_of(engine.generate(requests, sampling, seed, step)) != base
+        assert tokens_of(engine.generate(requests, sampling, seed=seed, step=step)) != base
     moved = [Request(request.prompt, request.sample_id + 100) for request in requests]
     assert tokens_of(generate(moved)) != base
 
@@ -141,13 +141,13 @@ def test_sequences_that_end_at_different_times_leave_the_others_alone(
     generate, requests, monkeypatch
 ):
     """Compaction at every end, at some share of the batch, or never: the same generations."""
-    kept, keep = [], Decoding.keep
+    kept, keep = [], Decoding.select
 
     def counting_keep(self, rows):
         kept.append(len(rows))
         keep(self, rows)
 
-    monkeypatch.setattr(Decoding, "keep", counting_keep)
+    monkeypatch.setattr(Decoding, "select", counting_keep)
     runs, sizes = [], []
     for share in (1e-9, engine_module.COMPACT_SHARE, 2.0):
         monkeypatch.setattr(engine_module, "COMPACT_SHARE", share)
@@ -182,13 +182,13 @@ def test_any_of_several_ends_ends(generate, model, requests, tokenizer):
     two_ends = copy.copy(tokenizer)
     two_ends.eos_ids = (tokenizer.eos_id, other)
     engine = MegatronEngine(model, two_ends, 64)
-    ended = engine.generate(requests, Sampling(max_new_tokens=16), SEED, STEP)
+    ended = engine.generate(requests, Sampling(max_new_tokens=16), seed=SEED, step=STEP)
     for whole, generation in zip(free, ended, strict=True):
         until = whole.tokens.index(other) + 1 if other in whole.tokens else len(whole.tokens)
         assert generation.tokens == whole.tokens[:until]
         assert generation.truncated == (generation.tokens[-1] not in two_ends.eos_ids)
     held = Sampling(max_new_tokens=16, min_new_tokens=6)
-    for generation in engine.generate(requests, held, SEED, STEP):
+    for generation in engine.generate(requests, held, seed=SEED, step=STEP):
         assert not set(generation.tokens[:6]) & set(two_ends.eos_ids)
 
 
@@ -245,16 +245,18 @@ def test_log_probs_equal_those_of_scoring(generate, model, requests, settings):
     prompts = [Prompt(Example("?"), request.prompt) for request in requests]
     buffer = from_generations(prompts, requests, generations, 4)
     temperature = settings.get("temperature", 1.0)
-    scored = logprobs.response_logprobs(model, buffer, 100, temperature)
+    scored = logprobs.response_logprobs(model, buffer, 100, temperature=temperature)
     torch.testing.assert_close(scored, buffer.rollout_logprobs, rtol=0, atol=1e-4)
-    other = logprobs.response_logprobs(model, buffer, 100, temperature * 1.01)
+    other = logprobs.response_logprobs(model, buffer, 100, temperature=temperature * 1.01)
     assert (other - buffer.rollout_logprobs).abs().max() > 1e-3, "the tolerance hides mistakes"
 
 
 def test_the_model_is_left_as_it_was(generate, model, requests, tokenizer):
     finished = []
     sampling = Sampling(max_new_tokens=2)
-    MegatronEngine(model, tokenizer, 10).generate(requests, sampling, 0, 0, finished.append)
+    MegatronEngine(model, tokenizer, 10).generate(
+        requests, sampling, seed=0, step=0, progress=finished.append
+    )
     assert finished == [10, 10, 4]
     attentions = [m for m in model.modules() if isinstance(m, CoreAttention)]
     assert model.training and all(a.cache is None for a in attentions)

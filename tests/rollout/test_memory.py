@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from megatron_rpp.config import RolloutConfig
 from megatron_rpp.data.prompts import Example, Prompt, PromptSet
-from megatron_rpp.records import Generation, Sampling
+from megatron_rpp.records import Generation, Sampling, StepKey
 from megatron_rpp.stages.rollout import collect, shard
 
 PROMPTS = [Prompt(Example(f"prompt {i}"), tuple(range(3, 11))) for i in range(20)]
@@ -20,7 +21,7 @@ class Echo:
     def __init__(self, ragged):
         self.ragged = ragged
 
-    def generate(self, requests, sampling, seed, step, progress=lambda finished: None):
+    def generate(self, requests, sampling, *, seed, step, progress=lambda finished: None):
         generations = []
         for request in requests:
             length = 1 + request.sample_id * 5 % 8 if self.ragged else 8
@@ -36,8 +37,11 @@ def collect_shard(rank, size, ragged):
     told = []
     sampling = Sampling(max_new_tokens=8)
     buffer = collect(
-        Echo(ragged), PromptSet([PROMPTS]), sampling, PER_STEP, SAMPLES, rank, size, 1, 2, 32, told.append
-    )
+        Echo(ragged), PromptSet([PROMPTS]), sampling,
+        rollout=RolloutConfig(prompts_per_step=PER_STEP, samples_per_prompt=SAMPLES),
+        key=StepKey(seed=1, step=2, prompts_seen=32), replica=rank, replicas=size,
+        progress=told.append,
+    )  # fmt: skip
     assert told == [PER_STEP * SAMPLES // size]
     for name in RESPONSE_COLUMNS:
         setattr(buffer, name, torch.zeros(len(buffer.mask)))

@@ -60,7 +60,9 @@ def make_buffer(lengths):
 
 def cut(buffer, samples, budget, agree, split=Split(), **options):
     device = torch.device("cpu")
-    return micro_batches(buffer, samples, budget, split, device, agree, **options)
+    return micro_batches(
+        buffer, samples, budget, split=split, device=device, agree=agree, **options
+    )
 
 
 def test_micro_batches_are_filled_up_to_the_agreed_count():
@@ -117,32 +119,32 @@ def test_the_padding_that_context_parallelism_adds_counts_in_the_budget():
 @given(st.integers(1, 8), st.integers(1, 12), st.integers(0, 99), st.integers(0, 9))
 def test_mini_batches_are_a_balanced_partition(minibatches, each, seed, step):
     count = minibatches * each
-    numbers = minibatch_of(count, minibatches, seed, step, 0)
+    numbers = minibatch_of(count, minibatches, seed=seed, step=step, epoch=0)
     assert numbers.shape == (count,)
     assert torch.bincount(numbers, minlength=minibatches).tolist() == [each] * minibatches
 
 
 def test_uneven_mini_batches_differ_by_one_at_most():
-    sizes = torch.bincount(minibatch_of(11, 4, 1, 0, 0), minlength=4)
+    sizes = torch.bincount(minibatch_of(11, 4, seed=1, step=0, epoch=0), minlength=4)
     assert sorted(sizes.tolist()) == [2, 3, 3, 3]
 
 
 def test_mini_batches_do_not_depend_on_the_ranks():
     """A replica looks its samples up in the whole step's table: 1, 2 or 4 of them agree."""
-    whole = minibatch_of(32, 4, 7, 3, 1)
+    whole = minibatch_of(32, 4, seed=7, step=3, epoch=1)
     for replicas in (1, 2, 4):
         ids = torch.arange(32).chunk(replicas)
-        tables = [minibatch_of(32, 4, 7, 3, 1)[own] for own in ids]
+        tables = [minibatch_of(32, 4, seed=7, step=3, epoch=1)[own] for own in ids]
         assert torch.equal(torch.cat(tables), whole)
 
 
 def test_mini_batches_change_with_seed_step_and_epoch():
     tables = {
-        key: tuple(minibatch_of(32, 4, *key).tolist())
+        key: tuple(minibatch_of(32, 4, seed=key[0], step=key[1], epoch=key[2]).tolist())
         for key in [(7, 0, 0), (7, 0, 1), (7, 1, 0), (7, 1, 1), (7, 2, 0), (8, 0, 0)]
     }
     assert len(set(tables.values())) == len(tables)
-    assert tables[7, 1, 0] == tuple(minibatch_of(32, 4, 7, 1, 0).tolist())
+    assert tables[7, 1, 0] == tuple(minibatch_of(32, 4, seed=7, step=1, epoch=0).tolist())
 
 
 def test_permutations_are_pinned():

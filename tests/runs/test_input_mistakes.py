@@ -14,8 +14,8 @@ import pytest
 
 from megatron_rpp.config import Config
 from tests.data.hf_tokenizers import make_chatml
-from tests.small_run import arguments, make_data
 from tests.runs.test_refusals import refused
+from tests.small_run import arguments, make_data
 from tests.whole_runs import rows, train_run
 
 

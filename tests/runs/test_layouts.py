@@ -126,7 +126,7 @@ def train_cases(rank: int, base: Path, cases: list[Case]) -> None:
 def train_two_ranks(rank: int, base: Path, cases: list[Case]) -> None:
     train_cases(rank, base, [*cases, PLAIN_ADAM])
     alone = [dist.new_group([member]) for member in range(2)][rank]
-    fill, loss = advantage.fill, update._loss
+    compute, loss = advantage.compute_advantages, update._loss
 
     def broken_loss(*args):
         right = loss(*args)
@@ -138,9 +138,9 @@ def train_two_ranks(rank: int, base: Path, cases: list[Case]) -> None:
 
         return wrong
 
-    advantage.fill = lambda *args: fill(*args[:-1], alone)
+    advantage.compute_advantages = lambda *args, group: compute(*args, group=alone)
     train_cases(rank, base, [BROKEN["whitened per rank"]])
-    advantage.fill, update._loss = fill, broken_loss
+    advantage.compute_advantages, update._loss = compute, broken_loss
     train_cases(rank, base, [BROKEN["mean of means"]])
     update._loss, right = loss, groups.token_group
     groups.token_group = groups.data_group

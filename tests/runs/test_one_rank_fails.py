@@ -8,9 +8,9 @@ from __future__ import annotations
 import errno
 import os
 import resource
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Iterator
 
 import pytest
 import torch.distributed as dist

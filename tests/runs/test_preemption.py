@@ -8,9 +8,9 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Callable, Iterator
 
 import pytest
 import torch.distributed as dist
@@ -21,8 +21,17 @@ from megatron_rpp.lifecycle import exit_codes, heartbeat
 from megatron_rpp.runtime.checkpointing import Preempted
 from tests.distributed import run_ranks
 from tests.small_run import config_of
-from tests.whole_runs import TOLERANCE, VARIED, compare_rows, compare_weights, rows
-from tests.whole_runs import same_bits, train_run, weights, with_whole_run
+from tests.whole_runs import (
+    TOLERANCE,
+    VARIED,
+    compare_rows,
+    compare_weights,
+    rows,
+    same_bits,
+    train_run,
+    weights,
+    with_whole_run,
+)
 
 # Two epochs of two mini-batches a step.
 SETTINGS = {"train__steps": 2, "evaluation__interval": 1, "optimizer__eps": 1e-5}

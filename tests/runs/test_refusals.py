@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from megatron_rpp.lifecycle import exit_codes, entrypoint
 from megatron_rpp import train
+from megatron_rpp.lifecycle import entrypoint, exit_codes
 from megatron_rpp.parallel import groups
 from tests.small_run import arguments, make_data
 from tests.whole_runs import VARIED, rows, train_run

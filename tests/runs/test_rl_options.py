@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_rpp.runtime import run as runs
 from megatron_rpp import train
 from megatron_rpp.reporting.console import Console
-from megatron_rpp.runtime.inputs import load_inputs
 from megatron_rpp.rollout.buffer import RolloutBuffer
+from megatron_rpp.runtime import run as runs
+from megatron_rpp.runtime.inputs import load_inputs
 from tests.algorithms import oracle
 from tests.small_run import config_of, make_data
 from tests.whole_runs import VARIED, layout, rows, train_run
@@ -33,11 +33,11 @@ class ShiftedEngine:
     def __init__(self, engine):
         self.engine = engine
 
-    def generate(self, *args):
+    def generate(self, *args, **kwargs):
         shifts = (SHIFTS[i % len(SHIFTS)] for i in range(10**9))
         return [
             replace(found, logprobs=[value - next(shifts) for value in found.logprobs])
-            for found in self.engine.generate(*args)
+            for found in self.engine.generate(*args, **kwargs)
         ]
 
 

@@ -12,14 +12,14 @@ import torch
 
 from megatron_rpp import sft, train
 from megatron_rpp.data.tokenizer import load_tokenizer
+from megatron_rpp.runtime.checkpointing import Preempted
 from megatron_rpp.runtime.inputs import load_inputs
 from megatron_rpp.runtime.policy import build_policy
-from megatron_rpp.runtime.checkpointing import Preempted
 from megatron_rpp.stages import logprobs
 from tests.data.hf_tokenizers import make_chatml
 from tests.distributed import run_ranks
-from tests.small_run import arguments, config_of, make_data
 from tests.runs.test_preemption import at, send
+from tests.small_run import arguments, config_of, make_data
 from tests.whole_runs import (
     TOLERANCE,
     compare_rows,
@@ -177,9 +177,9 @@ def test_it_is_killed_and_stopped_and_goes_on_bit_for_bit(base):
     settings = {"sft__checkpoint_interval": 4}
     with at("supervised step", 7, killed), pytest.raises(KeyboardInterrupt):
         finetune(base, "resumed", **settings)
-    with at("supervised step", 6, send(signal.SIGTERM)):
-        with pytest.raises(Preempted, match="SIGTERM: saved after step 10"):
-            finetune(base, "resumed", **settings)
+    stopped = pytest.raises(Preempted, match="SIGTERM: saved after step 10")
+    with at("supervised step", 6, send(signal.SIGTERM)), stopped:
+        finetune(base, "resumed", **settings)
     finetune(base, "resumed", **settings)
     ours, theirs = (
         [{tag: row[tag] for tag in row if not tag.startswith("time/")} for row in log(base, run)]
@@ -223,7 +223,7 @@ def test_the_loss_is_the_mean_over_the_assistants_turns(base, tmp_path):
     with layout(config):
         policy = build_policy(config, config.sft.optimizer, inputs.vocab_size)
         buffer = sft.batch_of(list(inputs.train), inputs.form)
-        found = logprobs.response_logprobs(policy.model, buffer, 512, 1.0)
+        found = logprobs.response_logprobs(policy.model, buffer, 512, temperature=1.0)
         expected = -float(found[buffer.mask].double().mean())
         everything = -float(found.double().mean())
     assert 0 < int((~buffer.mask).sum()) < int(buffer.mask.sum())

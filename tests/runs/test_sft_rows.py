@@ -9,8 +9,8 @@ import pytest
 
 from megatron_rpp import sft, train
 from megatron_rpp.runtime.inputs import load_inputs
-from tests.small_run import arguments, config_of, make_data
 from tests.runs.test_sft import SETTINGS, log
+from tests.small_run import arguments, config_of, make_data
 from tests.whole_runs import rows, run_program
 
 

@@ -72,7 +72,7 @@ def spoiled_steps(rank: int, data, kind: str, value: str, settings: dict) -> dic
     config = config_of(data, data / "run", **(SETTINGS | settings))
     with layout(config):
         run = runs.build(config, load_inputs(config), Console(False))
-        run.console.say = said.append
+        run.console.log = said.append
         spoiler = Spoiler(run, kind, float(value), rank)
         found = {"weights": [weights(run)], "rows": [], "updates": []}
         for spoiled in (1, 2, 0):
@@ -108,8 +108,8 @@ def spoiled_logprobs(rank: int, data, value: float, call: int) -> tuple[str, int
     """
     original, calls = logprobs.response_logprobs, []
 
-    def spoil(model, buffer, **settings):
-        column = original(model, buffer=buffer, **settings)
+    def spoil(model, buffer, max_tokens, **settings):
+        column = original(model, buffer, max_tokens, **settings)
         calls.append(1)
         if rank == SPOILED and len(calls) == call:
             column[buffer.response_offsets[2]] = value

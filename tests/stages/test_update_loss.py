@@ -47,7 +47,7 @@ def vocabulary_logits(run, buffer) -> tuple[np.ndarray, np.ndarray]:
         logits[column] = (hidden[batch.rows, 0].double() @ weight.T / TEMPERATURE).numpy()
         targets[column] = batch.targets.numpy()
 
-    pipeline.score(model, logprobs.make_micro_batches(model, buffer, list(range(len(buffer))), 64), head)
+    pipeline.score(model, logprobs.make_micro_batches(model, buffer, list(range(len(buffer))), max_tokens=64), head)
     return logits, targets
 
 
@@ -82,10 +82,10 @@ def step(tmp_path_factory):
         updates = {}
         for kind in ("token_mean", "sequence_mean"):
             settings = config_of(data, data, **SETTINGS, algorithm__aggregation=kind)
-            updates[kind] = update.run(
-                run.policy.model, run.policy.optimizer, run.policy.scheduler, buffer,
-                settings.algorithm, settings.train, TEMPERATURE, len(buffer), 0, run.state,
-                update.UpdateProgress(), lambda: None,
+            updates[kind] = update.update_policy(
+                run.policy, buffer, settings.algorithm, train=settings.train,
+                rollout=settings.rollout, key=run.step_key, state=run.state,
+                progress=update.UpdateProgress(), safe_point=lambda: None,
             )  # fmt: skip
     return updates, buffer, logits, targets
 

@@ -48,15 +48,13 @@ def measure(run: Run, saves: int) -> dict:
 
     for _ in range(saves):
         step()
-        run.state.step += 1
-        run.state.prompts_seen += run.config.rollout.prompts_per_step
-        run.saved_as = None
-        stall = checkpointing.write_if_due(run, {})
+        run.advance(run.config.rollout.prompts_per_step)
+        checkpointing.save_if_due(run, {})
         checkpointing.publish_if_written(run)
-        while run.writing is not None:  # what a run would do meanwhile
+        while run.saves.pending is not None:  # a run takes its next steps meanwhile
             step()
             checkpointing.publish_if_written(run)
-        stalls.append(stall + run.saves.seconds.pop("checkpoint", 0.0))
+        stalls.append(run.saves.take_stall_seconds())
     return {"stall_seconds": statistics.median(stalls), "step_seconds": statistics.median(steps)}
 
 

@@ -30,8 +30,7 @@ def worker(steps: int, settings: list[str]) -> None:
     for _ in range(WARMUP + steps):
         row, buffer = rl_step(run)
         assert bool((buffer.response_lengths == NEW_TOKENS).all())
-        run.state.step += 1
-        run.state.prompts_seen += PROMPTS
+        run.advance(PROMPTS)
         measured.append(row)
     whitening = _whitening_seconds(buffer)
     if groups.is_main():
