@@ -1,11 +1,11 @@
 """The mathematics of REINFORCE++: tensors and an explicit process group in, tensors out.
 
-No Megatron, no configuration object, no global state. Shapes: scores [B] (responses), per-token
-tensors and their bool mask [B, T]. ``shaping`` -> ``kl`` -> ``returns`` -> ``statistics`` ->
-``advantages`` is the way from a score to an advantage, ``correction`` and ``losses`` the way from
-an advantage to a gradient; ``numerics`` keeps what lies under a zero mask out of both. The function
-that goes the whole way is ``advantages.advantages``, not lifted here because it would hide its
-module.
+There is no Megatron here, no configuration object and no global state. Shapes: scores [B] (one per
+response), per-token tensors and their bool mask [B, T].
+
+From a score to an advantage: ``shaping`` -> ``kl`` -> ``returns`` -> ``statistics`` ->
+``advantages``, whose ``compute_advantages`` takes the last three steps. From an advantage to a
+gradient: ``correction`` -> ``losses``. ``numerics`` keeps values under a zero mask out of both.
 """
 
 from megatron_rpp.algorithms.advantages import ALGORITHMS, group_baseline
