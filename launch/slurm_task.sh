@@ -9,4 +9,4 @@ if [[ $SLURM_NNODES == 1 ]]; then # else gloo asks for this machine's name
 fi
 # shellcheck source=launch/environment.sh
 source "$repository/launch/environment.sh"
-exec "$python" -P -m megatron_rpp.rank "$@"
+exec "$python" -P -m megatron_rpp.launcher.rank "$@"

@@ -26,4 +26,4 @@ fi
 # shellcheck source=launch/environment.sh
 source "$repository/launch/environment.sh"
 exec "$python" -P -m megatron_rpp.torchrun "${options[@]}" \
-  --no-python "$python" -P -u -m megatron_rpp.rank "$@"
+  --no-python "$python" -P -u -m megatron_rpp.launcher.rank "$@"

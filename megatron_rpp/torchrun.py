@@ -8,11 +8,11 @@ SIGTERM by killing the ranks 30 seconds later, and needs this machine's name to 
 - exits with the ranks' code, on every node with the same one (see `exit_code`);
 - passes SIGTERM and SIGUSR1 on to the ranks and goes on watching them: they save and exit with 75,
   and whoever sent the signal decides how long that may take; while no rank runs it exits with 75
-  at once (torchrun_ending.py);
+  at once (launcher/ending.py);
 - under ``--max-restarts`` starts crashed ranks again, with a store of their own, but none that
   refused or were preempted;
-- stops the ranks of this node when those of another have failed for good (torchrun_agent.py);
-- needs no name of this machine, and for one node no address and no port (rendezvous.py).
+- stops the ranks of this node when those of another have failed for good (launcher/agent.py);
+- needs no name of this machine, and for one node no address and no port (launcher/rendezvous.py).
 
 Left out: ``--run-path``; elastic worlds (``--nnodes 1:4``) are torch's matter, untested here.
 """
@@ -23,7 +23,7 @@ import os
 import sys
 from typing import NoReturn
 
-from megatron_rpp.torchrun_ending import Signals, exit_code
+from megatron_rpp.launcher.ending import Signals, exit_code
 
 __all__ = ["exit_code", "main"]
 
@@ -34,9 +34,9 @@ def main(argv: list[str] | None = None) -> NoReturn:
     code = 0
     try:
         # Importing torch takes seconds, in which a signal may come.
-        from megatron_rpp import torchrun_launch
+        from megatron_rpp.launcher import launch
 
-        torchrun_launch.launch(argv, signals)
+        launch.launch(argv, signals)
     except SystemExit as ended:
         assert isinstance(ended.code, int)
         code = ended.code

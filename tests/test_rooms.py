@@ -11,10 +11,10 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "megatron_rpp"
 FLOORS = (
     ("lifecycle", "records", "seeds", "algorithms"),
-    ("hf", "parallel", "rank", "torchrun_ending", "rendezvous"),
-    ("config", "torchrun_agent"),
-    ("data", "model", "torchrun_launch"),
-    ("rewards", "checkpoint", "torchrun"),
+    ("hf", "parallel", "launcher"),
+    ("config", "torchrun"),
+    ("data", "model"),
+    ("rewards", "checkpoint"),
     ("conversion", "rollout"),
     ("stages",),
     ("reporting",),

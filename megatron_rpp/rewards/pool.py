@@ -148,7 +148,7 @@ class WorkerPool:
 
     def _launch(self) -> _Worker:
         ours, theirs = Pipe()
-        command = [sys.executable, "-m", "megatron_rpp.rewards.worker"]
+        command = [sys.executable, "-P", "-m", "megatron_rpp.rewards.worker"]
         path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
         with theirs:
             process = subprocess.Popen(

@@ -56,7 +56,7 @@ def test_while_torch_asks_for_a_name():
 WAITING = """
 import subprocess, sys
 from torch.distributed import TCPStore
-from megatron_rpp import torchrun_ending as ending
+from megatron_rpp.launcher import ending
 
 ending.OVER_SECONDS = 0.5
 signals = ending.Signals()

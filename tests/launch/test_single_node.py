@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_rpp import rendezvous
+from megatron_rpp.launcher import rendezvous
 from tests.launch.namespaces import two_namespaces
 from tests.small_run import arguments, make_data
 

@@ -10,10 +10,11 @@ import time
 
 import pytest
 
+import megatron_rpp
 from megatron_rpp.rewards import RewardError, RewardSet
 
 MARK = 10_000 + os.getpid()
-"""Seconds to sleep, by which this run's processes are known among all of the machine."""
+"""Seconds to sleep: a number that identifies the processes of this test on the machine."""
 SCORER = """
 import os, signal, subprocess, sys, time
 print("a scorer may print")
@@ -49,7 +50,7 @@ def name(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def rewards(name):
-    """Two workers, 2 seconds a sample, score -9 for those that take longer."""
+    """Two workers, 2 seconds per sample, score -9 for samples that take longer."""
     return RewardSet([name, "exact_match"], workers=2, timeout=2.0, timeout_score=-9.0)
 
 
@@ -63,7 +64,7 @@ def workers_of(rewards: RewardSet) -> list[int]:
 
 
 def running(text: str) -> list[str]:
-    """Command lines of this machine that hold `text`."""
+    """Command lines on this machine that contain `text`."""
     found = []
     for entry in os.listdir("/proc"):
         try:
@@ -97,7 +98,7 @@ def test_scores_come_back_in_order(rewards, name):
 def test_a_large_batch_of_a_cheap_scorer_is_quick(rewards):
     start = time.perf_counter()
     score(rewards, ["1"] * 512)
-    assert time.perf_counter() - start < 5.0  # not a process a sample
+    assert time.perf_counter() - start < 5.0  # not one process per sample
 
 
 @pytest.mark.parametrize("bad", ["sleep", "spin", "exit", "segfault", "child"])
@@ -171,7 +172,7 @@ rewards.score(columns[0], [sys.argv[2]], *columns[1:])
 @pytest.mark.parametrize("ending", ["kill", "exit"])
 @pytest.mark.parametrize("act", ["spin", "child"])
 def test_nothing_is_left_of_a_parent_that_ends_at_once(name, act, ending):
-    """By SIGKILL, or as the watchdog does; while a scorer spins, or waits for what it started."""
+    """Killed by SIGKILL or as by the watchdog, while a scorer spins or waits for its child."""
     words = [sys.executable, "-c", PARENT, name, act, ending]
     parent = subprocess.Popen(words, stdout=subprocess.PIPE)
     group = int([parent.stdout.readline() for _ in range(2)][1])  # the scorer prints first
@@ -197,3 +198,14 @@ def members(group: int) -> list[int]:
             continue
         found += [int(pid)] if int(owner) == group and state != "Z" else []
     return found
+
+
+def test_a_file_of_the_user_does_not_take_a_librarys_place(tmp_path, monkeypatch):
+    """Workers start in the user's directory, whose modules come last."""
+    for name in ("numpy.py", "datasets.py", "json.py"):
+        (tmp_path / name).write_text("raise RuntimeError('the wrong module')\n")
+    (tmp_path / "mine.py").write_text("def f(*batch):\n    return [1.0]\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(os.path.dirname(os.path.dirname(megatron_rpp.__file__)))
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
+    assert RewardSet(["mine:f"], workers=1).score(["p"], ["r"], ["l"], [{}]).total == [1.0]

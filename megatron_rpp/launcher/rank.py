@@ -1,6 +1,6 @@
 """One rank: the program that its first argument names, from wherever the user stands.
 
-    python -P -m megatron_rpp.rank train --config FILE ...        (started by launch/*.sh)
+    python -P -m megatron_rpp.launcher.rank train --config FILE ...        (started by launch/*.sh)
 
 ``python -m megatron_rpp.train`` would look for every module in the user's directory first: a file
 `datasets.py` there would be taken for the library. Here that directory comes last, so that a reward

@@ -14,8 +14,8 @@ from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElas
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.rendezvous import RendezvousError
 
+from megatron_rpp.launcher.ending import Signals, exit_code, with_signals
 from megatron_rpp.lifecycle.exit_codes import FAILED, PREEMPTED, REFUSED
-from megatron_rpp.torchrun_ending import Signals, exit_code, with_signals
 
 FINAL = (REFUSED, PREEMPTED)
 """Codes after which another start would do the same, or is for the scheduler to make."""

@@ -13,10 +13,10 @@ import torch.distributed.launcher.api as launcher
 from torch.distributed.elastic.rendezvous import RendezvousError, c10d_rendezvous_backend
 from torch.distributed.run import run as run_torchrun
 
-from megatron_rpp import rendezvous
+from megatron_rpp.launcher import rendezvous
+from megatron_rpp.launcher.agent import Agent
+from megatron_rpp.launcher.ending import Signals
 from megatron_rpp.lifecycle.exit_codes import FAILED
-from megatron_rpp.torchrun_agent import Agent
-from megatron_rpp.torchrun_ending import Signals
 
 
 def launch(argv: list[str] | None, signals: Signals) -> None:
