@@ -84,7 +84,7 @@ def train(
 
 
 @torch.no_grad()
-def score(
+def forward(
     model: torch.nn.ModuleList,
     micro_batches: list[MicroBatch],
     head: Callable[[MicroBatch, torch.Tensor], Any],

@@ -80,7 +80,7 @@ def response_logprobs(
         return token_logprobs(model, batch, hidden, temperature=temperature)[0]
 
     column = torch.zeros(len(buffer.mask), dtype=torch.float32, device=devices.device())
-    for batch, logprobs in zip(batches, pipeline.score(model, batches, head)):
+    for batch, logprobs in zip(batches, pipeline.forward(model, batches, head)):
         column[batch.column.to(column.device)] = logprobs
     if groups.context_group().size() > 1:  # each rank has filled in its own tokens
         dist.all_reduce(column, group=groups.context_group())

@@ -35,13 +35,13 @@ scores_strategy = st.integers(1, 12).flatmap(numbers)
 def test_baseline_matches_oracle(data, scores, kind, dtype):
     ids = data.draw(ids_for(scores))
     got = group_baseline(torch.tensor(scores, dtype=dtype), torch.tensor(ids), kind)
-    # Deviations of the size of the spread, or, where it is divided by, of 1.
+    # Deviations are of the size of the spread, or of 1 if they are divided by it.
     size = 1.0 if kind == "grpo" else np.ptp(scores)
     assert_close(got, oracle.group_baseline(scores, ids, kind), dtype, size)
 
 
 def test_baseline_by_hand():
-    """Groups interleaved and of sizes 3, 1, 2: scores (1, 4, 4), (5), (0, 2)."""
+    """Interleaved groups of sizes 3, 1 and 2 with scores (1, 4, 4), (5) and (0, 2)."""
     scores = torch.tensor([1.0, 5.0, 0.0, 4.0, 2.0, 4.0], dtype=torch.float64)
     ids = torch.tensor([7, 3, 9, 7, 9, 7])
     assert group_baseline(scores, ids, "mean").tolist() == [-2, 0, -1, 1, 1, 1]
@@ -103,7 +103,7 @@ def test_advantages_match_oracle(data, batch, name, gamma):
         name, torch.tensor(scores), live, group_ids=torch.tensor(ids),
         kl=dirty(kl, mask, torch.float64), kl_coef=0.1, gamma=gamma,
     )  # fmt: skip
-    # What the returns are made of, which normalisation divides by a deviation of 1e-4 or more.
+    # The size of the returns' terms; normalisation divides them by a deviation of at least 1e-4.
     size = 1.0 if name == "grpo" else 3.0 + np.abs(scores).max()
     assert_close(returns, expected_returns, torch.float64, size)
     count, mean, var = oracle.moments(expected_returns, mask)
@@ -117,7 +117,7 @@ def test_advantages_match_oracle(data, batch, name, gamma):
 
 
 def test_reinforce_by_hand():
-    """No KL: the score is the return of every token, so a long answer weighs by its tokens."""
+    """Without KL the score is every token's return, so each token of a long answer counts."""
     mask = torch.tensor([[True, True, True], [True, False, False]])
     scores = torch.tensor([1.0, -3.0])
     got, returns, stats = compute_advantages(
@@ -142,7 +142,7 @@ def test_baseline_ignores_the_kl():
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_saturated_rewards_give_zero_advantages(name):
-    """Every answer right: nothing to learn, and no NaN."""
+    """If every answer is right, there is nothing to learn and no NaN."""
     mask = torch.arange(24).view(4, 6) % 5 != 0
     ids = torch.tensor([0, 0, 1, 1])
     got, _, stats = compute_advantages(name, torch.full((4,), 0.9), mask, group_ids=ids)

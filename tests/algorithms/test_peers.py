@@ -1,7 +1,7 @@
-"""The same numbers as the functions of verl and of TRL, but for the differences named here.
+"""The functions of verl and TRL give the same numbers, except for the differences named here.
 
-Skipped where a peer is not installed, as in CI. To run it, in a virtual environment that sees this
-project's (so that torch stays the same):
+Skipped if a peer is not installed, as in CI. Run it in a virtual environment that includes this
+project's packages, so that torch stays the same:
 
     python3.11 -m venv /tmp/peers
     realpath .venv/lib/python3.11/site-packages > /tmp/peers/lib/python3.11/site-packages/ours.pth
@@ -13,10 +13,10 @@ project's (so that torch stays the same):
     /tmp/peers/bin/python -m pytest tests/algorithms/test_peers.py
 
 Differences, each asserted:
-    verl whitens with the sample variance plus 1e-8 (ours: the population's, at least 1e-8), which
-    is a factor of sqrt(1 - 1/n); it leaves the score of a prompt with one sample as it is (ours: 0,
-    the score minus its mean); it bounds k3 at 10, and always applies its dual clip (3.0).
-    TRL adds the KL as k3 (ours: k2, whose gradient is that of the KL), so beta is 0 here; its
+    verl whitens with the sample variance plus 1e-8 (ours: the population variance, at least 1e-8),
+    a factor of sqrt(1 - 1/n). It does not change the score of a prompt with one sample (ours: 0,
+    the score minus its mean). It bounds k3 at 10 and always applies its dual clip (3.0).
+    TRL adds the KL as k3 (ours: k2, whose gradient is that of the KL), so beta is 0 here. Its
     sequence mean counts empty responses.
 """
 
@@ -82,7 +82,7 @@ def test_verl_kl(verl, kind):
 
 
 def reinforce_batch(seed=3):
-    """(scores, kl, mask with holes, group ids of uneven groups, one of them of one sample)."""
+    """Returns (scores, kl, mask with gaps, ids of uneven groups, one with a single sample)."""
     random = np.random.default_rng(seed)
     mask = torch.tensor(random.random((9, 11)) < 0.7)
     mask[:, 0] = True
@@ -168,7 +168,7 @@ def test_verl_loss_and_gradient(verl, aggregation, weighted):
 
 
 def on_a_kink(log_ratio, advantage):
-    """Where either of two gradients is right: the ratio lies on a bound, or the advantage is 0."""
+    """Marks tokens with two valid gradients: the ratio is on a bound, or the advantage is 0."""
     bounds = torch.tensor([0.8, 1.28, 3.0], dtype=torch.float64).log()
     return ((log_ratio[..., None] - bounds).abs() < 1e-6).any(-1) | (advantage == 0)
 
@@ -183,8 +183,10 @@ def test_verl_controller(kl, samples):
 
 
 def trl_loss(trl, logprobs, old, advantage, mask, kind):
-    """TRL's own `_compute_loss`; of its trainer only what that method reads, with our log-probs in
-    the place of the model's."""
+    """Calls TRL's `_compute_loss` with a stand-in for its trainer that has only what it reads.
+
+    Our log-probs take the place of the model's.
+    """
     accelerator = SimpleNamespace(gather=lambda x: x, reduce=lambda x, reduction: x)
     trainer = SimpleNamespace(
         _get_per_token_logps_and_entropies=lambda *args, **kwargs: (logprobs, -logprobs, None),

@@ -1,10 +1,9 @@
-"""Whitening over real gloo ranks equals whitening in one process, however the rows are dealt out.
+"""Whitening over real gloo ranks equals whitening in one process, however the rows are distributed.
 
-One world of four processes is started for the whole module; it runs every case on sub-groups of
-1, 2 and 4 ranks and returns what each rank computed. The same four ranks also stand for a grid of
-two pipeline stages or two context-parallel parts by two replicas, to show that what would be wrong
-in it (a mean per rank, the world as group, context-parallel ranks left out) fails the assertion
-that the right one passes.
+One world of four processes serves the whole module. It runs every case on sub-groups of 1, 2 and 4
+ranks and returns what each rank computed. The same four ranks also form a grid of two pipeline
+stages, or two context-parallel parts, by two replicas. There, wrong ways (a mean per rank, the world
+as group, context-parallel ranks left out) must fail the assertion that the right way passes.
 """
 
 from __future__ import annotations
@@ -83,8 +82,11 @@ def grid(rank):
 
 
 def stages_of_a_pipeline(where, world):
-    """Both stages of a replica hold its rows. Only the last scores them; the first stage's copy is
-    written by broadcast, and here is still what it was: whoever asks it, counts it as data."""
+    """Both stages of a replica hold its rows, but only the last stage computes their values.
+
+    The first stage's copy has not been broadcast yet, so a group that includes it counts stale
+    data.
+    """
     values, mask = (x[my_rows([4, 8], where.replica)] for x in batch("noise"))
     if where.stage == 0:
         values = torch.where(mask, 0.0, values)
@@ -96,7 +98,7 @@ def stages_of_a_pipeline(where, world):
 
 
 def parts_of_a_context(where, world):
-    """A replica's rows are cut in two along the sequence, one part on each of its ranks."""
+    """Cuts a replica's rows in two along the sequence; each of its ranks holds one part."""
     values, mask = (x[my_rows([4, 8], where.replica)] for x in batch("noise"))
     part = slice(3) if where.stage == 0 else slice(3, None)
     values, mask = values[:, part], mask[:, part]
@@ -147,7 +149,7 @@ def run_everything(rank):
 
 
 def assert_equal(whitened, expected):
-    """What guards the whitening, on any layout."""
+    """The assertions that whitening must satisfy on any layout."""
     np.testing.assert_allclose(whitened, expected, rtol=1e-12, atol=1e-12)
 
 
