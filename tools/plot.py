@@ -1,6 +1,8 @@
 """Draws reward, held-out accuracy, KL and response length of one or more runs as a PNG.
 
     python tools/plot.py LOG_DIR [LOG_DIR ...] --out curves.png
+
+Needs matplotlib (pip install 'megatron_rpp[plot]').
 """
 
 from __future__ import annotations

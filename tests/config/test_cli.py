@@ -242,7 +242,7 @@ def test_process_starts_within_a_second_and_without_torch(write):
     assert (result.returncode, result.stdout, result.stderr) == (0, "12 [] True\n", "")
 
 
-def test_process_prints_config_and_refuses_mistakes():
+def test_process_prints_config_and_reports_mistakes():
     printed = _run("--print-config", "--train.steps=3")
     assert printed.returncode == 0
     assert yaml.safe_load(printed.stdout) == asdict(replace(Config(), train=TrainConfig(steps=3)))

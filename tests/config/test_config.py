@@ -1,4 +1,4 @@
-"""The settings' dataclasses: ranges, agreement of the sections, and what they say when refused."""
+"""The sections of the configuration: ranges, checks across sections, and error messages."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_every_field_has_a_docstring():
         (Config, {"seed": -1}, "seed must be at least 0, got -1"),
     ],
 )
-def test_value_out_of_range_is_refused(section, values, message):
+def test_value_out_of_range_is_an_error(section, values, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         section(**values)
 
@@ -150,13 +150,13 @@ def test_values_on_the_edge_are_accepted():
         ),
     ],
 )
-def test_sections_that_disagree_are_refused(sections, message):
+def test_sections_that_disagree_are_errors(sections, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         Config(**sections)
 
 
 @pytest.mark.parametrize("name", ["reinforce++_baseline", "grpo", "rloo"])
-def test_comparing_one_sample_with_itself_is_refused(name):
+def test_comparing_one_sample_with_itself_is_an_error(name):
     message = f"samples_per_prompt must be at least 2 for algorithm.name = {name}, got 1"
     with pytest.raises(ValueError, match=re.escape(message)):
         Config(algorithm=AlgorithmConfig(name=name), rollout=RolloutConfig(samples_per_prompt=1))
@@ -167,7 +167,7 @@ def test_comparing_one_sample_with_itself_is_refused(name):
     "without",
     [{"kl_coef": 0}, {"name": "grpo"}, {"name": "reinforce++_baseline", "kl_coef": 1.0}],
 )
-def test_control_of_no_kl_is_refused(without):
+def test_control_of_no_kl_is_an_error(without):
     with pytest.raises(ValueError, match="adaptive needs a KL to control, got none: set"):
         AlgorithmConfig(kl_controller="adaptive", **without)
     AlgorithmConfig(kl_controller="adaptive", **(without | {"kl_loss_coef": 0.1}))
@@ -192,7 +192,7 @@ def test_world_size_gives_the_data_parallel_size():
 
 
 @pytest.mark.parametrize("world_size", [0, 1, 3])
-def test_world_size_that_does_not_hold_whole_models_is_refused(world_size):
+def test_world_size_that_does_not_hold_whole_models_is_an_error(world_size):
     with pytest.raises(ValueError) as error:
         check_world_size(Config(parallel=ParallelConfig(tensor=2)), world_size)
     assert str(error.value) == (
@@ -201,8 +201,8 @@ def test_world_size_that_does_not_hold_whole_models_is_refused(world_size):
     )
 
 
-def test_prompts_that_do_not_divide_over_the_replicas_are_refused():
+def test_prompts_that_do_not_divide_over_the_replicas_are_errors():
     with pytest.raises(ValueError, match=r"prompts_per_step 32 .* data-parallel size 3 .*multiple"):
         check_world_size(Config(), 3)
-    # A program that samples no rollouts has no use for that.
+    # A program that samples no rollouts does not need this.
     assert count_replicas(ParallelConfig(), 3) == 3

@@ -1,9 +1,8 @@
-"""Every recipe is a run that could start: settings, layout and memory at full size, then a dry run.
+"""Every recipe can start: settings, layout and memory at full size, then a dry run.
 
-Full size is arithmetic: config.json of the published model stands in the place of its weights, and
-nothing of that size is allocated. The dry run is the program itself, on one rank, with a small model
-of the same family and small data in the place of the large ones.
-"""
+At full size everything is computed from the config.json of the published model, and nothing of that
+size is allocated. The dry run is the real program on one rank, with a small model of the same
+family and small data."""
 
 from __future__ import annotations
 
@@ -89,12 +88,14 @@ def test_the_full_size_fits_its_machines(tmp_path, recipe):
     (tmp_path / "model").mkdir()
     (tmp_path / "model/config.json").write_text(json.dumps(content))
     model = read_architecture(tmp_path / "model")
-    sizes = (size for row in rows_of(model.name, model.settings) for size in row.sizes(model.settings))
+    sizes = (
+        size for row in rows_of(model.name, model.settings) for size in row.sizes(model.settings)
+    )
     assert sum(rows * (columns or [1])[0] for rows, *columns in sizes) == parameters
     config = cli.parse(words(recipe, tmp_path)).config
     replicas = check_world_size(config, processes)
     memory = estimate(config, content["vocab_size"], replicas)
-    # A tenth is left to the allocator and to NCCL.
+    # Leaves a tenth to the allocator and to NCCL.
     assert memory.total < 0.9 * GPU_MEMORY, memory
 
 
@@ -107,7 +108,7 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("recipe", ["quickstart", *PUBLISHED])
 def test_dry_run(tmp_path, data, recipe, capfd):
-    """One rank, float32, the small data; everything else is as the recipe says."""
+    """The recipe on one rank, in fp32, with small data, and otherwise unchanged."""
     small = [
         f"--data.train={data / 'train.jsonl'}", f"--data.eval={data / 'eval.jsonl'}",
         f"--data.tokenizer={data / 'tokenizer.model'}", "--data.apply_chat_template=false",

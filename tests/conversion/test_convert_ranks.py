@@ -1,4 +1,4 @@
-"""Both conversion tools on two ranks: the same bits, shared work, refusals alike on every rank."""
+"""Both conversion tools on two ranks: the same bits, shared work, the same errors on every rank."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MIXED = "model.layers.0.self_attn.k_proj.weight"
 
 
 def program(main, *argv: object) -> tuple[int, str]:
-    """Its exit code and what it wrote to stderr, the progress bar left out."""
+    """The exit code of a tool and what it wrote to stderr, without the progress bar."""
     with contextlib.redirect_stderr(io.StringIO()) as shown:
         code = main([str(word) for word in argv])
     lines = shown.getvalue().splitlines()
@@ -37,10 +37,10 @@ def to_hf(folder: Path, source: str, target: str) -> tuple[int, str]:
     )  # fmt: skip
 
 
-def refusal(source: Path, target: Path) -> str:
-    with pytest.raises(ValueError) as refused:
+def error_of(source: Path, target: Path) -> str:
+    with pytest.raises(ValueError) as error:
         to_megatron(source, target)
-    return str(refused.value)
+    return str(error.value)
 
 
 def on_two_ranks(rank: int, folder: Path) -> dict:
@@ -52,10 +52,10 @@ def on_two_ranks(rank: int, folder: Path) -> dict:
         flip_a_byte(next((folder / "damaged/release").glob("__1_*.distcp")))
     dist.barrier()
     found["damaged"] = to_hf(folder, "damaged", "from damaged")
-    found["mixed"] = refusal(folder / "mixed", folder / "from mixed")
-    found["head"] = refusal(folder / "smollm2", folder / "from head")
-    # A directory that one node alone does not see.
-    found["unseen"] = refusal(folder / ("qwen2" if rank == 0 else "gone"), folder / "from unseen")
+    found["mixed"] = error_of(folder / "mixed", folder / "from mixed")
+    found["head"] = error_of(folder / "smollm2", folder / "from head")
+    # A directory that one node does not see.
+    found["unseen"] = error_of(folder / ("qwen2" if rank == 0 else "gone"), folder / "from unseen")
     return found
 
 
@@ -67,8 +67,8 @@ def flip_a_byte(path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """`qwen2` in several files, and `mixed`: one of its tensors is stored in another type;
-    `smollm2`, tied, with a head that differs."""
+    """`qwen2` in several files; `mixed`, with one tensor of another type; `smollm2`, which is tied
+    but has a different head."""
     folder = tmp_path_factory.mktemp("ranks")
     source = save(folder, "qwen2")
     shutil.copytree(source, folder / "mixed", ignore=shutil.ignore_patterns("model*", INDEX))
@@ -97,7 +97,7 @@ def test_two_ranks_share_the_work_and_give_the_same_bits(found, folder):
     assert not list(folder.glob(".*"))
 
 
-def test_refusals_are_the_same_on_every_rank(found, folder):
+def test_errors_are_the_same_on_every_rank(found, folder):
     messages = {
         "mixed": "are one tensor in Megatron",
         "head": "differs from model.embed_tokens.weight",

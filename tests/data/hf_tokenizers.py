@@ -48,7 +48,7 @@ def make_tokenizer(folder: Path, specials: list[str], bos: str | None, **saved) 
 
 
 def make_chatml(folder: Path) -> Path:
-    """As Qwen's: no begin-of-sequence, <|im_end|> ends a turn and <|endoftext|> a text."""
+    """Like Qwen's: no begin-of-sequence; <|im_end|> ends a turn, <|endoftext|> ends a text."""
     specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     make_tokenizer(
         folder, specials, None, eos_token="<|im_end|>", pad_token="<|endoftext|>",
@@ -60,7 +60,7 @@ def make_chatml(folder: Path) -> Path:
 
 
 def make_llama3(folder: Path) -> Path:
-    """As Llama 3's: begin-of-sequence in front of all, three ends, no padding token."""
+    """Like Llama 3's: begin-of-sequence, three end tokens, no padding token."""
     specials = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>",
                 "<|eom_id|>", "<|eot_id|>"]  # fmt: skip
     make_tokenizer(

@@ -94,7 +94,7 @@ def test_a_conversations_own_system_message_stays(chatml):
 
 
 def test_tokens_are_those_of_the_library(chatml, chatml_path):
-    """Independent of our own calls: the library tokenizes template and text in one go."""
+    """The oracle: the library renders and tokenizes in one call."""
     from transformers import AutoTokenizer
 
     library = AutoTokenizer.from_pretrained(chatml_path)
@@ -111,7 +111,7 @@ def test_a_template_file_takes_the_place_of_the_directorys(chatml_path, tmp_path
         load_tokenizer(chatml_path, str(tmp_path / "absent.jinja"))
 
 
-def test_a_template_that_refuses_says_why(chatml_path, tmp_path):
+def test_a_template_that_fails_says_why(chatml_path, tmp_path):
     template = "{{ raise_exception('roles must alternate') }}"
     (tmp_path / "strict.jinja").write_text(template)
     tokenizer = load_tokenizer(chatml_path, str(tmp_path / "strict.jinja"))
@@ -121,7 +121,7 @@ def test_a_template_that_refuses_says_why(chatml_path, tmp_path):
 
 @pytest.fixture
 def copy(chatml_path, tmp_path):
-    """The directory, to be spoilt."""
+    """A copy of the directory that a test may damage."""
     return shutil.copytree(chatml_path, tmp_path / "copy")
 
 

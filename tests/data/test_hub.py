@@ -1,7 +1,7 @@
-"""`hub:owner/name@split` through the datasets library, from a hub on this machine.
+"""`hub:owner/name@split` through the library datasets, from a server on this machine.
 
-The library takes the hub's address from its environment when it is imported, so it runs in a
-process of its own.
+The library reads the address of the Hub from its environment on import, so it runs in a separate
+process.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ FILES = {
 
 
 def blob(name: str) -> str:
-    """The digest under which the library keeps a file's content."""
+    """The digest by which the library stores the content of a file."""
     return hashlib.sha1(FILES[name]).hexdigest()
 
 
 class Hub(BaseHTTPRequestHandler):
-    """The few answers of the Hugging Face Hub that load_dataset asks for; one data set, o/sums."""
+    """Answers the few requests to the Hub that load_dataset makes; holds one data set, o/sums."""
 
     protocol_version = "HTTP/1.1"
 
@@ -70,7 +70,7 @@ class Hub(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub():
-    """Its address."""
+    """The address of the server."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"

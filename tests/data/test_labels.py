@@ -1,4 +1,4 @@
-"""A label is the text that the file has, whatever type a library would make of it."""
+"""A label is the text in the file, whatever type a library would turn it into."""
 
 from __future__ import annotations
 
@@ -38,13 +38,29 @@ def test_json_numbers_in_metadata_stay_numbers(tmp_path):
     )
 
 
-def test_an_integer_beyond_pythons_limit_is_refused_by_row(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"prompt": "p"}\n{"prompt": "p", "label": ' + "7" * 5000 + "}\n")
-    with pytest.raises(ValueError, match=r"a\.jsonl, line 2 cannot be read .*limit \(4300 digits\)"):
+def test_an_integer_beyond_pythons_limit_is_an_error_that_names_the_row(tmp_path):
+    (tmp_path / "a.jsonl").write_text(
+        '{"prompt": "p"}\n{"prompt": "p", "label": ' + "7" * 5000 + "}\n"
+    )
+    with pytest.raises(
+        ValueError, match=r"a\.jsonl, line 2 cannot be read .*limit \(4300 digits\)"
+    ):
         labels(tmp_path / "a.jsonl")
 
 
-CELLS = ["007", "1.50", "NA", "None", "null", "nan", "1e5", "TRUE", " 8", "12345678901234567890", "-"]
+CELLS = [
+    "007",
+    "1.50",
+    "NA",
+    "None",
+    "null",
+    "nan",
+    "1e5",
+    "TRUE",
+    " 8",
+    "12345678901234567890",
+    "-",
+]
 
 
 @pytest.mark.parametrize("source", ["a.csv", "folder"])
@@ -59,7 +75,7 @@ def test_csv_cells_arrive_as_they_are_written(tmp_path, source):
 
 
 def test_whole_numbers_beside_a_gap_stay_whole(tmp_path):
-    """pandas makes 7.0 of 7 where another row has none."""
+    """pandas turns 7 into 7.0 if another row has no value."""
     frame = pandas.DataFrame({"prompt": list("abc"), "label": [7, None, -12345678901]})
     assert frame["label"].dtype == float
     frame.to_parquet(tmp_path / "a.parquet")
@@ -98,14 +114,14 @@ def test_columns_of_parquet(tmp_path, values, expected):
         (pyarrow.array([0], pyarrow.timestamp("s")), "of type datetime"),
     ],
 )
-def test_other_types_are_refused_by_name(tmp_path, values, kind):
+def test_other_types_are_errors_that_name_them(tmp_path, values, kind):
     table = pyarrow.table({"prompt": ["p"], "label": values})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
     with pytest.raises(ValueError, match=f"a.parquet, row 1: 'label' is {kind}, it must be"):
         labels(tmp_path / "a.parquet")
 
 
-def test_half_of_a_surrogate_pair_is_refused_by_row(tmp_path):
+def test_half_of_a_surrogate_pair_is_an_error_that_names_the_row(tmp_path):
     rows = [
         {"prompt": "whole \U0001f600", "label": "x"},
         {"prompt": "p", "metadata": {"source": ["half \ud83d"]}},

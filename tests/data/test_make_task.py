@@ -1,4 +1,4 @@
-"""The tool that makes data sets and tokenizer: run as users run it."""
+"""tools/make_task.py, run as users run it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Messages of a conversation: contents are texts, or parts of one; what asks nothing is refused."""
+"""Messages of a conversation: the content is a text or a list of text parts, and must not be
+blank."""
 
 from __future__ import annotations
 
@@ -52,7 +53,7 @@ def test_text_parts_are_one_text(tmp_path):
         ({"role": None, "content": "2 + 3?"}, "must be an object with the fields 'role' and"),
     ],
 )
-def test_what_holds_no_text_is_refused_by_row_and_message(tmp_path, message, problem):
+def test_what_holds_no_text_is_an_error_that_names_row_and_message(tmp_path, message, problem):
     with pytest.raises(ValueError) as error:
         read(tmp_path, {"prompt": [message]})
     assert str(error.value).startswith(f"{tmp_path}/a.jsonl, line 1: 'prompt'")

@@ -1,4 +1,4 @@
-"""Prompts of a run: encoded when asked for, filtered, mixed, split and cached."""
+"""Prompts of a run: encoded on access, filtered, mixed, split and cached."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ def write(path, prompts: list[str]) -> str:
 
 @pytest.fixture
 def opened(tmp_path):
-    """open_data with the given settings; a prompt may have 10 tokens, progress goes to `seen`."""
+    """open_data with the given settings and at most 10 tokens per prompt; `seen` records
+    progress."""
     seen = []
 
     @contextmanager
@@ -51,7 +52,7 @@ def test_prompts_start_with_begin_of_sequence_where_there_is_one(opened, tmp_pat
         assert list(data.train) == [Prompt(Example("ab", "0"), tokens)]
 
 
-def test_prompt_over_the_limit_is_refused_with_the_remedies(tmp_path):
+def test_prompt_over_the_limit_is_an_error_with_the_remedies(tmp_path):
     path = write(tmp_path / "a.jsonl", ["ab", "abc"])
     examples, form = open_examples(path, "prompt", "label"), PromptFormat(CodePoints(2))
     assert fitting_rows(examples, form, 4, drop=False).rows.tolist() == [0, 1]

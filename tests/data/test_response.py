@@ -1,4 +1,4 @@
-"""The text of a response: what special tokens become of it, with both kinds of tokenizers."""
+"""The text of a response and its special tokens, with both kinds of tokenizers."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def tokenizer(request, tmp_path) -> Tokenizer:
 
 
 def response(tokenizer: Tokenizer) -> list[int]:
-    """<think>5 + 7</think>12<|im_end|> with begin-of-sequence and padding strewn in."""
+    """<think>5 + 7</think>12<|im_end|> with begin-of-sequence and padding in between."""
     thinking, done = (tokenizer.special_id(text) for text in ("<think>", "</think>"))
     return [
         tokenizer.bos_id, thinking, *tokenizer.encode("5 + 7"), done, tokenizer.pad_id,
@@ -63,4 +63,6 @@ def test_a_token_that_ends_a_response_is_no_part_of_its_text(tokenizer):
 
 def test_only_special_tokens_have_a_special_id(tokenizer):
     assert [tokenizer.special_id(text) is None for text in SPECIALS] == [False] * 5
-    assert [tokenizer.special_id(text) for text in ("5", "<think", "", "<think></think>")] == [None] * 4
+    assert [tokenizer.special_id(text) for text in ("5", "<think", "", "<think></think>")] == [
+        None
+    ] * 4

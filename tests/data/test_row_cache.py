@@ -10,7 +10,7 @@ FOUND = Pass(np.array([0, 2]), "p" * 32, "l" * 32)
 
 
 def asked(folder, times: int = 1) -> tuple[int, list[str]]:
-    """How often the pass was made in so many starts, and what was said."""
+    """How often the pass over the data was made in this many runs, and what was logged."""
     made, said = [], []
 
     def find() -> Pass:
@@ -28,7 +28,7 @@ def test_the_second_start_reads_what_the_first_found(tmp_path):
     assert asked(tmp_path / "new" / "cache", times=3) == (1, [])
 
 
-def test_a_cache_that_cannot_be_made_is_done_without_and_that_is_said(tmp_path):
+def test_a_run_without_a_usable_cache_logs_it(tmp_path):
     (tmp_path / "file").write_text("")
     folder = tmp_path / "file" / "cache"
     made, said = asked(folder, times=2)

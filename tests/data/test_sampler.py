@@ -1,4 +1,4 @@
-"""The order of prompts: cut anywhere, resumed anywhere, mixed by weights."""
+"""The order of prompts: independent of where it is cut or resumed, and mixed by weights."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_order_is_pinned():
 
 
 @pytest.mark.parametrize("arguments", [(-1, 1, 1, 0), (0, -1, 1, 0), (0, 1, 0, 0), (0, 1, 1, -1)])
-def test_impossible_positions_are_refused(arguments):
+def test_impossible_positions_are_errors(arguments):
     with pytest.raises(ValueError, match="must be at least 0"):
         prompt_indices(*arguments)
 

@@ -48,7 +48,7 @@ def test_every_turn_of_the_assistant_is_learned_with_its_end(chatml, tmp_path):
     assert learned_ids(part) == [
         *chatml.encode("4, I think.<|im_end|>"), *chatml.encode("Yes.<|im_end|>")
     ]  # fmt: skip
-    # All but the line end behind the last turn is what the template writes.
+    # What the template writes, except the line end after the last turn.
     whole = chatml.encode(chatml.render(form.with_system(CHAT), generation_prompt=False))
     assert [*part.prompt, *part.response] == whole[: len(whole) - len(chatml.encode("\n"))]
     assert chatml.decode(part.prompt).endswith("2 + 2?\nassistant\n")
@@ -69,7 +69,7 @@ def test_a_label_of_its_own_is_the_last_turn(chatml, tmp_path):
     assert plain.response == chatml.encode("4<|im_end|>")
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused(tmp_path):
+def test_a_template_that_rewrites_earlier_turns_is_an_error(tmp_path):
     template = "{% for m in messages %}{{ loop.length }}{{ m.content }}{% endfor %}"
     (tmp_path / "t.jinja").write_text(template)
     tokenizer = load_tokenizer(make_chatml(tmp_path / "chatml"), str(tmp_path / "t.jinja"))

@@ -58,10 +58,15 @@ def test_neighbouring_seeds_share_entries_and_only_the_filter_keeps_them_apart()
         ("acre", {}),  # its entries depend on the size of the data set
         ("graph_color", {}),  # integer keys, no single answer
         ("knights_knaves", {}),
-        ("composite", {"datasets": [
-            {"name": "gcd", "weight": 1, "config": {}},
-            {"name": "leg_counting", "weight": 1, "config": {}},
-        ]}),
+        (
+            "composite",
+            {
+                "datasets": [
+                    {"name": "gcd", "weight": 1, "config": {}},
+                    {"name": "leg_counting", "weight": 1, "config": {}},
+                ]
+            },
+        ),
     ],
 )
 def test_rows_score_as_the_entries_after_a_file(tmp_path, name, params):
@@ -78,7 +83,7 @@ def test_rows_score_as_the_entries_after_a_file(tmp_path, name, params):
         assert task.score_answer("no such answer", entry) < 1.0
 
 
-def test_equal_seeds_are_refused():
+def test_equal_seeds_are_errors():
     with pytest.raises(ValueError, match="task.eval_seed are both 5"):
         make_task("chain_sum", SUMS, 5, 5, 5, 5)
 

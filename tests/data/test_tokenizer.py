@@ -114,8 +114,13 @@ def test_files_that_are_no_tokenizer(tmp_path):
 def foreign_model(path, **ids: int):
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["a b c d"] * 10), model_writer=model, vocab_size=8,
-        model_type="char", hard_vocab_limit=False, minloglevel=2, **ids,
+        sentence_iterator=iter(["a b c d"] * 10),
+        model_writer=model,
+        vocab_size=8,
+        model_type="char",
+        hard_vocab_limit=False,
+        minloglevel=2,
+        **ids,
     )
     path.write_bytes(model.getvalue())
     return path

@@ -21,7 +21,7 @@ VALUES = st.recursive(
 
 
 def same(a, b) -> bool:
-    """Equality that tells 1 from True and a tuple from a list, at any depth."""
+    """Equality that distinguishes 1 from True and a tuple from a list, at any depth."""
     return repr(a) == repr(b)
 
 

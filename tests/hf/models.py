@@ -1,8 +1,7 @@
 """Small random models of every family, made and saved by transformers: the oracle of these tests.
 
-Odd vocabularies, grouped queries, head sizes unlike hidden / heads, norms and biases that are not
-one and zero: whatever is confused with something else changes the logits.
-"""
+Odd vocabularies, grouped queries, head sizes other than hidden / heads, norms other than one and
+biases other than zero: any mix-up changes the logits."""
 
 from __future__ import annotations
 
@@ -36,7 +35,7 @@ LLAMA3 = {
 }
 ABSENT = object()
 _PLAIN = {"rope_type": "default", "rope_theta": 500.0}
-# Family: its class in transformers, and what is special about it.
+# Family: its class in transformers, and its special settings.
 FAMILIES = {
     "llama2": ("Llama", {"rope": _PLAIN, "num_key_value_heads": 4}),
     "llama3": ("Llama", {"rope": LLAMA3, "head_dim": 16}),
@@ -87,7 +86,7 @@ def save(folder: Path, family: str, shards: str = "50KB", **settings) -> Path:
 
 @torch.no_grad()
 def logits(directory: Path, tokens: torch.Tensor, dtype=torch.float32) -> torch.Tensor:
-    """[b, s, v] of transformers."""
+    """Logits [b, s, v] of transformers."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(
@@ -98,7 +97,7 @@ def logits(directory: Path, tokens: torch.Tensor, dtype=torch.float32) -> torch.
 
 @torch.no_grad()
 def greedy(directory: Path, prompt: torch.Tensor, count: int) -> list[int]:
-    """`count` tokens of transformers after `prompt` [1, s], end of sequence or not."""
+    """`count` greedy tokens of transformers after `prompt` [1, s], past any end of sequence."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(
@@ -110,7 +109,7 @@ def greedy(directory: Path, prompt: torch.Tensor, count: int) -> list[int]:
 
 
 def set_config(directory: Path, **values) -> None:
-    """Puts keys into config.json; ABSENT takes one out."""
+    """Sets keys in config.json; ABSENT removes one."""
     path = directory / "config.json"
     content = json.loads(path.read_text()) | values
     path.write_text(json.dumps({k: value for k, value in content.items() if value is not ABSENT}))

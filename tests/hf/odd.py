@@ -1,4 +1,4 @@
-"""Ways in which a Hugging Face directory is not as save_pretrained leaves it."""
+"""Hugging Face directories that differ from what save_pretrained writes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.hf.models import edit, save
 EMBEDDING, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 Tensors = dict[str, torch.Tensor]
 Change = Callable[[Path], object]
-"""Is given the directory to change."""
+"""Changes the directory that it is given."""
 
 
 def made(folder: Path, family: str, change: Change, shards: str = "1GB") -> Path:
@@ -28,7 +28,7 @@ def made(folder: Path, family: str, change: Change, shards: str = "1GB") -> Path
 
 
 def tensors(change: Callable[[Tensors], object]) -> Change:
-    """Of a directory with one file: its tensors are changed."""
+    """Changes the tensors of a directory with one file."""
     return partial(edit, change=change)
 
 
@@ -37,7 +37,7 @@ def shards(directory: Path) -> list[Path]:
 
 
 def index(change: Callable[[dict[str, str]], object]) -> Change:
-    """The files that the index names are changed."""
+    """Changes the files that the index names."""
 
     def rewrite(directory: Path) -> None:
         path = directory / INDEX
@@ -49,21 +49,21 @@ def index(change: Callable[[dict[str, str]], object]) -> Change:
 
 
 def older_save(directory: Path) -> None:
-    """Beside the whole file lie index and shards of an earlier save, which differ."""
+    """Adds the index and shards of an earlier save, which differ, next to the whole file."""
     older = save(directory.with_name("older"), directory.name, "30KB", seed=4)
     for file in older.glob("model*"):
         shutil.copy(file, directory)
 
 
 def older_index(directory: Path) -> None:
-    """save_pretrained removes the shards of an earlier save, and leaves their index."""
+    """Leaves the index of an earlier save, whose shards save_pretrained removes."""
     older_save(directory)
     for file in shards(directory):
         file.unlink()
 
 
 def in_two_shards(change: Callable[[torch.Tensor], torch.Tensor]) -> Change:
-    """The last shard holds the embedding of another shard too, changed."""
+    """Adds a changed copy of the embedding to the last shard."""
 
     def repeat(directory: Path) -> None:
         (embedding,) = (t[EMBEDDING] for t in map(load_file, shards(directory)) if EMBEDDING in t)
@@ -78,7 +78,7 @@ def stored_head(tensors: Tensors) -> None:
 
 
 def beside(name: str) -> Change:
-    """Another file of weights."""
+    """Adds another file of weights."""
     return lambda directory: save_file({HEAD: torch.zeros(3)}, directory / name)
 
 
@@ -87,7 +87,7 @@ def pickled(directory: Path) -> None:
 
 
 def text(name: str, content: str) -> Change:
-    """Another file, or one in place of the one there."""
+    """Adds or replaces a file."""
     return lambda directory: (directory / name).write_text(content)
 
 
@@ -96,5 +96,5 @@ def renamed(name: str) -> Change:
 
 
 def half(tensors: Tensors) -> None:
-    """Everything but the norms."""
+    """Applies to everything except the norms."""
     tensors |= {name: value.bfloat16() for name, value in tensors.items() if "norm" not in name}

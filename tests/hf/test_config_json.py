@@ -1,5 +1,7 @@
-"""config.json: an absent key is what transformers takes for it, in both spellings of rotary
-positions; what makes no model, or another than the settings can say, is refused with file and key.
+"""config.json: absent keys have the defaults of transformers, in both spellings of rotary
+positions.
+
+Impossible values, and models that the settings cannot express, are errors that name file and key.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ SIZES = {
 
 
 def write(folder: Path, kind: str = "llama", **values) -> Path:
-    """A directory with a config.json of the sizes and these values alone."""
+    """A directory with only a config.json, of the sizes and these values."""
     content = {"architectures": [f"{NAMES[kind]}ForCausalLM"], "model_type": kind} | SIZES | values
     content = {key: value for key, value in content.items() if value is not ABSENT}
     (folder / "config.json").write_text(json.dumps(content))
@@ -52,7 +54,7 @@ def test_what_config_json_does_not_say_is_what_the_class_takes(tmp_path, kind):
     assert ours["norm_eps"] == config.rms_norm_eps == 1e-6
     assert ours["tied_embeddings"] is config.tie_word_embeddings is False
     assert config.hidden_act == "silu"
-    # Mistral's class has a window of 4096; in Qwen's it is off.
+    # The window is 4096 by default in Mistral's class, and off in Qwen's.
     assert ours["max_length"] == (config.to_dict().get("sliding_window") or 8192)
     assert ours["max_length"] == (4096 if kind == "mistral" else 8192)
     assert ours["rope_theta"] == 10000.0 and ours["rope_scaling"] == {"kind": "none"}
@@ -66,11 +68,11 @@ def test_what_config_json_does_not_say_is_what_the_class_takes(tmp_path, kind):
         ("mistral", {"sliding_window": None}, {"max_length": 8192}),
         ("mistral", {"sliding_window": 100}, {"max_length": 100}),
         ("mistral", {"sliding_window": 9000}, {"max_length": 8192}),
-        # The class does not know it, but the key-value cache of transformers forgets by it.
+        # The class does not know the key, but the key-value cache of transformers uses it.
         ("llama", {"sliding_window": 100}, {"max_length": 100}),
         ("qwen2", {"sliding_window": 100, "use_sliding_window": False}, {"max_length": 8192}),
         ("qwen2", {"layer_types": ["full_attention"] * 2}, {"max_length": 8192}),
-        ("qwen2", {"attention_bias": True}, {"qkv_bias": True}),  # of no effect
+        ("qwen2", {"attention_bias": True}, {"qkv_bias": True}),  # without effect
         ("llama", {"hidden_act": "swish"}, {"qkv_bias": False}),  # another name of silu
         ("llama", {"pretraining_tp": 4, "attention_dropout": 0.1, "mystery": 1}, {"layers": 2}),
         ("llama", {"architectures": ["LlamaForCausalLM", "Other"]}, {"layers": 2}),
@@ -138,7 +140,7 @@ def rope(theta=500.0, **scaling) -> dict:
         (rope(low_freq_factor=float("nan")), "rope_scaling.low_freq_factor must be .* got NaN"),
         (rope(high_freq_factor=1.0), "high_freq_factor must be above .* = 1.0, got 1.0"),
         (rope(original_max_position_embeddings=64.0), "must be a whole number .* got 64.0"),
-        # transformers 4 takes the inner one, 5 the outer one.
+        # transformers 4 prefers the inner one, 5 the outer one.
         (
             rope() | {"original_max_position_embeddings": 32},
             "rope_scaling.original_max_position_embeddings is 64, but .* is 32: remove the wrong",
@@ -147,7 +149,7 @@ def rope(theta=500.0, **scaling) -> dict:
             rope(rope_theta=600.0), "rope_scaling.rope_theta is 600.0, but rope_theta is 500.0",
         ),
         (rope(type="default"), 'rope_scaling.rope_type is "llama3", but type is "default"'),
-        # transformers 4 and 5 take the first of them, vLLM the second.
+        # transformers prefers the first one, vLLM the second one.
         (
             rope() | {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
             "rope_scaling and rope_parameters describe other positions",
@@ -171,7 +173,7 @@ def rope(theta=500.0, **scaling) -> dict:
         ({"rope_theta": -1}, "rope_theta must be .* got -1"),
     ],
 )  # fmt: skip
-def test_positions_that_are_not_said_in_full_are_refused(tmp_path, values, message):
+def test_positions_that_are_not_said_in_full_are_errors(tmp_path, values, message):
     with pytest.raises(ValueError, match=message) as refused:
         read_architecture(write(tmp_path, **values))
     assert str(refused.value).startswith(str(tmp_path / "config.json"))
@@ -231,7 +233,7 @@ OTHERS = [
 
 
 @pytest.mark.parametrize(("kind", "values", "message"), OTHERS)
-def test_other_functions_and_no_functions_are_refused(tmp_path, kind, values, message):
+def test_other_functions_and_no_functions_are_errors(tmp_path, kind, values, message):
     with pytest.raises(ValueError, match=message) as refused:
         read_architecture(write(tmp_path, kind, **values))
     assert str(refused.value).startswith(str(tmp_path / "config.json"))
@@ -250,7 +252,8 @@ FILES = {
 
 @pytest.mark.parametrize("case", FILES)
 def test_a_broken_file_ends_in_one_line(tmp_path, capfd, case):
-    """The converter, and a run that is to start from it: exit code 2, the file, no traceback."""
+    """The converter, and a run that starts from the directory, exit with code 2 and name the
+    file."""
     (tmp_path / "config.json").write_bytes(FILES[case][0])
     words = ["--hf-path", str(tmp_path), "--megatron-path", str(tmp_path.with_name("out"))]
     assert convert_hf_to_megatron.main(words) == 2
@@ -266,7 +269,7 @@ def assert_one_line(capfd, file: str, message: str) -> None:
     assert re.search(message, shown), shown
 
 
-def test_a_directory_without_the_file_is_refused(tmp_path):
+def test_a_directory_without_the_file_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="has no config.json: give the directory of a Hugging"):
         read_architecture(tmp_path)
     (tmp_path / "config.json").mkdir()

@@ -1,9 +1,9 @@
-"""Both namings of a layer's norms: TransformerEngine's fused modules hold them in the linear layer
-behind them (`linear_qkv.layer_norm_weight`), Megatron's own keep them apart (`input_layernorm`).
+"""Both names of the norms of a layer: TransformerEngine's fused modules and Megatron's own.
 
-TransformerEngine does not run on CPUs. Its checkpoints are written here by Megatron's own saving,
-under its names and with the objects that its modules add; its parameters are given to a model that
-does run.
+Fused modules hold a norm in the linear layer that follows it (`linear_qkv.layer_norm_weight`);
+Megatron's modules keep it separate (`input_layernorm`). TransformerEngine does not run on CPUs. So
+Megatron's own saving writes checkpoints here under the fused names, with the objects that fused
+modules add, and the parameters are loaded into a model that does run.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def one_rank():
 
 
 def layer(tensors: dict[str, torch.Tensor], number: int, naming: str) -> dict[str, torch.Tensor]:
-    """A layer of the Qwen3 by Megatron's names, put together here: two queries a key-value head."""
+    """A layer of Qwen3 under Megatron's names, merged by hand: two queries per key-value head."""
     own = {
         name.removeprefix(f"model.layers.{number}.").removesuffix(".weight"): value
         for name, value in tensors.items()
@@ -68,7 +68,7 @@ def layer(tensors: dict[str, torch.Tensor], number: int, naming: str) -> dict[st
 
 
 def sharded(tensors: dict[str, torch.Tensor], naming: str) -> dict:
-    """What Megatron would hand to its saving."""
+    """The state that Megatron would pass to its saving."""
     whole = {
         "embedding.word_embeddings.weight": tensors["model.embed_tokens.weight"],
         "decoder.final_layernorm.weight": tensors["model.norm.weight"],
@@ -81,7 +81,7 @@ def sharded(tensors: dict[str, torch.Tensor], naming: str) -> dict:
             state[f"{number} {name}"] = ShardedTensor.from_rank_offsets(
                 f"decoder.layers.{name}", value, (0, number, LAYERS), **place
             )
-        if naming == "fused":  # the scales of FP8, which every module of TransformerEngine keeps
+        if naming == "fused":  # the FP8 scales that every module of TransformerEngine stores
             name = "self_attention.linear_qkv._extra_state"
             state[f"{number} {name}"] = ShardedObject(
                 f"decoder.layers.{name}", io.BytesIO(b"scales"), (LAYERS,), (number,)

@@ -1,7 +1,6 @@
-"""Directories that are not as save_pretrained leaves them, and the function that transformers makes
-of them: by the converter, and where a model is filled directly.
+"""Unusual directories give the same function as in transformers, converted or loaded directly.
 
-What is refused is in test_source_refused.py; config.json is in test_config_json.py.
+Directories with errors are in test_source_errors.py, config.json is in test_config_json.py.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ def exchanged(files: dict[str, str]) -> None:
     files[EMBEDDING], files[NORM] = files[NORM], files[EMBEDDING]
 
 
-MANY = "30KB"  # of a file, so that there are many
+MANY = "30KB"  # size of a file, so that there are many
 ACCEPTED = {
     "a tied head, stored too": ("smollm2", odd.tensors(odd.stored_head)),
     "the same in another type": ("smollm2", odd.tensors(bf16_head)),
@@ -60,7 +59,7 @@ ACCEPTED = {
 
 @torch.no_grad()
 def their_weights(directory: Path) -> odd.Tensors:
-    """That transformers reads, in fp32."""
+    """The tensors that transformers reads, in fp32."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(
@@ -90,7 +89,8 @@ def test_an_odd_directory_is_the_function_that_transformers_makes_of_it(tmp_path
 
 
 def test_large_tensors_are_compared_in_parts(tmp_path, monkeypatch):
-    """Nothing holds two embeddings at once; a value of the last row counts like any other."""
+    """Two embeddings are never in memory at once, and a value of the last row counts like any
+    other."""
     directory = odd.made(tmp_path, "smollm2", odd.tensors(odd.stored_head))
     monkeypatch.setattr("megatron_rpp.hf.safetensors_in._COMPARED", 7 * 32 * 4)
     parts, plain = [], Weights._part
@@ -120,7 +120,7 @@ def test_what_may_surprise_is_said(tmp_path):
 
 
 def test_the_type_is_written_under_either_name_of_its_key(tmp_path):
-    """transformers prefers `dtype`: left as it was, it would round what is exported."""
+    """transformers prefers `dtype`. The old value would round the exported weights."""
     both = partial(set_config, dtype="float16", torch_dtype="bfloat16")
     to_megatron(odd.made(tmp_path, "llama2", both), tmp_path / "megatron")
     to_hf(tmp_path / "megatron", tmp_path / "back")

@@ -64,7 +64,7 @@ def test_a_row_that_no_response_can_score_is_an_error():
     assert error.value.index == 1
 
 
-def test_rows_from_elsewhere_are_refused():
+def test_rows_from_elsewhere_are_errors():
     with pytest.raises(SampleError, match=r"needs \['answer', 'entry', 'params', 'task'\]"):
         reasoning_gym(["p"], ["r"], ["l"], [{"level": 3}])
 

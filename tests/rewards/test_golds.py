@@ -1,4 +1,4 @@
-"""Labels that are refused, and labels that are compared as texts."""
+"""Labels that are errors, and labels that are compared as text."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ BLANK = ["", " ", "\t\n", "\u200b", "\u00a0", "$$", "\\boxed{}", "\\text{}", "\\
 
 
 @pytest.mark.parametrize("label", BLANK)
-def test_a_blank_gold_is_refused(label):
+def test_a_blank_gold_is_an_error(label):
     assert gold_problem(label) == (
         f"needs an answer in the label, but this row's label is blank ({label!r}): correct or "
         "remove the row, or check data.label_key"
     )
 
 
-def test_a_solution_without_its_answer_is_refused():
+def test_a_solution_without_its_answer_is_an_error():
     for label in ("She has 5.\n#### ", "So \\text{it} is\n####\n"):
         assert "this row's label ends without one ('S" in gold_problem(label)
 
 
-def test_what_can_be_answered_is_not_refused():
+def test_what_can_be_answered_is_no_error():
     for label in ("0", "None", "nan", "-", "\\{\\}", "\\emptyset", "[]", "#### 0", "\\boxed{5} {}"):
         assert gold_problem(label) is None
 
@@ -64,7 +64,7 @@ def test_hostile_golds_end():
     ):  # fmt: skip
         gold_problem(label)
         is_parsed(label)
-    assert time.monotonic() - start < 60  # each of them takes below a second
+    assert time.monotonic() - start < 60  # each takes less than a second
 
 
 def test_labels_that_are_no_mathematics_are_counted_and_shown():

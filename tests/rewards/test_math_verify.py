@@ -1,4 +1,4 @@
-"""Which answers math_verify finds equal. Every expected value follows from the mathematics."""
+"""Which answers math_verify considers equal. Every expected value follows from the mathematics."""
 
 from __future__ import annotations
 

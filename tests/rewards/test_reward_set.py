@@ -42,8 +42,10 @@ def test_no_weights_means_one_each(user):
 
 
 def test_functions_see_all_columns(user):
-    name = user("return [len(a) + 10 * len(b) + 100 * len(c) + 1000 * d['x']"
-                " for a, b, c, d in zip(p, r, l, m)]")
+    name = user(
+        "return [len(a) + 10 * len(b) + 100 * len(c) + 1000 * d['x']"
+        " for a, b, c, d in zip(p, r, l, m)]"
+    )
     scores = RewardSet([name]).score(["aa", "a"], ["b", "bbb"], ["c", ""], [{"x": 1}, {"x": 2}])
     assert scores.total == [1112.0, 2031.0]
 

@@ -64,7 +64,7 @@ def test_greedy_answers_are_those_of_transformers(base, tmp_path, capfd, source)
     assert len(set(expected)) > 1
 
 
-def test_no_prompt_is_refused(base, capsys):
+def test_no_prompt_is_an_error(base, capsys):
     with pytest.raises(SystemExit) as ended:
         generate.main(words(base, f"--model.hf_path={base / 'qwen2'}"))
     assert ended.value.code == 2 and "no prompt: give --prompt" in capsys.readouterr().err

@@ -1,8 +1,8 @@
-"""A real pretrained model all the way, SmolLM2-135M-Instruct: GGUF, Hugging Face, Megatron on two
-pipeline stages, a step of REINFORCE++ by its recipe, and back.
+"""SmolLM2-135M-Instruct, a real pretrained model, all the way from GGUF to Hugging Face, to
+Megatron on two pipeline stages, through a step of REINFORCE++ with its recipe, and back.
 
-The oracle of the answers is transformers. Takes minutes and packages that nothing else needs, so it
-runs where they are there: see the head of launch/recipes/smollm2-135m.yaml.
+transformers is the oracle of the answers. The test takes minutes and needs packages that nothing
+else needs. It runs if they are installed: see the head of launch/recipes/smollm2-135m.yaml.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ pytestmark = pytest.mark.skipif(
 
 
 def words(folder: Path, *more: str) -> list[str]:
-    """The recipe on two stages, from the converted checkpoint, small and within `folder`."""
+    """The recipe on two stages, from the converted checkpoint, scaled down and within `folder`."""
     return [
         f"--config={RECIPE}", "--model.hf_path=null", f"--model.init_path={folder / 'megatron'}",
         f"--data.train={folder / 'train.jsonl'}", f"--data.eval={folder / 'eval.jsonl'}",
         "--task.train_size=16", "--task.eval_size=4", "--parallel.pipeline=2",
         "--rollout.prompts_per_step=4", "--rollout.samples_per_prompt=4",
-        # The recipe's own reward is 0 for nearly every first answer: nothing to learn from in a step.
+        # The reward of the recipe is 0 for nearly every first answer: nothing to learn from.
         "--reward.functions=[tests.whole_runs:varied]", "--reward.weights=[]",
         "--reward.options={}", "--reward.workers=0",
         "--train.steps=1", "--evaluation.interval=0", f"--checkpoint.dir={folder / 'checkpoints'}",
@@ -48,7 +48,7 @@ def words(folder: Path, *more: str) -> list[str]:
 
 
 def on_two_stages(rank: int, folder: Path) -> list[dict]:
-    """Answers before, and a step."""
+    """Generates answers, then takes a step."""
     talk = [f"--data.system_prompt={SYSTEM}", "--rollout.max_new_tokens=64"]
     talk.append("--model.max_length=256")
     config = cli.parse(words(folder, *talk)).config
@@ -63,7 +63,7 @@ def on_two_stages(rank: int, folder: Path) -> list[dict]:
 
 @torch.no_grad()
 def answer_of_transformers(directory: Path, prompt: str) -> tuple[str, int]:
-    """Its greedy answer of up to 64 tokens, and how many they are."""
+    """The greedy answer of up to 64 tokens, and the number of its tokens."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)

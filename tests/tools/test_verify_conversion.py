@@ -1,6 +1,6 @@
-"""tools/verify_conversion.py as it is run: it starts its own ranks, and fails for another model.
+"""tools/verify_conversion.py, run as users run it: it starts ranks, and fails for another model.
 
-Every family and layout against transformers is in tests/model/test_hf_weights.py.
+tests/model/test_hf_weights.py compares every family and layout with transformers.
 """
 
 from __future__ import annotations
@@ -33,8 +33,10 @@ def converted(tmp_path_factory):
 
 @pytest.fixture
 def forked(monkeypatch):
-    """The tool's ranks are as real, but do not each import everything anew; the test in bf16 starts
-    them as users do."""
+    """Forks the ranks of the tool, so that they need not import everything again.
+
+    The test in bf16 starts them as users do.
+    """
     monkeypatch.setattr("torch.multiprocessing.spawn", fork)
 
 
@@ -52,7 +54,7 @@ def test_the_same_model_on_four_ranks(forked, converted, capfd):
 
 
 def test_permuted_queries_fail_by_name_in_bits_and_in_logits(forked, converted, tmp_path, capfd):
-    """The two query heads of each group exchanged: the same numbers in another order."""
+    """Swaps the two query heads of each group: the same numbers in another order."""
     other = save(tmp_path, "qwen3", shards="1GB")
     tensors = load_file(other / "model.safetensors")
     heads = tensors[QKV].unflatten(0, (2, 2, -1))
@@ -93,11 +95,11 @@ def test_odd_directories_that_are_converted_are_the_same_model(
     assert "verdict: the same model" in capfd.readouterr().out
 
 
-def test_what_cannot_be_compared_is_refused_in_one_line(converted, tmp_path, capfd):
-    """A layout, a damaged checkpoint, a directory that transformers does not load."""
+def test_what_cannot_be_compared_is_one_line(converted, tmp_path, capfd):
+    """An invalid layout, a damaged checkpoint, a directory that transformers does not load."""
     whole, megatron = converted
     lacking = shutil.copytree(whole, tmp_path / "hf")
-    set_config(lacking, rms_norm_eps=10**30)  # not a float for transformers
+    set_config(lacking, rms_norm_eps=10**30)  # transformers does not take it for a float
     to_megatron(lacking, tmp_path / "huge")
     torn = shutil.copytree(megatron, tmp_path / "torn")
     (torn / "release/manifest.json").write_text("{")
@@ -117,7 +119,7 @@ def test_what_cannot_be_compared_is_refused_in_one_line(converted, tmp_path, cap
 
 
 @pytest.mark.parametrize("python", ["no/such/python", "false"])
-def test_a_vllm_that_is_not_there_is_refused_at_once(python, capfd):
+def test_a_vllm_that_is_not_there_is_an_error_at_once(python, capfd):
     with pytest.raises(SystemExit, match="2"):
         verify("no/such/model", "no/such/checkpoint", "--vllm", python)
     assert f"--vllm {python}: no Python that has vLLM" in capfd.readouterr().err
@@ -126,7 +128,7 @@ def test_a_vllm_that_is_not_there_is_refused_at_once(python, capfd):
 @pytest.mark.skipif(not VLLM.exists(), reason="no vLLM (tools/verify_conversion.py says how)")
 @pytest.mark.parametrize("family", ["llama3", "qwen2-tied", "qwen3"])
 def test_vllm_answers_like_transformers(family, tmp_path, capfd):
-    """From what the checkpoint was converted back to; vLLM's attention wants heads of 32."""
+    """vLLM runs on the checkpoint converted back. Its attention needs a head size of 32."""
     source = save(tmp_path, family, shards="1GB", hidden_size=128, head_dim=32, vocab_size=128)
     to_megatron(source, tmp_path / "megatron")
     to_hf(tmp_path / "megatron", tmp_path / "back")

@@ -1,5 +1,7 @@
-"""Directories of which transformers makes no one function, refused by name: by the check itself, by
-the converter, and where a model is filled; with absolute paths."""
+"""Directories that versions of transformers would read differently, or not at all, are errors.
+
+The check itself, the converter and a run that loads them name the cause with absolute paths.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,7 @@ LATE_NORM = "model.layers.3.input_layernorm.weight"
 
 @pytest.fixture(scope="module")
 def stage(tmp_path_factory):
-    """A model to fill, on one rank."""
+    """A model on one rank, to load weights into."""
     model = model_config(save(tmp_path_factory.mktemp("plain"), "llama2"))
     groups.start(1, 1, 1)
     yield build.build_model(model, ParallelConfig(), model.vocab_size, seed=8)
@@ -63,7 +65,7 @@ def dangling(directory: Path) -> None:
 
 
 def cut(size: int) -> odd.Change:
-    """The first bytes of the file."""
+    """Cuts a file off after its first bytes."""
 
     def truncate(directory: Path) -> None:
         (directory / SINGLE).write_bytes((directory / SINGLE).read_bytes()[:size])
@@ -71,9 +73,9 @@ def cut(size: int) -> odd.Change:
     return truncate
 
 
-MANY = "30KB"  # of a file, so that there are many
+MANY = "30KB"  # size of a file, so that there are many
 REFUSED = {
-    # transformers 4 ties it all the same, 5 keeps both.
+    # transformers 4 ties the head anyway, 5 keeps both.
     "a tied head that differs": (
         "smollm2", odd.tensors(one_value_differs),
         r"config.json ties the embeddings, but lm_head.weight in .*/model.safetensors differs from "
@@ -93,7 +95,7 @@ REFUSED = {
         "llama2", odd.in_two_shards(lambda tensor: tensor + 1),
         "both hold model.embed_tokens.weight, with different values", MANY,
     ),
-    # transformers 5 reads it, 4 draws a random one.
+    # transformers 5 reads the tensor, 4 draws a random one.
     "a tensor that the index does not list": (
         "llama2", odd.index(lambda files: files.pop(HEAD)),
         "holds lm_head.weight, which model.safetensors.index.json does not list", MANY,
@@ -118,7 +120,7 @@ REFUSED = {
         "but consolidated.safetensors: only files named as save_pretrained names them are read",
     ),
     "a broken link": ("llama2", dangling, "but model.safetensors: it is a broken link"),
-    # With peft installed, or without.
+    # The result depends on whether peft is installed.
     "an adapter beside": (
         "llama2", odd.text("adapter_config.json", "{}"),
         "adapter_config.json: with peft installed transformers loads this adapter on top",
@@ -126,7 +128,7 @@ REFUSED = {
     "an adapter alone": (
         "llama2", only_an_adapter, "has no config.json: it holds an adapter .* merge it into",
     ),
-    # transformers 5 reads that one, 4 the others.
+    # transformers 5 reads this file, 4 the others.
     "a distributed checkpoint beside": (
         "llama2", odd.beside("shard-00001-model-00001-of-00001.safetensors"),
         "shard-00001-model-00001-of-00001.safetensors is part of a distributed checkpoint",
@@ -150,7 +152,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_is_no_one_function_is_refused_by_name(stage, tmp_path, case):
+def test_what_is_ambiguous_is_an_error_that_names_it(stage, tmp_path, case):
     family, change, message, *shards = REFUSED[case]
     directory = odd.made(tmp_path, family, change, *shards)
     with pytest.raises(ValueError, match=message) as refused:
@@ -190,7 +192,7 @@ def test_a_broken_index_ends_in_one_line(tmp_path, capfd, case):
 
 
 def test_the_layers_of_a_stack_have_one_type(tmp_path):
-    """Megatron stacks the layers: in one type, so the bits of another would be lost."""
+    """Megatron stacks the layers in one type, so the bits of another type would be lost."""
     directory = odd.made(tmp_path, "llama2", odd.tensors(odd.half))
     edit(directory, lambda tensors: tensors.update({LATE_NORM: tensors[LATE_NORM].bfloat16()}))
     message = "layers.0.input_layernorm.weight is stored as torch.float32, .*layers.3.*bfloat16"

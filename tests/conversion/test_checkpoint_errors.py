@@ -23,7 +23,7 @@ FORMAT = f"{RELEASE}/metadata.json"
 
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory) -> Path:
-    """A checkpoint that is not sealed, as those of Megatron are not."""
+    """A checkpoint without a manifest, like those of Megatron."""
     folder = tmp_path_factory.mktemp("converted")
     to_megatron(save(folder, "llama2"), folder / "megatron")
     (folder / "megatron" / RELEASE / "manifest.json").unlink()
@@ -35,7 +35,7 @@ def holds(name: str, content: bytes) -> Callable[[Path], object]:
 
 
 def starts(name: str, size: int) -> Callable[[Path], object]:
-    """The first bytes are left."""
+    """Cuts a file off after its first bytes."""
     return lambda folder: holds(name, (folder / name).read_bytes()[:size])(folder)
 
 
@@ -44,7 +44,7 @@ def lacks(name: str) -> Callable[[Path], object]:
 
 
 def unnamed(common: object) -> Callable[[Path], object]:
-    """Its architecture is in common.pt alone."""
+    """A checkpoint whose architecture is only in common.pt."""
 
     def change(folder: Path) -> None:
         shutil.rmtree(folder / HF_FOLDER)
@@ -113,7 +113,7 @@ def test_a_broken_checkpoint_ends_in_one_line(converted, tmp_path, capfd, case):
     assert "Traceback" not in error and not (tmp_path / "out").exists()
 
 
-def test_an_output_that_cannot_be_made_is_refused_before_the_work(converted, tmp_path):
+def test_an_output_that_cannot_be_made_is_an_error_before_the_work(converted, tmp_path):
     (tmp_path / "file").write_text("")
     message = f"{tmp_path}/file/out cannot be made: {tmp_path}/file is a file: choose another"
     with pytest.raises(ValueError, match=message):
@@ -123,7 +123,7 @@ def test_an_output_that_cannot_be_made_is_refused_before_the_work(converted, tmp
 
 
 def test_what_says_where_weights_are_is_left_behind(tmp_path):
-    """An index of pickled weights is true of the source alone."""
+    """An index of pickled weights applies only to the source, and is not copied."""
     index = json.dumps({"weight_map": {}})
     change = odd.text("pytorch_model.bin.index.json", index)
     to_megatron(odd.made(tmp_path, "llama2", change), tmp_path / "megatron")
