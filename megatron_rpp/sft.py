@@ -132,8 +132,12 @@ def settings_of(config: Config) -> Config:
         train=replace(config.train, steps=sft.steps, stop_accuracy=sft.stop_accuracy),
         evaluation=replace(config.evaluation, interval=sft.eval_interval),
         checkpoint=replace(
-            config.checkpoint, dir=sft.dir, load=None, interval=sft.checkpoint_interval,
-            keep_best=False, save_rollouts=False,
+            config.checkpoint,
+            dir=sft.dir,
+            load=None,
+            interval=sft.checkpoint_interval,
+            keep_best=False,
+            save_rollouts=False,
         ),  # fmt: skip
         logging=LoggingConfig(dir=sft.dir),
     )

@@ -1,6 +1,6 @@
 """Reports what a finished run achieved: a table, answers before and after, curves, directories.
 
-    python tools/report.py --config FILE [--section.key value ...]
+python tools/report.py --config FILE [--section.key value ...]
 """
 
 from __future__ import annotations

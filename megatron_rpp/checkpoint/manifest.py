@@ -58,7 +58,9 @@ def write_manifest(
     known = described or {}
     names = [name for name in ranks.on_main_rank(partial(_files, directory)) if name not in known]
     shares = ranks.on_every_rank(
-        lambda: {name: describe(directory / name, to_disk=True) for name in _share_of_this_rank(names)}
+        lambda: {
+            name: describe(directory / name, to_disk=True) for name in _share_of_this_rank(names)
+        }
     )
     files = known | {name: entry for share in shares for name, entry in share.items()}
     ranks.on_main_rank(partial(_write_file, directory, notes or {}, files))

@@ -1,17 +1,16 @@
-"""The rollout buffer: one data-parallel replica's shard of a step's samples.
+"""The rollout buffer: the samples of a step that one data-parallel replica holds.
 
-Columnar and ragged: tokens of all samples lie end to end, as do the values that belong to
-response tokens (log-probs, advantages, mask). Nothing is padded (packing.py cuts
-micro-batches), and a replica holds its own samples only, so a rank's memory falls with the number
-of replicas. The ranks of one replica hold the same columns: pipeline stages write theirs by
-broadcast.
+The buffer is columnar and ragged: the tokens of all samples lie end to end, and so do the values of
+their response tokens (log-probs, advantages, mask). Nothing is padded (packing.py makes the
+micro-batches). A replica holds its own samples only, so the memory of a rank falls with the number
+of replicas. All ranks of a replica hold the same columns: the last pipeline stage broadcasts them.
 
-On disk: storage.py. Left out: rebalancing over replicas by token count.
+storage.py writes buffers to the disk. Left out: rebalancing over replicas by token count.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -27,10 +26,10 @@ class RolloutBuffer:
 
     tokens: [L] int64, prompt then response of each sample; offsets: [n+1] where each starts;
     prompt_lengths: [n]; sample_ids: [n] the sample's number in the whole step; group_ids: [n]
-    its prompt's number in the step; mask: [R] bool, True where the policy wrote the token (False
-    is for tool output); rollout_logprobs: [R] fp32 by the rollout engine; truncated: [n] bool.
-    The rest is written by the stages: scores [n], and per response token [R] old_logprobs,
-    ref_logprobs, advantages, returns, and rollout_weights where a correction is on.
+    its prompt's number in the step; mask: [R] bool, True if the policy wrote the token (False:
+    tool output); rollout_logprobs: [R] fp32 by the rollout engine; truncated: [n] bool.
+    The stages fill the rest: scores [n], and per response token [R] old_logprobs, ref_logprobs,
+    advantages, returns, and rollout_weights if a correction is on.
     """
 
     prompts: list[Prompt]
@@ -64,14 +63,8 @@ class RolloutBuffer:
 
     @property
     def response_offsets(self) -> torch.Tensor:
-        """[n+1] where each sample's values start in a response column."""
+        """[n+1] start of each sample's values in a response column."""
         return torch.nn.functional.pad(self.response_lengths.cumsum(0), (1, 0))
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes this rank holds in tensors."""
-        values = (getattr(self, field.name) for field in fields(self))
-        return sum(value.nbytes for value in values if isinstance(value, torch.Tensor))
 
     def response(self, index: int) -> list[int]:
         """The response tokens of sample `index`."""
@@ -96,7 +89,7 @@ def from_generations(
     generations: list[Generation],
     samples_per_prompt: int,
 ) -> RolloutBuffer:
-    """The buffer of one replica's finished generations (prompts[i] belongs to requests[i])."""
+    """Makes the buffer of a replica from its generations; prompts[i] belongs to requests[i]."""
     sequences = [
         [*request.prompt, *generation.tokens]
         for request, generation in zip(requests, generations, strict=True)

@@ -1,8 +1,8 @@
-"""Generation inside the training process: Megatron's own modules with a key-value cache.
+"""The rollout engine in the training process: Megatron's modules with a key-value cache.
 
-Every rank of a replica runs the same loop over the same sequences; the last pipeline stage samples
-and broadcasts. Prompts are grouped by length; a prompt that is sampled several times is read once
-and its cache repeated; finished sequences leave the batch.
+Every rank of a replica runs the same loop over the same sequences. The last pipeline stage samples
+and broadcasts the tokens. Prompts are sorted by length. A prompt with several samples is read once,
+and its cache is repeated. Finished sequences leave the batch.
 
 Left out: refilling the batch while it runs (continuous batching), paged caches, overlap of
 pipeline stages.
@@ -34,7 +34,7 @@ COMPACT_SHARE = 0.125
 
 
 class RolloutEngine(Protocol):
-    """What a step needs of whatever generates."""
+    """What a step needs of a rollout engine."""
 
     def generate(
         self,
@@ -45,15 +45,15 @@ class RolloutEngine(Protocol):
         step: int,
         progress: Callable[[int], None] = lambda finished: None,
     ) -> list[Generation]:
-        """One generation per request of this replica, in their order.
+        """Returns one generation per request of this replica, in the order of the requests.
 
-        `progress` hears how many more sequences are finished.
+        progress: called with the number of sequences that have been finished since its last call.
         """
 
 
 @dataclass
 class _Wave:
-    """Sequences decoded together; what they have written so far, on the host."""
+    """Sequences that are decoded together, and their responses so far, on the host."""
 
     requests: list[Request]
     tokens: np.ndarray  # [n, max_new_tokens]
@@ -81,7 +81,7 @@ class _Wave:
 
 
 class MegatronEngine:
-    """Generates with the policy's own weights, on the policy's own layout."""
+    """Generates with the weights of the policy, on the layout of the policy."""
 
     def __init__(self, model: torch.nn.Module, tokenizer: Tokenizer, max_batch: int):
         self.model = model
@@ -98,7 +98,7 @@ class MegatronEngine:
         step: int,
         progress: Callable[[int], None] = lambda finished: None,
     ) -> list[Generation]:
-        """See RolloutEngine. Context-parallel ranks, which hold the same weights, share the work."""
+        """See RolloutEngine. Context-parallel ranks hold the same weights and share the work."""
         group = groups.context_group()
         own = self._generate(requests[group.rank() :: group.size()], sampling, seed, step, progress)
         parts = groups.gather_objects(own, group) if group.size() > 1 else [own]
@@ -143,7 +143,7 @@ class MegatronEngine:
                 hidden = pipeline.stage_forward(self.model, tokens[:, None], positions)[0]
 
     def _read_prompts(self, requests: list[Request], state) -> torch.Tensor:
-        """Prefill: each different prompt once. Returns the last hidden row [n, h] of each."""
+        """Prefill: reads each distinct prompt once. Returns the last hidden state of each, [n, h]."""
         unique = {prompt: i for i, prompt in enumerate(dict.fromkeys(r.prompt for r in requests))}
         tokens = pad_sequence([torch.tensor(prompt) for prompt in unique], batch_first=True)
         hidden = pipeline.stage_forward(self.model, tokens.to(devices.device()))
@@ -153,7 +153,7 @@ class MegatronEngine:
         return hidden[last, torch.arange(len(unique), device=hidden.device)][copies]
 
     def _next_tokens(self, hidden, random, sampling: Sampling, position: int) -> torch.Tensor:
-        """fp64 [2, b]: the tokens and their log-probs, from the last stage to every stage."""
+        """Samples on the last stage; every stage gets the tokens and their log-probs, fp64 [2, b]."""
         chosen = torch.empty(2, len(random), dtype=torch.float64, device=devices.device())
         if groups.is_last_stage():
             forbid = self._ends(sampling) if position < sampling.min_new_tokens else ()
@@ -163,7 +163,7 @@ class MegatronEngine:
         return groups.broadcast_from_last_stage(chosen)
 
     def _record(self, wave: _Wave, alive, chosen, position: int, sampling: Sampling) -> None:
-        """Writes the new tokens of running sequences and marks those that end with them."""
+        """Appends the new tokens of running sequences and marks the sequences that end with them."""
         values = chosen.cpu().numpy()
         running = ~wave.ended[alive]
         rows = alive[running]

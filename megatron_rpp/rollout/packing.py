@@ -1,10 +1,10 @@
-"""Packs samples of a buffer end to end into one row, and cuts it for this rank of the replica.
+"""Packs samples of a buffer end to end into one row, and takes this rank's part of it.
 
-No token is padded to the longest of its micro-batch: linear layers run over the tokens that there
-are. Context parallelism (c ranks) pads each sequence to a multiple of 2c and deals its 2c pieces out
-in a zigzag, so that causal attention costs every rank the same: rank r holds pieces r and 2c-1-r.
-(TransformerEngine deals packed rows out the same way.) Padding at the row's end forms sequences of
-its own, at most as long as the longest real one, which no response token comes from.
+Samples are not padded to the longest of the micro-batch, so linear layers run over real tokens.
+Context parallelism (c ranks) pads each sequence to a multiple of 2c and distributes its 2c pieces in
+a zigzag: rank r holds pieces r and 2c-1-r, so causal attention costs every rank the same.
+(TransformerEngine distributes packed rows in the same way.) Padding at the end of the row forms
+sequences of its own, at most as long as the longest real one; no response token depends on them.
 
 Shape legend: k sequences, T tokens of the whole row, t = T/c of this rank, n response tokens.
 """
@@ -21,7 +21,7 @@ from megatron_rpp.rollout.buffer import RolloutBuffer
 
 @dataclass(frozen=True)
 class Split:
-    """How the ranks of a replica cut a row: over context-parallel ranks, and, where sequence
+    """How the ranks of a replica divide a row: over context-parallel ranks and, if sequence
     parallelism is on, over the tensor-parallel ranks within each."""
 
     context: int = 1
@@ -51,9 +51,9 @@ class Split:
 def pack(
     buffer: RolloutBuffer, samples: list[int], split: Split, row_length: int, device: torch.device
 ) -> MicroBatch:
-    """This rank's part of the row of `samples`; none give a row of padding.
+    """Packs `samples` into a row and returns this rank's part; no samples give a row of padding.
 
-    row_length: T, at least `split.row_length` of them and a multiple of `split.row_multiple`.
+    row_length: T, at least `split.row_length` and a multiple of `split.row_multiple`.
     """
     index = torch.tensor(samples, dtype=torch.int64)
     lengths, prompts = buffer.lengths[index], buffer.prompt_lengths[index]

@@ -1,7 +1,7 @@
-"""Which samples form a mini-batch, and how a mini-batch is cut into micro-batches.
+"""Plans which samples form a mini-batch, and divides a mini-batch into micro-batches.
 
-A mini-batch depends on the seed and the step, never on the layout. Micro-batches are a matter of
-memory alone: length-sorted, within a token budget, as many on every data-parallel rank.
+A mini-batch depends on the seed and the step, never on the layout. Micro-batches only bound the
+memory: they are sorted by length, fit a token budget, and every data-parallel rank has as many.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from megatron_rpp.seeds import permutation
 def minibatch_of(
     sample_count: int, minibatches: int, *, seed: int, step: int, epoch: int
 ) -> torch.Tensor:
-    """[sample_count] the mini-batch, 0..minibatches-1, of each sample of the whole step."""
+    """The mini-batch (0..minibatches-1) of each sample of the whole step, [sample_count]."""
     order = permutation(sample_count, seed, step, epoch)
     number = np.empty(sample_count, dtype=np.int64)
     number[order] = np.arange(sample_count) * minibatches // sample_count
@@ -30,8 +30,8 @@ def minibatch_of(
 def plan(lengths: list[int], samples: list[int], max_tokens: int) -> list[list[int]]:
     """Groups `samples` so that the tokens of each group stay within `max_tokens`.
 
-    Longest first, so neighbours are of like length: attention works on them side by side. A sample
-    longer than the budget travels alone.
+    The longest come first, so the samples of a group have similar lengths, which attention profits
+    from. A sample that is longer than the budget forms a group of its own.
 
     Args:
         lengths: tokens of every sample of the buffer, with the padding that a row gives it.
@@ -58,18 +58,21 @@ def micro_batches(
     agree: Callable[[int], int],
     same_length: bool = False,
 ) -> list[MicroBatch]:
-    """The micro-batches of `samples`, filled up with empty ones to the agreed count.
+    """Makes the micro-batches of `samples`, with empty ones up to the agreed number.
 
     Args:
-        samples: indices into this replica's buffer; may be none.
+        samples: indices into this replica's buffer; may be empty.
         max_tokens: budget of a micro-batch over the whole row.
-        split: how the ranks of the replica cut a row.
-        agree: this rank's count of micro-batches -> the count on every data-parallel rank.
-        same_length: pad all rows to the longest (interleaved pipeline stages want one shape).
+        split: how the ranks of the replica divide a row.
+        agree: turns this rank's number of micro-batches into that of every data-parallel rank.
+        same_length: pad all rows to the longest (interleaved pipeline stages need one shape).
     """
     planned = plan(split.padded(buffer.lengths).tolist(), samples, max_tokens)
     planned += [[]] * (agree(len(planned)) - len(planned))
-    rows = [split.row_length(buffer.lengths[torch.tensor(group, dtype=torch.int64)]) for group in planned]
+    rows = [
+        split.row_length(buffer.lengths[torch.tensor(group, dtype=torch.int64)])
+        for group in planned
+    ]
     if same_length:
         rows = [max(rows)] * len(rows)
     return [pack(buffer, group, split, row, device) for group, row in zip(planned, rows)]

@@ -1,7 +1,7 @@
-"""What ends a response: end-of-sequence, the tokens and the texts that the user names.
+"""Stops: the tokens and texts that end a response, besides end-of-sequence.
 
-A text that is a special token of the tokenizer is that token: it is compared by its id. Any other
-text is looked for in what the response says, special tokens included, and may span tokens.
+A stop text that is a special token of the tokenizer is compared by its id. Any other text is
+searched in the text of the response, special tokens included; it may span tokens.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from megatron_rpp.data.tokenizer import Tokenizer
 from megatron_rpp.lifecycle.config_error import ConfigError
 
 _CONTEXT = 8
-"""Tokens before those that can be part of a match: the first of a text may be read otherwise than
-in the middle of one (a stripped blank, half of a character)."""
+"""Extra tokens decoded before those that can match: the first token of a text may decode differently
+than in the middle of one (a stripped blank, half of a character)."""
 
 
 def split_stops(
     tokenizer: Tokenizer, texts: Sequence[str], ids: Sequence[int]
 ) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """(texts to look for, tokens that end) of the settings rollout.stop and rollout.stop_token_ids.
+    """Splits rollout.stop and rollout.stop_token_ids into (texts to search, tokens that end).
 
     Raises:
-        ConfigError: an id is none of the tokenizer's.
+        ConfigError: the tokenizer has no such id.
     """
     for number in ids:
         if not 0 <= number < tokenizer.vocab_size:
@@ -37,20 +37,20 @@ def split_stops(
 
 
 class StopTexts:
-    """Looks for texts at the end of responses that grow by a token at a time."""
+    """Searches for stop texts in responses that grow by one token at a time."""
 
     def __init__(self, tokenizer: Tokenizer, texts: Sequence[str]) -> None:
         self._tokenizer = tokenizer
         self._texts = tuple(texts)
-        # A token of a match brings at least one byte of it.
+        # Each token of a match adds at least one byte of it.
         longest = max((len(text.encode()) for text in texts), default=0)
         self._window = longest + _CONTEXT
 
     def end(self, tokens: Sequence[int], first: bool) -> bool:
         """Whether a response ends with its last token.
 
-        first: nothing has looked at the tokens before it. Otherwise only a match that the last
-        token completes is left to find, so the cost of a token does not grow with the response.
+        first: the earlier tokens have not been searched. Otherwise only a match that the last token
+        completes is left to find, so the cost of a token does not grow with the response.
         """
         if not self._texts:
             return False

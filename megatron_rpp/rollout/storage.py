@@ -1,7 +1,7 @@
-"""A step's rollouts as files: one per data-parallel replica, readable on any layout.
+"""Saves and loads the rollouts of a step: one file per replica, which any layout can read.
 
-Columns that a stage computes from others (advantages, returns, rollout_weights) are left out, as
-are the prompts, which the data set and the step tell.
+The files leave out the columns that a stage computes from others (advantages, returns,
+rollout_weights) and the prompts, which follow from the data set and the step.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ assert {field.name for field in fields(RolloutBuffer)} == {
     "tokens", *PER_SAMPLE, *PER_RESPONSE_TOKEN, *NOT_STORED
 }  # fmt: skip
 _OLD_NAMES = {"behaviour_logprobs": "rollout_logprobs"}
-"""Columns of files that earlier versions wrote."""
+"""Names of columns in files of earlier versions, and their names now."""
 _PART, _TOTAL, _TIMEOUTS = "reward/", "reward_total", "reward_timeouts"
 
 
 def save(buffer: RolloutBuffer, scores: Scores | None, path: Path) -> None:
-    """Writes the columns that the buffer has by now, and the scores if there are any."""
+    """Writes the columns that the buffer has so far, and the scores if there are any."""
     columns = {"tokens": buffer.tokens, "lengths": buffer.lengths}
     for name in (*PER_SAMPLE, *PER_RESPONSE_TOKEN):
         if getattr(buffer, name) is not None:
@@ -38,17 +38,17 @@ def save(buffer: RolloutBuffer, scores: Scores | None, path: Path) -> None:
         by_name = {_PART + name: values for name, values in scores.parts.items()}
         for name, values in ({_TOTAL: scores.total} | by_name).items():
             columns[name] = torch.tensor(values, dtype=torch.float64)
-        # Of the whole file, so it goes with the file's first sample.
+        # One number for the whole file, stored with its first sample.
         columns[_TIMEOUTS] = torch.zeros(len(buffer), dtype=torch.int64)
         columns[_TIMEOUTS][:1] = scores.timeouts
     try:
         save_file({name: column.contiguous() for name, column in columns.items()}, path)
-    except SafetensorError as error:  # such as a full disk
+    except SafetensorError as error:  # for example, a full disk
         raise OSError(f"{path}: {error}") from error
 
 
 def _chosen(path: Path, first: int, end: int) -> dict[str, torch.Tensor]:
-    """The columns of a file, of its samples first .. end-1 of the step."""
+    """The columns of a file, restricted to the samples first .. end-1 of the step."""
     with safe_open(path, framework="pt") as file:
         columns = {_OLD_NAMES.get(name, name): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     inside = (columns["sample_ids"] >= first) & (columns["sample_ids"] < end)
@@ -63,9 +63,11 @@ def _chosen(path: Path, first: int, end: int) -> dict[str, torch.Tensor]:
 def load(
     paths: list[Path], samples: range, prompts: list[Prompt]
 ) -> tuple[RolloutBuffer, Scores | None]:
-    """The buffer and the scores of `samples` (contiguous numbers in the step) out of all replicas'.
+    """Loads the buffer and the scores of `samples`, contiguous numbers in the step.
 
-    paths: in the order of their replicas. prompts: of those samples, in order.
+    Args:
+        paths: the files of all replicas, in order.
+        prompts: the prompts of those samples, in order.
     """
     found = [_chosen(path, samples.start, samples.stop) for path in paths]
     columns = {name: torch.cat([part[name] for part in found]) for name in found[0]}

@@ -39,31 +39,31 @@ class Inputs:
     held_out: Sequence[Prompt]
     rewards: RewardSet
     vocab_size: int
-    """Of the model: the configured size, else the tokenizer's."""
+    """Vocabulary of the model: model.vocab_size, or else that of the tokenizer."""
     response_form: ResponseFormat
     sampling: Sampling
-    """Of the rollouts."""
+    """How rollouts are sampled."""
     greedy: Sampling
-    """Of the evaluations."""
+    """How evaluations are decoded."""
     dropped: int = 0
-    """Prompts left out because they are too long."""
+    """Number of prompts left out because they are too long."""
 
     @property
     def counts(self) -> str:
-        """In words."""
+        """The numbers of prompts, for the log."""
         return (
             f"{len(self.train)} prompts, {len(self.held_out)} held out, {self.dropped} dropped as "
             f"too long"
         )
 
     def note_on_labels(self) -> str | None:
-        """What the rewards will make of the labels otherwise than expected; None: nothing."""
+        """Says which labels the rewards read differently than expected; None: there are none."""
         held_out = (prompt.example.label for prompt in self.held_out)
         return self.rewards.note_on(chain(held_out, self.train.labels()))
 
 
 def check_writable(setting: str, directory: str) -> None:
-    """Raises ConfigError where `directory` cannot be made or written to."""
+    """Raises ConfigError if `directory` cannot be made or written to."""
     try:
         Path(directory).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=directory):
@@ -77,7 +77,7 @@ def check_writable(setting: str, directory: str) -> None:
 
 
 def check_start(config: Config) -> None:
-    """Raises ConfigError where what the weights start from cannot be read, before any is built."""
+    """Raises ConfigError if the initial weights cannot be read, before any model is built."""
     model, saved = config.model, config.checkpoint
     if model.hf_path is not None:
         for note in check_source(model.hf_path).notes:
@@ -91,10 +91,10 @@ def check_start(config: Config) -> None:
 def load_inputs(config: Config, train_is_scored: bool = True) -> Inputs:
     """Opens tokenizer, data sets and rewards.
 
-    train_is_scored: the rewards see the training prompts, not the held-out ones alone.
+    train_is_scored: the rewards score the training prompts too, not only the held-out ones.
 
     Raises:
-        ConfigError: the user's mistake, with the remedy: a missing or malformed file, a prompt
+        ConfigError: a mistake of the user's: a missing or malformed file, a prompt
             that leaves no room for the response, a tokenizer larger than the model's vocabulary,
             a reward that cannot be imported.
     """
@@ -130,9 +130,9 @@ def load_inputs(config: Config, train_is_scored: bool = True) -> Inputs:
 
 
 def model_vocabulary(config: Config, tokenizer: Tokenizer) -> int:
-    """Token ids of the model: the configured number, else the tokenizer's.
+    """Vocabulary of the model: model.vocab_size, or else that of the tokenizer.
 
-    Raises ConfigError where the tokenizer has more.
+    Raises ConfigError if the tokenizer has more ids.
     """
     vocab_size = config.model.vocab_size or tokenizer.vocab_size
     if tokenizer.vocab_size > vocab_size:
@@ -145,20 +145,22 @@ def model_vocabulary(config: Config, tokenizer: Tokenizer) -> int:
 
 
 def once_a_node() -> Callable[[str], None]:
-    """Prints each text once: the ranks of a node read the same files. To stderr, since what some
-    tools print to stdout is read by other programs."""
+    """Returns a function that prints each text once per node, because its ranks read the same files.
+
+    It prints to stderr, because other programs read the stdout of some tools.
+    """
     if os.environ.get("LOCAL_RANK", "0") != "0":
         return lambda text: None
     return cache(partial(print, file=sys.stderr, flush=True))
 
 
 def response_format(config: Config, tokenizer: Tokenizer, sampling: Sampling) -> ResponseFormat:
-    """How responses become the text that rewards and logs see."""
+    """How responses become text for rewards and logs."""
     return ResponseFormat(tokenizer, config.reward.keep_special_tokens, sampling.stop_token_ids)
 
 
 def open_tokenizer(data: DataConfig) -> tuple[Tokenizer, PromptFormat]:
-    """The tokenizer, and how prompts become its tokens."""
+    """Opens the tokenizer; returns it, and how prompts become its tokens."""
     tokenizer = load_tokenizer(
         given("data.tokenizer", data.tokenizer), data.chat_template, data.trust_remote_code
     )
@@ -166,7 +168,7 @@ def open_tokenizer(data: DataConfig) -> tuple[Tokenizer, PromptFormat]:
 
 
 def open_rewards(reward: RewardConfig) -> RewardSet:
-    """The reward functions; their worker processes start with the first sample."""
+    """Loads the reward functions; their worker processes start with the first sample."""
     return RewardSet(
         reward.functions,
         reward.weights,
@@ -178,7 +180,7 @@ def open_rewards(reward: RewardConfig) -> RewardSet:
 
 
 def samplings(rollout: RolloutConfig, tokenizer: Tokenizer) -> tuple[Sampling, Sampling]:
-    """How rollouts are sampled, and the greedy decoding of evaluations.
+    """Returns how rollouts are sampled, and the greedy decoding of evaluations.
 
     Raises:
         ConfigError: rollout.stop or rollout.stop_token_ids do not fit the tokenizer.

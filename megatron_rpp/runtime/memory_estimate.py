@@ -1,7 +1,7 @@
-"""How many bytes a rank will hold, from the settings alone: arithmetic, no device and no tensors.
+"""Estimates how many bytes a rank will hold, from the settings alone; uses no device.
 
-The estimate is of the fullest pipeline stage. Activations follow Korthikanti et al., arXiv
-2205.05198, section 4, for this architecture: what autograd keeps of RMSNorm, attention without its
+The estimate is for the pipeline stage that holds most. Activations follow Korthikanti et al., arXiv
+2205.05198, section 4, for this architecture: what autograd saves of RMSNorm, attention without its
 score matrix, and SwiGLU. Left out: the allocator's fragmentation, NCCL's buffers (1-2 GB a GPU),
 the CUDA context.
 """
@@ -21,7 +21,7 @@ LOGITS_AT_ONCE = 3 * 2**26 * FP32
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one rank, by what they are for."""
+    """Bytes of one rank, by purpose."""
 
     weights: int
     gradients: int
@@ -33,7 +33,7 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """All at once. The cache is gone before the update, which has the activations."""
+        """The peak. The cache is freed before the update, which needs the activations."""
         both = self.activations + self.logits
         return sum(astuple(self)) - min(both, self.cache)
 
@@ -83,14 +83,14 @@ def optimizer_bytes(model: ModelConfig) -> int:
 
 
 def layer_activations(model: ModelConfig, parallel: ParallelConfig) -> int:
-    """Bytes that autograd keeps of one layer for one token, without fused kernels."""
+    """Bytes that autograd saves of one layer for one token, without fused kernels."""
     heads, kv_heads, size = _heads(model)
     width = weight_bytes(model)
-    # Both norms: input and quotient in fp32, and what they give to the projections.
+    # Both norms: input and quotient in fp32, and their outputs.
     stream = model.hidden * (4 * FP32 + 2 * width)
-    # Projected queries, keys and values; turned queries and keys; attention's output.
+    # Projected queries, keys and values; rotated queries and keys; attention's output.
     attention = (heads + 2 * kv_heads) + (heads + kv_heads) + heads
-    # Gate and up, sigmoid's part, silu and the product.
+    # Gate, up, sigmoid, silu and their product.
     inner = (attention * size + 5 * model.ffn_hidden) * width + heads * FP32
     rotary = 4 * size * width
     split = parallel.tensor if parallel.sequence_parallel else 1
@@ -104,7 +104,7 @@ def has_reference(config: Config) -> bool:
 
 
 def estimate(config: Config, vocab_size: int, replicas: int) -> Memory:
-    """What the fullest rank holds; `replicas`: the data-parallel size."""
+    """Bytes of the rank that holds most; `replicas`: the data-parallel size."""
     model, parallel, rollout = config.model, config.parallel, config.rollout
     stages = range(parallel.pipeline)
     count = max(stage_parameters(model, parallel, vocab_size, stage) for stage in stages)

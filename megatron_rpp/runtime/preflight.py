@@ -164,7 +164,9 @@ def _shared(directory: Path) -> Check:
     files[dist.get_rank()].unlink()
     text = f"{directory} is written and seen by all ranks"
     if blind:
-        text = f"{directory} is not one directory on all nodes: {', '.join(blind)}; use a shared one"
+        text = (
+            f"{directory} is not one directory on all nodes: {', '.join(blind)}; use a shared one"
+        )
     return Check("shared directory", not blind, text)
 
 

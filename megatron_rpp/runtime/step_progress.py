@@ -109,7 +109,9 @@ def load(
     paths = sorted((directory / ROLLOUTS).glob("*.safetensors"))
     chosen = [prompts[rows[position]] for position in positions for _ in range(each)]
     buffer, scores = storage.load(paths, samples, chosen)
-    return StepProgress(buffer, scores, UpdateProgress(**notes["update"]), StageTimes(notes["seconds"]))
+    return StepProgress(
+        buffer, scores, UpdateProgress(**notes["update"]), StageTimes(notes["seconds"])
+    )
 
 
 def _digest(content: Any) -> str:
@@ -131,7 +133,10 @@ def _fingerprint(config: Config, key: StepKey) -> str:
         logging=LoggingConfig(),
         sft=SftConfig(),
         train=replace(
-            config.train, steps=1, stop_accuracy=None, exit_duration_minutes=None,
+            config.train,
+            steps=1,
+            stop_accuracy=None,
+            exit_duration_minutes=None,
             hang_timeout_minutes=None,
         ),  # fmt: skip
     )

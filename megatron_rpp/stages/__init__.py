@@ -1,2 +1,2 @@
-"""The stages of a step, one module each, in the order in which `train.py` calls them:
-rollout, reward, scoring, advantage, update, evaluation."""
+"""The stages of a step, one module each, in the order in which `train.py` calls them: rollout,
+reward, logprobs, advantage, update. Beside them: evaluation, kl_control, nonfinite."""

@@ -18,9 +18,7 @@ def scaled(algorithm: AlgorithmConfig, factor: float) -> AlgorithmConfig:
     )
 
 
-def adapt(
-    state: RunState, row: dict[str, float], algorithm: AlgorithmConfig, samples: int
-) -> None:
+def adapt(state: RunState, row: dict[str, float], algorithm: AlgorithmConfig, samples: int) -> None:
     """Sets `state.kl_factor` for the next step, from the KL of this step over `samples` responses.
 
     The fixed controller leaves it at 1. The metrics `row` is the same on every rank, so the factor

@@ -38,7 +38,12 @@ def make_micro_batches(
     tensor = groups.tensor_group().size() if config.sequence_parallel else 1
     split = Split(context.size(), context.rank(), tensor)
     return planning.micro_batches(
-        buffer, samples, max_tokens, split=split, device=devices.device(), agree=agree,
+        buffer,
+        samples,
+        max_tokens,
+        split=split,
+        device=devices.device(),
+        agree=agree,
         same_length=interleaved,
     )
 

@@ -1,6 +1,6 @@
-"""Scores a buffer: once per sample on one rank of the replica, then broadcast within it.
+"""Stage 2, reward: one rank of each replica scores its samples, then broadcasts the scores.
 
-A reward that raises ends the run on every rank with the sample shown.
+If a reward function raises, the run ends on every rank with a message that shows the sample.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def score_responses(
     """The scores of this replica's responses, on each of its ranks.
 
     Raises:
-        RewardError: on every rank of the run, where a reward function failed on any.
+        RewardError: on every rank of the run, if a reward function failed on any.
     """
     scores, failure = None, None
     with progress_wait.leader_barrier() as report_progress:
@@ -48,13 +48,13 @@ def score_responses(
 
 
 def _metadata(example: Example, response: list[int]) -> dict[str, Any]:
-    """The row's metadata, the length of the response and, where there is one, the conversation."""
+    """The metadata of the row, the length of the response and the conversation, if there is one."""
     messages = {"messages": list(example.messages)} if example.messages else {}
     return example.metadata | messages | {"response_tokens": len(response)}
 
 
 def score(buffer: RolloutBuffer, rewards: RewardSet, form: ResponseFormat) -> Scores:
-    """Fills `buffer.scores` [n]; returns them with each reward function's own scores."""
+    """Fills `buffer.scores` [n]; returns them with the scores of each reward function."""
     responses = [buffer.response(index) for index in range(len(buffer))]
     scores = score_responses(rewards, form, buffer.prompts, responses)
     buffer.scores = torch.tensor(scores.total, dtype=torch.float32)

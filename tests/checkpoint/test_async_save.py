@@ -139,7 +139,10 @@ def test_the_writer_dies_with_its_run_and_holds_no_lock(base, tmp_path):
     run.kill()
     run.join()
     begun = time.monotonic()
-    with layout(config_of(base, tmp_path / "run")), one_writer([tmp_path / "run/checkpoints"], print):
+    with (
+        layout(config_of(base, tmp_path / "run")),
+        one_writer([tmp_path / "run/checkpoints"], print),
+    ):
         assert time.monotonic() - begun < 2
     writer = int((tmp_path / "writer").read_text())
     while not ended(writer):

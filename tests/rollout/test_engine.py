@@ -63,7 +63,9 @@ def generate(model, tokenizer):
 
     def run(requests, max_batch=64, **settings):
         sampling = Sampling(**{"max_new_tokens": 16} | settings)
-        return MegatronEngine(model, tokenizer, max_batch).generate(requests, sampling, seed=SEED, step=STEP)
+        return MegatronEngine(model, tokenizer, max_batch).generate(
+            requests, sampling, seed=SEED, step=STEP
+        )
 
     return run
 

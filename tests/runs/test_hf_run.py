@@ -22,7 +22,13 @@ from tests.small_run import arguments, make_data
 from tests.whole_runs import TOLERANCE, compare_rows, compare_weights, rows, train_run
 
 # The settings of small_run.py that describe another model than the directory does.
-NOT_OURS = ("model__layers", "model__hidden", "model__ffn_hidden", "model__heads", "model__kv_heads")
+NOT_OURS = (
+    "model__layers",
+    "model__hidden",
+    "model__ffn_hidden",
+    "model__heads",
+    "model__kv_heads",
+)
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +91,12 @@ def test_a_converted_checkpoint_brings_the_architecture(base, tmp_path):
     to_megatron(base / "qwen3", tmp_path / "megatron")
     words = arguments(base, tmp_path, **dict.fromkeys(NOT_OURS, None))
     model = cli.parse([*words, f"--model.init_path={tmp_path / 'megatron'}"]).config.model
-    assert (model.head_dim, model.qk_norm, model.vocab_size, model.rope_theta) == (12, True, 77, 500)
+    assert (model.head_dim, model.qk_norm, model.vocab_size, model.rope_theta) == (
+        12,
+        True,
+        77,
+        500,
+    )
     printed = cli.parse([*words, f"--model.hf_path={base / 'qwen3'}", "--model.layers=4"])
     assert replace(printed.config.model, hf_path=None) == replace(model, init_path=None)
 
@@ -99,7 +110,9 @@ def test_a_converted_checkpoint_brings_the_architecture(base, tmp_path):
         ("--model.hf_path=nowhere", "nowhere has no config.json"),
     ],
 )
-def test_settings_that_contradict_the_directory_are_refused(base, tmp_path, capsys, setting, message):
+def test_settings_that_contradict_the_directory_are_refused(
+    base, tmp_path, capsys, setting, message
+):
     words = arguments(base, tmp_path, **dict.fromkeys(NOT_OURS, None))
     with pytest.raises(SystemExit) as ended:
         cli.parse([*words, f"--model.hf_path={base / 'qwen3'}", setting])

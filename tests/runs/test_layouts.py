@@ -110,7 +110,9 @@ PLAIN_ADAM = Case("TP2, Adam's eps 1e-8", 2, "reinforce++", TP2 | {"optimizer__e
 
 
 def settings_of(case: Case) -> dict:
-    return VARIED | {"optimizer__eps": 1e-5, "train__steps": 3} | RECIPES[case.recipe] | case.settings
+    return (
+        VARIED | {"optimizer__eps": 1e-5, "train__steps": 3} | RECIPES[case.recipe] | case.settings
+    )
 
 
 def folder(base: Path, case: Case) -> Path:

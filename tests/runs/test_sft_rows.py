@@ -65,9 +65,7 @@ def test_a_row_too_long_with_its_label_is_dropped_where_that_is_asked_for(base, 
     only = tmp_path / "only.jsonl"
     only.write_text(json.dumps(long) + "\n")
     with pytest.raises(ValueError, match="only.jsonl, line 1 on, no row fits model.max_length 32"):
-        run_program(
-            sft.main, arguments(base, tmp_path, **(SETTINGS | drop), data__train=only)
-        )
+        run_program(sft.main, arguments(base, tmp_path, **(SETTINGS | drop), data__train=only))
 
 
 def test_labels_are_checked_once(base, monkeypatch):

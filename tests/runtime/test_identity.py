@@ -29,7 +29,9 @@ def base(tmp_path_factory) -> Path:
     write("relabelled.jsonl", [content[0] | {"label": "0"}, *content[1:]])
     write("shorter.jsonl", content[:-1])
     write("turned.jsonl", content[::-1])
-    (folder / "reward.py").write_text("def score(prompts, *rest):\n    return [0.0] * len(prompts)\n")
+    (folder / "reward.py").write_text(
+        "def score(prompts, *rest):\n    return [0.0] * len(prompts)\n"
+    )
     (folder / "template.jinja").write_text("{{ messages[0]['content'] }}")
     return folder
 
@@ -54,7 +56,10 @@ def told(base: Path, before: dict, after: dict) -> tuple[int, list[str]]:
 SAME = [
     ({}, {}),
     ({}, {"data__train": "copy.jsonl"}),
-    ({}, {"reward__workers": 2, "reward__timeout": 3, "optimizer__lr": 1e-5, "parallel__tensor": 2}),
+    (
+        {},
+        {"reward__workers": 2, "reward__timeout": 3, "optimizer__lr": 1e-5, "parallel__tensor": 2},
+    ),
     ({"data__eval": "eval.jsonl"}, {"evaluation__prompts": 16}),
 ]
 OTHER = [

@@ -18,7 +18,7 @@ from tests.small_run import make_data
 from tests.whole_runs import rows, train_run
 
 # A user's file. It notes every sample it is shown, and fails on the prompt in TRIGGER.
-REWARD = '''
+REWARD = """
 from pathlib import Path
 
 TRIGGER = Path(__file__).with_name("trigger.txt").read_text()
@@ -41,7 +41,7 @@ def hanging(prompts, responses, labels, metadata):
     while TRIGGER in prompts:
         pass
     return [0.5] * len(prompts)
-'''
+"""
 FAILURES = ("not_a_number", "raising")
 SEED, PROMPTS, SAMPLES, HELD_OUT = 1234, 8, 4, 16
 LAYOUTS = {"TP2": {"parallel__tensor": 2}, "PP2": {"parallel__pipeline": 2}, "DP2": {}}

@@ -47,7 +47,11 @@ def vocabulary_logits(run, buffer) -> tuple[np.ndarray, np.ndarray]:
         logits[column] = (hidden[batch.rows, 0].double() @ weight.T / TEMPERATURE).numpy()
         targets[column] = batch.targets.numpy()
 
-    pipeline.forward(model, logprobs.make_micro_batches(model, buffer, list(range(len(buffer))), max_tokens=64), head)
+    pipeline.forward(
+        model,
+        logprobs.make_micro_batches(model, buffer, list(range(len(buffer))), max_tokens=64),
+        head,
+    )
     return logits, targets
 
 
