@@ -49,7 +49,9 @@ def room_of(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
-FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE or path.stem != "__init__")
+FILES = sorted(
+    path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE or path.stem != "__init__"
+)
 
 
 @pytest.mark.parametrize("room", FLOOR)
@@ -68,14 +70,20 @@ def test_every_file_is_in_a_room_that_is_named_here():
 
 def test_few_rooms_know_megatron():
     knowing = {
-        room_of(path) for path in FILES for name in imports(path) if name.split(".")[0] == "megatron"
+        room_of(path)
+        for path in FILES
+        for name in imports(path)
+        if name.split(".")[0] == "megatron"
     }
     assert knowing == KNOW_MEGATRON
 
 
 def test_the_tools_import_each_other_in_no_circle():
     tools = PACKAGE.parent / "tools"
-    names = {path.relative_to(tools).with_suffix("").as_posix().replace("/", ".") for path in tools.rglob("*.py")}
+    names = {
+        path.relative_to(tools).with_suffix("").as_posix().replace("/", ".")
+        for path in tools.rglob("*.py")
+    }
     edges = {
         name: {
             other

@@ -11,6 +11,10 @@ run too.
 from __future__ import annotations
 
 from megatron_rpp.config import check_world_size, cli
+
+if __name__ == "__main__":
+    cli.parse()  # answers --help and mistakes before torch is imported
+
 from megatron_rpp.lifecycle import entrypoint
 from megatron_rpp.parallel import groups
 from megatron_rpp.reporting.console import Console

@@ -207,9 +207,7 @@ class CoreAttention(MegatronModule):
         )
         return context.reshape(len(query), 1, -1)
 
-    def _decode(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
-    ) -> torch.Tensor:
+    def _decode(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """Attention of one new token per sequence over the cache.
 
         The n/k query heads that share a key-value head become its query rows, so keys and values

@@ -152,6 +152,8 @@ def test_saturated_rewards_give_zero_advantages(name):
 def test_unknown_algorithm():
     with pytest.raises(ValueError, match="'ppo'.*reinforce\\+\\+, reinforce\\+\\+_baseline, grpo"):
         compute_advantages(
-            "ppo", torch.zeros(1), torch.ones(1, 1, dtype=torch.bool),
+            "ppo",
+            torch.zeros(1),
+            torch.ones(1, 1, dtype=torch.bool),
             group_ids=torch.zeros(1, dtype=torch.long),
         )

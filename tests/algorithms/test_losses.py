@@ -196,8 +196,12 @@ def test_stats_of_nothing(shape):
 
 @pytest.mark.parametrize(
     ("clips", "name"),
-    [((-0.1, 0.2), "clip_low"), ((1.1, 0.2), "clip_low"), ((0.2, -0.1), "clip_high"),
-     ((0.2, 0.2, 1.0), "dual_clip")],
+    [
+        ((-0.1, 0.2), "clip_low"),
+        ((1.1, 0.2), "clip_low"),
+        ((0.2, -0.1), "clip_high"),
+        ((0.2, 0.2, 1.0), "dual_clip"),
+    ],
 )
 def test_bad_clip_bounds(clips, name):
     with pytest.raises(ValueError, match=f"{name} is"):

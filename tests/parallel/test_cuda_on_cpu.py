@@ -28,9 +28,11 @@ SPELLINGS = {
     "to, a copy": lambda device: ROW.to(device, copy=True),
     "cuda": lambda device: ROW.cuda(device),
     # torch itself resolves a bare index in Module.to to the accelerator that it was built for.
-    "module.to": lambda device: torch.nn.Linear(2, 2).to(torch.device("cuda", device)).weight
-    if isinstance(device, int)
-    else torch.nn.Linear(2, 2).to(device).weight,
+    "module.to": lambda device: (
+        torch.nn.Linear(2, 2).to(torch.device("cuda", device)).weight
+        if isinstance(device, int)
+        else torch.nn.Linear(2, 2).to(device).weight
+    ),
     "module.cuda": lambda device: torch.nn.Linear(2, 2).cuda().weight,
     "module": lambda device: torch.nn.Linear(2, 2, device=device).weight,
 }

@@ -43,7 +43,7 @@ def test_the_programs(program):
     assert mistake.stderr.startswith("error: unknown key 'optimizer.rl'"), mistake.stderr
 
 
-@pytest.mark.parametrize("tool", ["benchmark", "chaos", "report"])
+@pytest.mark.parametrize("tool", ["benchmark", "chaos", "preflight", "report"])
 def test_the_tools(tool):
     answer = run(str(ROOT / f"tools/{tool}.py"), "--help")
     assert answer.returncode == 0 and "usage:" in answer.stdout.lower(), answer.stderr
