@@ -6,7 +6,12 @@ two minutes in all. A single slow test elsewhere has the marker itself.
 
 from __future__ import annotations
 
+import hypothesis
 import pytest
+
+# A busy machine is slow, not wrong.
+hypothesis.settings.register_profile("no deadline", deadline=None)
+hypothesis.settings.load_profile("no deadline")
 
 # From the longest on, minutes to half a minute: what starts last would end alone.
 LONGEST = (
