@@ -53,7 +53,7 @@ def identities(config: Config, inputs: Inputs) -> dict[str, Identity]:
     code = [_digest(_files(name.rpartition(":")[0])) for name in reward.functions]
     for name in _REWARD:
         value = getattr(reward, name)
-        found[f"reward.{name}"] = _of([value, code * (name == "functions")], json.dumps(value))
+        found[f"reward.{name}"] = _of([value, code * (name == "functions")], str(value))
     return found
 
 
@@ -67,7 +67,9 @@ def carry_over(
     before = {name: Identity(*values) for name, values in state.identity.items()}
     if not before:
         log(f"{place} does not say what it was made with: the run goes on at its place in the data")
-    other = [name for name, old in before.items() if old.digest != now[name].digest]
+    # Another version may know other inputs.
+    common = before.keys() & now.keys()
+    other = [name for name in now if name in common and before[name].digest != now[name].digest]
     for name in other:
         follows = "it begins at its start" if name == PROMPTS else "the run goes on"
         shown = f"then {before[name].shown}; now {now[name].shown}"

@@ -150,3 +150,12 @@ def test_resuming_with_a_copy_elsewhere_is_exact(base, tmp_path):
     train_run(base, tmp_path / "moved", train__steps=1)
     config = train_run(base, tmp_path / "moved", train__steps=2, data__train=base / "copy.jsonl")
     same_bits(tmp_path / "moved", tmp_path / "whole", config, step=2, first=2)
+
+
+def test_what_only_one_version_records_is_left_out(base):
+    now = made_with(base)
+    earlier = {name: value for name, value in recorded(now).items() if name != "reward.clip"}
+    earlier["reward.gone"] = ["0", "of an earlier version"]
+    said: list[str] = []
+    carry_over(RunState(step=1, identity=earlier), now, SAVED, said.append)
+    assert said == []
