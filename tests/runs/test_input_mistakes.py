@@ -152,13 +152,13 @@ def test_a_recipe_in_another_encoding(data, tmp_path, capsys):
 def test_bytes_of_the_command_line_that_are_no_text(data, tmp_path, capsys):
     text = os.fsdecode(b"caf\xe9")
     errors = refused([*arguments(data, tmp_path), f"--data.system_prompt={text}"], capsys)
-    assert "data.system_prompt holds '\\udce9', which is no character: write the text" in errors
+    assert "data.system_prompt holds '\\udce9', which is not a character: write the text" in errors
 
 
 def test_half_a_surrogate_pair_in_a_recipe(data, tmp_path, capsys):
     (data / "half.yaml").write_text('rollout: {stop: ["smile \\ud83d"]}\n')
     errors = refused([*arguments(data, tmp_path), f"--config={data}/half.yaml"], capsys)
-    assert "rollout.stop holds '\\ud83d', which is no character: write the text" in errors
+    assert "rollout.stop holds '\\ud83d', which is not a character: write the text" in errors
 
 
 @pytest.fixture(scope="module")

@@ -72,13 +72,13 @@ def test_labels_are_checked_once(base, monkeypatch):
     """Every rank and every start asks; what the first found is kept for the same files."""
     config = config_of(base, base / "two", **SETTINGS, data__cache_dir=base / "cache")
     inputs = load_inputs(config)
-    sft.fitting_lessons(config, inputs)
+    sft.with_fitting_rows(config, inputs)
     monkeypatch.setattr(sft, "sft_example", None)  # nobody may call it
-    sft.fitting_lessons(config, inputs)
+    sft.with_fitting_rows(config, inputs)
     longer = config_of(base, base / "two", **SETTINGS, data__cache_dir=base / "cache",
                        model__max_length=64)  # fmt: skip
     with pytest.raises(TypeError):
-        sft.fitting_lessons(longer, inputs)
+        sft.with_fitting_rows(longer, inputs)
 
 
 def test_rollouts_that_do_not_divide_are_no_concern(base, tmp_path, monkeypatch):
