@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -18,6 +17,7 @@ import numpy as np
 from megatron_rpp.data.chat import PromptFormat, Rendered, length_problem
 from megatron_rpp.data.examples import Example, Examples
 from megatron_rpp.data.row_cache import Pass
+from megatron_rpp.data.rows import locate
 from megatron_rpp.data.sampler import Mixture, prompt_indices
 from megatron_rpp.lifecycle.config_error import ConfigError, reading
 from megatron_rpp.seeds import permutation
@@ -78,8 +78,8 @@ class PromptSet(Sequence[Prompt]):
     def __getitem__(self, index: int) -> Prompt:  # type: ignore[override]  # takes no slices
         if not 0 <= index < len(self):
             raise IndexError(index)
-        part = bisect_right(self._ends, index)
-        return self.parts[part][index - self._ends[part] + len(self.parts[part])]
+        part, row = locate(self._ends, index)
+        return self.parts[part][row]
 
     def labels(self) -> Iterator[str | None]:
         """The labels of all prompts, read one at a time."""
@@ -102,8 +102,8 @@ class PromptSet(Sequence[Prompt]):
 
     def where(self, index: int) -> str:
         """The place of a prompt in its source, in words."""
-        part = bisect_right(self._ends, index)
-        return self.parts[part].where(index - self._ends[part] + len(self.parts[part]))
+        part, row = locate(self._ends, index)
+        return self.parts[part].where(row)
 
     def order(self, cursor: int, count: int, seed: int) -> list[int]:
         """The prompts to train on at the global positions ``cursor .. cursor + count - 1``."""

@@ -53,9 +53,14 @@ class ChainedRows:
         return part.written(row, keys)
 
     def _place(self, index: int) -> tuple[Rows, int]:
-        number = bisect_right(self._ends, index)
-        part = self._parts[number]
-        return part, index - self._ends[number] + len(part)
+        part, row = locate(self._ends, index)
+        return self._parts[part], row
+
+
+def locate(ends: Sequence[int], index: int) -> tuple[int, int]:
+    """(part, index in it) of an index into concatenated parts; `ends`: where each part ends."""
+    part = bisect_right(ends, index)
+    return part, index - (ends[part - 1] if part else 0)
 
 
 def kind(value: Any) -> str:

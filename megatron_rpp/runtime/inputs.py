@@ -10,7 +10,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import chain
 from pathlib import Path
@@ -71,8 +71,7 @@ def check_writable(setting: str, directory: str) -> None:
     except OSError as error:
         raise ConfigError(
             f"{setting} {Path(directory).absolute()} cannot be written ({error.strerror}): choose "
-            f"another directory "
-            f"or change its permissions"
+            f"another directory or change its permissions"
         ) from error
 
 
@@ -104,7 +103,7 @@ def load_inputs(config: Config, train_is_scored: bool = True) -> Inputs:
     limit = config.model.max_length - config.rollout.max_new_tokens
     rewards = open_rewards(config.reward)
     scorable = RowCheck(
-        json.dumps(asdict(config.reward), sort_keys=True, default=str),
+        json.dumps([config.reward.functions, config.reward.options], sort_keys=True, default=str),
         lambda example: rewards.row_problem(example.label, example.metadata),
     )
     data = open_data(

@@ -103,7 +103,11 @@ def running(tmp_path: Path, act: str, *prefix: str) -> tuple[subprocess.Popen, l
     """A launcher whose two ranks run, and their process ids."""
     (tmp_path / "rank.py").write_text(RANK)
     process = start(*prefix, *LAUNCHER, *ONE_NODE, tmp_path / "rank.py", act)
-    return process, [int(process.stdout.readline().split()[1]) for _ in "12"]
+    try:
+        return process, [int(process.stdout.readline().split()[1]) for _ in "12"]
+    except BaseException:
+        process.kill()  # the ranks end with it
+        raise
 
 
 def test_nohup(tmp_path):

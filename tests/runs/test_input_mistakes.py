@@ -14,7 +14,7 @@ import pytest
 
 from megatron_rpp.config import Config
 from tests.data.hf_tokenizers import make_chatml
-from tests.runs.test_refusals import refused
+from tests.runs.test_refusals import check_refused, refused
 from tests.small_run import arguments, make_data
 from tests.whole_runs import rows, train_run
 
@@ -137,11 +137,7 @@ def _chat(data):
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_one_line_that_names_the_place(mistake, data, tmp_path, capsys):
-    settings, message = MISTAKES[mistake]
-    here = {key: str(value).replace("DATA", str(data)) for key, value in settings.items()}
-    errors = refused(arguments(data, tmp_path, **here), capsys)
-    assert message.replace("DATA", str(data)) in errors
-    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    check_refused(*MISTAKES[mistake], data, tmp_path, capsys)
 
 
 def test_a_recipe_in_another_encoding(data, tmp_path, capsys):

@@ -133,13 +133,17 @@ def refused(argv: list[str], capsys) -> str:
     return errors
 
 
+def check_refused(settings: dict, message: str, data: Path, run: Path, capsys) -> None:
+    """A run with `settings` ends with `message` (DATA stands for `data`) and leaves no file."""
+    here = {key: str(value).replace("DATA", str(data)) for key, value in settings.items()}
+    errors = refused(arguments(data, run, **here), capsys)
+    assert message.replace("DATA", str(data)) in errors
+    assert not [path for path in run.rglob("*") if path.is_file()]
+
+
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_one_message_before_any_work(mistake, data, tmp_path, capsys):
-    settings, message = MISTAKES[mistake]
-    here = {key: str(value).replace("DATA", str(data)) for key, value in settings.items()}
-    errors = refused(arguments(data, tmp_path, **here), capsys)
-    assert message.replace("DATA", str(data)) in errors
-    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    check_refused(*MISTAKES[mistake], data, tmp_path, capsys)
 
 
 WORLDS = {
