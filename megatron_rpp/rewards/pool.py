@@ -3,7 +3,7 @@
 A worker has one sample at a time. If it exceeds the limit, it is killed together with all processes
 it has started; if it dies, it is replaced. Either way the sample gets the default score and is
 counted. It does not matter which worker scores a sample, so the result depends neither on the
-number of workers nor on their speed. Left out: limits on the memory of a worker.
+number of workers nor on their speed. Workers see no GPU. Left out: limits on the memory of a worker.
 """
 
 from __future__ import annotations
@@ -155,7 +155,8 @@ class WorkerPool:
                 [*command, str(theirs.fileno()), str(os.getpid())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
-                env=os.environ | {"PYTHONPATH": path},
+                # The GPUs are the ranks': a context of each worker would take memory from them.
+                env=os.environ | {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""},
                 start_new_session=True,  # so that what a scorer starts can be killed with it
             )
         ours.send(self._functions)

@@ -144,6 +144,17 @@ def test_workers_end_with_the_rewards_and_know_neither_torch_nor_megatron(tmp_pa
     assert gone(pid)
 
 
+def test_workers_see_no_gpu(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    path = tmp_path / "devices.py"
+    path.write_text(
+        "import os\ndef f(*columns):\n    return [len(os.environ['CUDA_VISIBLE_DEVICES'])]\n"
+    )
+    rewards = RewardSet([f"{path}:f"], workers=1)
+    assert rewards.score(["p"], ["r"], ["l"], [{}]).total == [0.0]
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "0,1"  # the rank keeps its own
+
+
 def test_a_signal_to_the_whole_job_costs_no_sample(rewards, name):
     """SLURM sends SIGTERM to every process; the run saves, and needs its scorers until then."""
     score(rewards, ["1", "2"])
