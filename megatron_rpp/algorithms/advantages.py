@@ -5,10 +5,10 @@
     grpo                   (R - group mean) / (group std + 1e-6), not normalised further
     rloo                   R - mean of the *other* responses of the group, not normalised further
 
-The first two are arXiv 2501.03262; GRPO (arXiv 2402.03300) and RLOO (arXiv 2402.14740) are for
-comparison, so by the definitions the field runs (verl, TRL): sample standard deviation (Bessel),
-1e-6 beside it, one scalar for all tokens. Except in reinforce++, the KL is a loss term and not
-part of the reward. Left out: groups that span ranks (all responses to a prompt live on one).
+The first two are arXiv 2501.03262. GRPO (arXiv 2402.03300) and RLOO (arXiv 2402.14740) are for
+comparison and follow the definitions that verl and TRL use: the sample standard deviation (Bessel's
+correction) plus 1e-6, and one scalar for all tokens. Except in reinforce++, the KL is a loss term
+and not part of the reward. Left out: groups that span ranks (all responses to a prompt live on one).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ GRPO_EPS = 1e-6
 
 
 def group_baseline(scores: Tensor, group_ids: Tensor, kind: str) -> Tensor:
-    """Score of each response relative to the other responses to its prompt.
+    """Scores each response relative to the other responses to its prompt.
 
     Groups may have any sizes and order. A group of one has nothing to compare with: "mean" gives 0
     (R - R); "grpo" and "rloo" keep the score (verl: mean 0, std 1; baseline 0), so "grpo" gives
@@ -55,7 +55,7 @@ def group_baseline(scores: Tensor, group_ids: Tensor, kind: str) -> Tensor:
     def group_sum(values: Tensor) -> Tensor:
         return raw.new_zeros(len(sizes)).index_add_(0, member, values)[member]
 
-    # Shifted by the group's maximum: equal scores then have a difference of exactly 0.
+    # Subtract the group's maximum: equal scores then have a difference of exactly 0.
     lowest = raw.new_full(sizes.shape, -torch.inf)
     shifted = raw - lowest.scatter_reduce_(0, member, raw, "amax")[member]
     centered = shifted - group_sum(shifted) / size
@@ -82,9 +82,9 @@ def compute_advantages(
     gamma: float = 1.0,
     group: dist.ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor, Moments]:
-    """Advantages of this rank's responses by the algorithm ``name`` (see the module docstring).
+    """Computes the advantages of this rank's responses by the algorithm ``name`` (see above).
 
-    Collective over ``group``: every rank calls it, also one that has no tokens. Rows hold whole
+    Collective over ``group``: every rank calls it, even if it has no tokens. Rows hold whole
     responses, and each response lives on one rank of the group.
 
     Args:
@@ -93,8 +93,9 @@ def compute_advantages(
         kl, kl_coef, gamma: as ``token_rewards`` and ``returns_to_go``; read by reinforce++ only.
 
     Returns:
-        (advantages [B, T], returns [B, T], moments): the returns are the advantages before the
-        global normalisation, the moments theirs over all ranks. Both are 0 where the mask is.
+        (advantages [B, T], returns [B, T], moments). The returns are the advantages before the
+        global normalisation; the moments are those of the returns over all ranks. Advantages and
+        returns are 0 where the mask is False.
 
     Raises:
         ValueError: unknown name; see also ``token_rewards``, ``returns_to_go``, ``moments``.
@@ -113,7 +114,7 @@ def compute_advantages(
 
 
 def _on_every_token(values: Tensor, mask: Tensor) -> Tensor:
-    """[B] to [B, T]: the row's value under the mask, 0 elsewhere."""
+    """Expands [B] to [B, T]: the row's value under the mask, 0 elsewhere."""
     check_mask(mask)
     assert values.shape == mask.shape[:1]
     return select(values[:, None], mask)

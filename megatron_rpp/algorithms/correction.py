@@ -2,7 +2,7 @@
 
     w_t = exp(log pi_old(y_t) - log mu(y_t))
 
-The engine sampled from mu; pi_old is the same policy as the trainer computes it. Both are
+The engine sampled from mu; pi_old is the same policy as computed by the trainer. Both are
 constants. w multiplies the policy loss of its token; the ratio in the clipped loss is still that of
 pi_theta to pi_old.
 

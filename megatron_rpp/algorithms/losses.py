@@ -70,10 +70,10 @@ def policy_loss(
 
 
 def aggregation_weights(mask: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-    """What each token adds to the numerator and the denominator of the mini-batch mean.
+    """Computes what each token adds to the numerator and the denominator of the mini-batch mean.
 
-    The weights depend on the whole response. With them the sums may be taken over any parts of it,
-    such as those on different context-parallel ranks.
+    The weights depend on the whole response. The sums may then be taken over any parts of it, such
+    as those on different context-parallel ranks.
 
     Args:
         mask: [B, T] bool; a row is a whole response.
@@ -122,7 +122,7 @@ class PolicyStats(NamedTuple):
 
     tokens: Tensor
     clipped: Tensor
-    """The number of tokens whose loss is the clipped term, so that they have no gradient."""
+    """Number of tokens whose loss is the clipped term; they have no gradient."""
     approx_kl: Tensor
     """Sum of k3 for KL(old || current), nats: rho - 1 - log rho."""
     ratio_max: Tensor
@@ -152,7 +152,7 @@ def policy_stats(
 
 
 def _log_ratio(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
-    """log rho [B, T], at least fp32, clamped to +-MAX_LOG_RATIO; beyond it there is no gradient."""
+    """Returns log rho [B, T], at least fp32, clamped to +-MAX_LOG_RATIO; its gradient is 0 beyond."""
     difference = at_least_fp32(logprobs) - at_least_fp32(old_logprobs.detach())
     return difference.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
 

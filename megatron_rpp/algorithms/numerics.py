@@ -1,9 +1,10 @@
 """Selection under a mask, and gradients without NaN.
 
-If the mask of a tensor [B, T] is False, its value is undefined: padding, prompts, tool output,
-log-probs that were never computed. Multiplying by the mask does not remove it (0 * NaN = NaN), so
-every function of this package selects. Left out: masked means, because for a mean over a batch the
-numerator and the count must be reduced over the ranks first (see ``losses.aggregate``).
+If the mask of a tensor [B, T] is False at a position, the value there is undefined: padding,
+prompts, tool output, log-probs that were never computed. Multiplying by the mask does not remove it
+(0 * NaN = NaN), so every function of this package selects. Left out: masked means, because for a
+mean over a batch the numerator and the count must be reduced over the ranks first (see
+``losses.aggregate``).
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def check_mask(mask: Tensor, *tensors: Tensor) -> None:
 
 
 def select(values: Tensor, mask: Tensor) -> Tensor:
-    """Returns ``values`` where ``mask`` is True, and exactly 0 elsewhere, even for NaN and inf."""
+    """Returns ``values`` under ``mask`` and exactly 0 elsewhere, even for NaN and inf."""
     return torch.where(mask, values, 0.0)
 
 

@@ -38,7 +38,7 @@ def shape_scores(
 ) -> tuple[Tensor, ShapingStats]:
     """Normalises over the global batch, then scales, then clips.
 
-    Collective over ``group``, whatever the settings.
+    Collective over ``group`` with any settings.
 
     Args:
         scores: [B], this rank's scores. normalize: to mean 0, variance 1 over the group's ranks.

@@ -2,11 +2,11 @@
 
 REINFORCE++ (arXiv 2501.03262) normalises its advantages over all tokens of the whole rollout
 batch. So the statistics are those of the union of all ranks' values. A mean of the ranks' means
-would be wrong if one rank holds more tokens than another, and E[x^2] - E[x]^2 cancels: for
-saturated rewards it goes negative, and its root is NaN. Each rank sends four fp64 numbers, and
-every rank merges them in rank order with Chan's formula (Chan, Golub, LeVeque 1979), so all get the
-same bits. The numbers are differences from one value of the batch, so a large common offset costs
-no digits. Left out: running statistics across steps.
+would be wrong if one rank holds more tokens than another. E[x^2] - E[x]^2 cancels: for saturated
+rewards it goes negative, and its root is NaN. Each rank sends four fp64 numbers, and every rank
+merges them in rank order with Chan's formula (Chan, Golub, LeVeque 1979), so all ranks get the same
+bits. The numbers are differences from one value of the batch, so a large common offset costs no
+digits. Left out: running statistics across steps.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Moments:
 
 
 def moments(values: Tensor, mask: Tensor, group: dist.ProcessGroup | None = None) -> Moments:
-    """Moments of the masked values of all ranks of ``group``; the same bits on each of them.
+    """Computes the moments of the masked values of all ranks of ``group``; same bits on each rank.
 
     Collective: every rank of the group must call it, even if its mask is empty.
 
@@ -67,7 +67,7 @@ def moments(values: Tensor, mask: Tensor, group: dist.ProcessGroup | None = None
 def global_whiten(
     values: Tensor, mask: Tensor, group: dist.ProcessGroup | None = None
 ) -> tuple[Tensor, Moments]:
-    """``(x - mean) / sqrt(max(var, 1e-8))`` under the mask, 0 elsewhere, over all ranks.
+    """Returns ``(x - mean) / sqrt(max(var, 1e-8))`` under the mask, with moments over all ranks.
 
     If the variance is 0 or all masks are empty, the result is all zeros.
 
@@ -75,8 +75,8 @@ def global_whiten(
         as in ``moments``.
 
     Returns:
-        The whitened values, in the shape and dtype of ``values`` and without gradient; and the
-        moments before whitening, for the log.
+        The whitened values, in the shape and dtype of ``values``, 0 outside the mask, without
+        gradient; and the moments before whitening, for the log.
     """
     values = values.detach()
     origin, stats = _from_origin(values, mask, group)
@@ -117,9 +117,9 @@ def _from_origin(
 
 
 def _local_moments(values: Tensor, mask: Tensor) -> Tensor:
-    """fp64 [4] of this rank: count, first value, mean and variance of the values minus the first.
+    """Returns fp64 [4] of this rank: count, first value, mean and variance of values minus the first.
 
-    The variance takes two passes and not E[x^2] - E[x]^2, which cancels.
+    The variance is computed in two passes, because E[x^2] - E[x]^2 cancels.
     """
     chosen = values.detach()[mask].double()
     if chosen.numel() == 0:

@@ -1,4 +1,4 @@
-"""How a process lives and ends: exit codes, errors, heartbeat, watchdog, atomic files.
+"""Process lifecycle: exit codes, errors, heartbeat, watchdog, atomic files.
 
-This is the ground floor: nothing here imports another room of the package.
+Nothing here imports another package of megatron_rpp.
 """

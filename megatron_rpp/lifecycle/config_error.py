@@ -13,15 +13,15 @@ from megatron_rpp.lifecycle.exit_codes import RunFailure
 
 
 class ConfigError(ValueError):
-    """A setting, a file or a row that cannot be used.
+    """A setting, a file or a row cannot be used.
 
     The message names it, its value and the remedy. It is the same on every rank.
     """
 
 
 def reason(error: BaseException) -> str:
-    """What a library raised, in one line. If an error has a cause, the cause is shown: it says
-    more."""
+    """Describes a library's error in one line. If it has a cause, the cause is shown instead: it
+    is more specific."""
     while error.__cause__ is not None:
         error = error.__cause__
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
@@ -29,7 +29,7 @@ def reason(error: BaseException) -> str:
 
 @contextmanager
 def reading(what: str, remedy: str, verb: str = "read") -> Iterator[None]:
-    """Turns whatever is raised while `what` is read into a ConfigError that names it.
+    """Turns any error that is raised while `what` is read into a ConfigError that names it.
 
     A ConfigError raised inside already names its place and passes through unchanged.
 

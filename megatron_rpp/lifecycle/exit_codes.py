@@ -1,4 +1,4 @@
-"""The exit codes of a run, and the failures that one message explains.
+"""The exit codes of a run, and the failures that need only a message.
 
 0   done
 1   failed: a rank raised (its traceback), or a RunFailure (its message) on every rank

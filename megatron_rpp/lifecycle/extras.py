@@ -1,4 +1,4 @@
-"""Optional packages: what most runs do not need is an extra of the package (pyproject.toml)."""
+"""Optional packages: the extras of pyproject.toml, which most runs do not need."""
 
 from __future__ import annotations
 

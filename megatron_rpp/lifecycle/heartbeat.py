@@ -29,7 +29,7 @@ class Heartbeat:
         self.since = time.monotonic()
 
     def enter(self, name: str) -> None:
-        """Begins a phase. Entering the same phase again is a sign of life."""
+        """Enters a phase. Entering the same phase again is a sign of life."""
         self.name, self.since, self.count = name, time.monotonic(), self.count + 1
         for listener in self.listeners:
             listener(name)

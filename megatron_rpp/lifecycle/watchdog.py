@@ -1,12 +1,12 @@
-"""Ends a run that hangs, and says which rank is missing and where.
+"""Ends a run that hangs, and reports which rank is missing and in which phase.
 
 On every rank, a thread keeps rewriting `<logging.dir>/alive/rank_00000` with the current phase and
 a growing count. If the main thread gives no sign of life for too long, in a collective, a reward or
 anywhere else, the thread writes all stacks to `<logging.dir>/stacks/`, checks which counts have
 stopped growing, and ends the process with exit code HUNG. The launcher then ends the other ranks.
 
-A count that stands still means a stopped or dead process. A count that still grows means a process
-that waits or is stuck, in the phase that the report names.
+If a count stands still, the process is stopped or dead. If it still grows, the process waits or is
+stuck in the phase that the report names.
 
 Left out: hangs before the run is built.
 """
@@ -94,7 +94,7 @@ class Watchdog:
         with open(self._stacks / f"rank_{self._rank:05d}.txt", "w") as file:
             faulthandler.dump_traceback(file, all_threads=True)
         before = self._signs()
-        for _ in range(4):  # long enough for every living rank to beat again
+        for _ in range(4):  # long enough for the heartbeat of every living rank
             time.sleep(self._interval / 2)
             self._beat()
         after = self._signs()

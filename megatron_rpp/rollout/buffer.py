@@ -5,7 +5,7 @@ their response tokens (log-probs, advantages, mask). Nothing is padded (packing.
 micro-batches). A replica holds its own samples only, so the memory of a rank falls with the number
 of replicas. All ranks of a replica hold the same columns: the last pipeline stage broadcasts them.
 
-storage.py writes buffers to the disk. Left out: rebalancing over replicas by token count.
+storage.py writes buffers to disk. Left out: rebalancing over replicas by token count.
 """
 
 from __future__ import annotations

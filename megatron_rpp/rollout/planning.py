@@ -1,7 +1,8 @@
 """Plans which samples form a mini-batch, and divides a mini-batch into micro-batches.
 
 A mini-batch depends on the seed and the step, never on the layout. Micro-batches only bound the
-memory: they are sorted by length, fit a token budget, and every data-parallel rank has as many.
+memory: they are sorted by length and fit a token budget. Every data-parallel rank has the same
+number of them.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from megatron_rpp.seeds import permutation
 def minibatch_of(
     sample_count: int, minibatches: int, *, seed: int, step: int, epoch: int
 ) -> torch.Tensor:
-    """The mini-batch (0..minibatches-1) of each sample of the whole step, [sample_count]."""
+    """Returns the mini-batch (0..minibatches-1) of each sample of the whole step, [sample_count]."""
     order = permutation(sample_count, seed, step, epoch)
     number = np.empty(sample_count, dtype=np.int64)
     number[order] = np.arange(sample_count) * minibatches // sample_count
@@ -30,8 +31,8 @@ def minibatch_of(
 def plan(lengths: list[int], samples: list[int], max_tokens: int) -> list[list[int]]:
     """Groups `samples` so that the tokens of each group stay within `max_tokens`.
 
-    The longest come first, so the samples of a group have similar lengths, which attention profits
-    from. A sample that is longer than the budget forms a group of its own.
+    The longest come first, so the samples of a group have similar lengths, which saves attention
+    padding. A sample that is longer than the budget forms a group of its own.
 
     Args:
         lengths: tokens of every sample of the buffer, with the padding that a row gives it.
@@ -58,13 +59,14 @@ def micro_batches(
     agree: Callable[[int], int],
     same_length: bool = False,
 ) -> list[MicroBatch]:
-    """Makes the micro-batches of `samples`, with empty ones up to the agreed number.
+    """Makes the micro-batches of `samples`, and adds empty ones up to the number of all ranks.
 
     Args:
         samples: indices into this replica's buffer; may be empty.
         max_tokens: budget of a micro-batch over the whole row.
         split: how the ranks of the replica divide a row.
-        agree: turns this rank's number of micro-batches into that of every data-parallel rank.
+        agree: collective; turns this rank's number of micro-batches into the common number of all
+            data-parallel ranks.
         same_length: pad all rows to the longest (interleaved pipeline stages need one shape).
     """
     planned = plan(split.padded(buffer.lengths).tolist(), samples, max_tokens)

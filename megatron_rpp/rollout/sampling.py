@@ -1,8 +1,8 @@
-"""The next token: a function of the logits and of (seed, step, sample, position) alone.
+"""Samples the next token from the logits and (seed, step, sample, position) alone.
 
-One uniform number per token from a counter-based hash (`seeds.uniforms`), then the inverse of the
-cumulative distribution. No generator has a state, so the same run samples the same tokens on any
-layout, in any batch order and after any resume.
+A counter-based hash (`seeds.uniforms`) gives one uniform number per token, and the inverse of the
+cumulative distribution turns it into the token. There is no generator state, so the same run
+samples the same tokens on any layout, in any batch order and after any resume.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from megatron_rpp.records import Sampling
 
 
 def truncate(logits: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
-    """Logits [b, v] with every token outside the top k and the top-p nucleus at -inf.
+    """Returns logits [b, v] with every token outside the top k and the top-p nucleus at -inf.
 
-    Tokens tied with the k-th all stay.
+    All tokens tied with the k-th stay.
 
     The nucleus is the smallest set of most likely tokens whose probability reaches top_p
     (Holtzman et al., arXiv 1904.09751); the most likely token always stays.

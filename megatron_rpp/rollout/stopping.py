@@ -1,7 +1,7 @@
 """Stops: the tokens and texts that end a response, besides end-of-sequence.
 
-A stop text that is a special token of the tokenizer is compared by its id. Any other text is
-searched in the text of the response, special tokens included; it may span tokens.
+A stop text that is a special token of the tokenizer is compared by its id. Any other stop text is
+searched for in the text of the response, special tokens included; it may span tokens.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ class StopTexts:
     def end(self, tokens: Sequence[int], first: bool) -> bool:
         """Whether a response ends with its last token.
 
-        first: the earlier tokens have not been searched. Otherwise only a match that the last token
-        completes is left to find, so the cost of a token does not grow with the response.
+        first: the earlier tokens have not been searched yet. Otherwise only a match that the last
+        token completes can be new, so the cost of a token does not grow with the response.
         """
         if not self._texts:
             return False

@@ -55,7 +55,7 @@ def resume(run: Run, *, repair: bool) -> None:
             path, notes, config=run.config, prompts=prompts, key=run.step_key
         )
         if progress is None:
-            log(f"the data has other prompts than {path}: step {state.step + 1} is begun anew")
+            log(f"the data has other prompts than {path}: step {state.step + 1} starts over")
         else:
             run.step_progress = progress
 

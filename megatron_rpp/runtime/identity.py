@@ -1,9 +1,9 @@
-"""Identities of data, tokenizer and rewards, which checkpoints hold.
+"""Identities of data, tokenizer and rewards. Checkpoints store them.
 
-A resume compares those of the checkpoint with those it is given. If the prompts differ, the data
-starts from the beginning, because the position in the checkpoint belongs to the old prompts. Any
-other difference is logged, and the run goes on. Identities depend on contents, not on paths: a
-copied data set is the same data set.
+A resume compares the stored identities with those of its own inputs. If the prompts differ, the
+data starts from the beginning, because the position in the checkpoint belongs to the old prompts.
+Any other difference is logged, and the run continues. Identities depend on contents, not on paths:
+a copied data set is the same data set.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Identity(NamedTuple):
 
     digest: str
     shown: str
-    """What messages call it."""
+    """Its text in messages."""
 
 
 def identities(config: Config, inputs: Inputs) -> dict[str, Identity]:
@@ -66,12 +66,12 @@ def carry_over(
     """
     before = {name: Identity(*values) for name, values in state.identity.items()}
     if not before:
-        log(f"{place} does not say what it was made with: the run goes on at its place in the data")
+        log(f"{place} records no inputs: the run continues at its position in the data")
     # Another version may know other inputs.
     common = before.keys() & now.keys()
     other = [name for name in now if name in common and before[name].digest != now[name].digest]
     for name in other:
-        follows = "it begins at its start" if name == PROMPTS else "the run goes on"
+        follows = "the data starts from the beginning" if name == PROMPTS else "the run continues"
         shown = f"then {before[name].shown}; now {now[name].shown}"
         log(f"changed since {place}: {name} ({shown}): {follows}")
     seen = 0 if PROMPTS in other else state.prompts_seen

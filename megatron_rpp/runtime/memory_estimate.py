@@ -1,9 +1,9 @@
 """Estimates how many bytes a rank will hold, from the settings alone; uses no device.
 
-The estimate is for the pipeline stage that holds most. Activations follow Korthikanti et al., arXiv
-2205.05198, section 4, for this architecture: what autograd saves of RMSNorm, attention without its
-score matrix, and SwiGLU. Left out: the allocator's fragmentation, NCCL's buffers (1-2 GB a GPU),
-the CUDA context.
+The estimate is for the pipeline stage that holds the most. Activations follow Korthikanti et al.,
+arXiv 2205.05198, section 4, for this architecture: what autograd saves for RMSNorm, attention
+without its score matrix, and SwiGLU. Left out: the allocator's fragmentation, NCCL's buffers
+(1-2 GB per GPU), the CUDA context.
 """
 
 from __future__ import annotations
@@ -60,15 +60,15 @@ def stage_parameters(
     model: ModelConfig, parallel: ParallelConfig, vocab_size: int, stage: int
 ) -> int:
     """Parameters of pipeline stage `stage` on one tensor-parallel rank."""
-    words = padded_vocab_size(vocab_size, parallel.tensor) // parallel.tensor * model.hidden
+    embedding = padded_vocab_size(vocab_size, parallel.tensor) // parallel.tensor * model.hidden
     first, last = stage == 0, stage == parallel.pipeline - 1
     count = model.layers // parallel.pipeline * _layer(model, parallel.tensor)
     if first:
-        count += words
+        count += embedding
     if last:
         count += model.hidden  # the final norm
-        if not (model.tied_embeddings and first):  # tied, the last stage has a copy of its own
-            count += words
+        if not (model.tied_embeddings and first):  # a last stage of its own has a copy even if tied
+            count += embedding
     return count
 
 
@@ -83,7 +83,7 @@ def optimizer_bytes(model: ModelConfig) -> int:
 
 
 def layer_activations(model: ModelConfig, parallel: ParallelConfig) -> int:
-    """Bytes that autograd saves of one layer for one token, without fused kernels."""
+    """Bytes that autograd saves in one layer for one token, without fused kernels."""
     heads, kv_heads, size = _heads(model)
     width = weight_bytes(model)
     # Both norms: input and quotient in fp32, and their outputs.
@@ -104,7 +104,7 @@ def has_reference(config: Config) -> bool:
 
 
 def estimate(config: Config, vocab_size: int, replicas: int) -> Memory:
-    """Bytes of the rank that holds most; `replicas`: the data-parallel size."""
+    """Bytes of the rank that holds the most; `replicas`: the data-parallel size."""
     model, parallel, rollout = config.model, config.parallel, config.rollout
     stages = range(parallel.pipeline)
     count = max(stage_parameters(model, parallel, vocab_size, stage) for stage in stages)

@@ -1,8 +1,8 @@
-"""Preflight: checks, before a run starts, that the cluster is what the run needs.
+"""Preflight: checks, before a run starts, that the cluster meets the needs of the run.
 
-`run` prints a table of checks and raises ConfigError (exit code 2) if one has failed. It is what
-tools/preflight.py does, and `train --dry-run` before it builds the models. Collective: every rank
-takes part in every check, and rank 0 judges.
+`run` prints a table of checks and raises ConfigError (exit code 2) if one has failed.
+tools/preflight.py calls it, and so does `train --dry-run` before it builds the models. Collective:
+every rank takes part in every check, and rank 0 decides.
 
 Left out: the file system's speed, single links (the all-reduce measures the slowest), GPU health.
 """
@@ -46,7 +46,7 @@ class Check:
 
 
 def run(config: Config, vocab_size: int, console: Console) -> None:
-    """Runs all checks and prints their table on rank 0. Collective; the groups have been started.
+    """Runs all checks and prints their table on rank 0. Collective; needs the process groups.
 
     Raises ConfigError, on every rank, if a check has failed.
     """
@@ -82,7 +82,7 @@ def _size(count: float) -> str:
 
 
 def _versions() -> Check:
-    """The same software on every rank."""
+    """Checks that every rank has the same software."""
     own = (
         f"Python {platform.python_version()}, torch {torch.__version__}, "
         f"megatron-core {version('megatron-core')}"
@@ -94,7 +94,7 @@ def _versions() -> Check:
 
 
 def _devices() -> Check:
-    """How many ranks each node has, and on what."""
+    """Checks that all ranks run on devices of one kind."""
     hosts = _gather((socket.gethostname(), devices.describe().split(";")[0]))
     kinds = sorted({kind for _, kind in hosts})
     count = len({host for host, _ in hosts})
@@ -105,7 +105,7 @@ def _devices() -> Check:
 
 
 def _layout(config: Config) -> Check:
-    """A tensor-parallel group talks in every layer: it belongs on one node."""
+    """Shows the layout. A tensor-parallel group communicates in every layer: it belongs on one node."""
     parallel = config.parallel
     text = (
         f"tensor {parallel.tensor} × pipeline {parallel.pipeline} × context {parallel.context} × "
@@ -114,11 +114,11 @@ def _layout(config: Config) -> Check:
     hosts = groups.gather_objects(socket.gethostname(), groups.tensor_group())
     if any(_gather(len(set(hosts)) > 1)):
         text += "; a tensor-parallel group spans nodes, which is slow"
-    return Check("layout", True, text)  # what does not divide was refused before
+    return Check("layout", True, text)  # config/validation.py has checked the divisibility
 
 
 def _memory(config: Config, vocab_size: int) -> Check:
-    """The estimate of a rank against what is free for it."""
+    """Compares the estimate for a rank with the memory that is free for it."""
     need = estimate(config, vocab_size, _replicas(config))
     free, each = devices.free_memory(), need.total
     if devices.ON_CPU:
@@ -134,7 +134,7 @@ def _memory(config: Config, vocab_size: int) -> Check:
 
 
 def _disk(config: Config, vocab_size: int) -> Check:
-    """Room for the checkpoints that are kept, the best among them, and the one being written."""
+    """Checks the room for the checkpoints that stay, including the best, and the one being written."""
     size = checkpoint_bytes(config, vocab_size)
     staying = config.checkpoint.keep + config.checkpoint.keep_best
     need = size * (staying + 1)
@@ -149,7 +149,7 @@ def _disk(config: Config, vocab_size: int) -> Check:
 
 
 def _shared(directory: Path) -> Check:
-    """Every rank sees what rank 0 wrote, and rank 0 what every rank wrote."""
+    """Checks that every rank sees rank 0's file, and that rank 0 sees every rank's file."""
     name = groups.broadcast_object(f".preflight-{os.getpid()}-{time.time_ns()}")
     files = [directory / f"{name}.{rank}" for rank in range(dist.get_world_size())]
     files[dist.get_rank()].touch()
@@ -171,7 +171,7 @@ def _shared(directory: Path) -> Check:
 
 
 def _bandwidth() -> Check:
-    """Bus bandwidth of an all-reduce over all ranks: 2 (n-1)/n bytes cross each rank's link."""
+    """Measures the bus bandwidth of an all-reduce: 2 (n-1)/n bytes per byte cross each rank's link."""
     ranks = dist.get_world_size()
     if ranks == 1:
         return Check("network", True, "one rank: none needed")

@@ -168,7 +168,7 @@ def save_rollouts(
         if groups.is_main():
             shutil.rmtree(temporary, ignore_errors=True)  # it may be what fills the disk
         raise SaveFailed(
-            f"the rollouts of step {key.step + 1} could not be kept in {_folder(config)}: "
+            f"the rollouts of step {key.step + 1} could not be written to {_folder(config)}: "
             f"{error}. The checkpoints are as they were: make room (or repair the file system, or "
             f"switch checkpoint.save_rollouts off) and run again"
         ) from error

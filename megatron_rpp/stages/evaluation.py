@@ -1,4 +1,4 @@
-"""Evaluation: answers to held-out prompts, their accuracy and mean reward, and a few to read."""
+"""Evaluation: answers the held-out prompts; measures accuracy and mean reward; returns samples."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Results over all prompts that were answered; `samples` are the first of this replica's."""
+    """Results over all prompts; `samples` are the first answers of this replica."""
 
     count: int
     accuracy: float

@@ -1,4 +1,4 @@
-"""The KL coefficients of a step: those of the settings, times a factor that adapts to the KL."""
+"""The KL coefficients of a step: the settings' coefficients times a factor that adapts to the KL."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megatron_rpp.config import AlgorithmConfig
 
 
 def scaled(algorithm: AlgorithmConfig, factor: float) -> AlgorithmConfig:
-    """`algorithm` with its KL coefficients, in the reward and in the loss, times `factor`."""
+    """Multiplies the KL coefficients, in the reward and in the loss, by `factor`."""
     return replace(
         algorithm,
         kl_coef=algorithm.kl_coef * factor,

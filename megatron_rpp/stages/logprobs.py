@@ -1,4 +1,4 @@
-"""Stage 3, logprobs: log-probs of the response tokens under the policy, before its update, and under
+"""Stage 3, logprobs: log-probs of the response tokens under the policy before its update, and under
 the reference model. The forward passes are pipelined over micro-batches.
 """
 
@@ -104,7 +104,7 @@ def compute_logprobs(
     """Fills `old_logprobs` and, if there is a reference model, `ref_logprobs`. Collective.
 
     Args:
-        policy: the model as it sampled the responses.
+        policy: the model that sampled the responses, before its update.
         recompute: compute `old_logprobs` with the training kernels; otherwise take those of the
             rollout engine.
         max_tokens: the token budget of a micro-batch.
@@ -119,4 +119,4 @@ def compute_logprobs(
             buffer.ref_logprobs = response_logprobs(
                 model, buffer, max_tokens, temperature=temperature
             )
-    buffer.old_logprobs = old  # last: a buffer that has it needs no further pass
+    buffer.old_logprobs = old  # set last: it marks the stage as complete

@@ -1,9 +1,9 @@
 """NaN and infinity: if any rank finds one, all ranks skip the update.
 
-The sum of the gradients carries a NaN of one rank to every rank. So each rank checks its own loss
-and gradients before they are summed, and tells the others what it found. The log-probs of a step
-enter all of its mini-batches and, through the normalisation, all advantages: a NaN among them ends
-the run.
+Summing the gradients spreads a NaN of one rank to every rank. So each rank checks its own loss and
+gradients before they are summed, and tells the others what it found. The log-probs of a step enter
+all of its mini-batches and, through the normalisation, all advantages. A NaN among them ends the
+run.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ _LOSS, _GRADIENT = 1, 2
 
 
 def skip_reason(backward: Backward) -> str | None:
-    """Says what is not finite and on which ranks; None if everything is. Collective over the world.
+    """Describes what is not finite and on which ranks; None if all is finite. Collective over the
+    world.
 
-    The text is the same on every rank. A loss that is not finite makes the gradients so too; the
+    The text is the same on every rank. A nonfinite loss also makes the gradients nonfinite; the
     text then names the loss alone.
     """
     found = torch.zeros(dist.get_world_size(), dtype=torch.int32, device=devices.device())
@@ -66,7 +67,7 @@ def check_columns(buffer: RolloutBuffer, columns: dict[str, torch.Tensor | None]
                 f"{name} on rank {dist.get_rank()} have {len(wrong)} value(s) that are NaN "
                 f"or infinite, the first in sample {int(buffer.sample_ids[index])} of the step, with "
                 f"the prompt {short(buffer.prompts[index].example.prompt)}: look at the weights, "
-                f"and resume from a checkpoint before, with a lower learning rate"
+                f"and resume from an earlier checkpoint with a lower learning rate"
             )
     found = float(problem is not None)
     if groups.reduce_sums([found], dist.group.WORLD, dist.ReduceOp.MAX)[0]:
@@ -75,7 +76,7 @@ def check_columns(buffer: RolloutBuffer, columns: dict[str, torch.Tensor | None]
 
 
 def count_skipped(state: RunState, reason: str | None, limit: int) -> None:
-    """Counts the updates that were skipped in a row in `state`; the same on every rank.
+    """Counts in `state` how many updates in a row were skipped; the same on every rank.
 
     Raises RunFailure if there are `limit` of them.
     """
@@ -83,5 +84,5 @@ def count_skipped(state: RunState, reason: str | None, limit: int) -> None:
     if state.skipped_in_a_row >= limit:
         raise RunFailure(
             f"{limit} updates in a row were skipped (train.max_skipped_updates), the last because "
-            f"{reason}: resume from the last checkpoint, with a lower learning rate"
+            f"{reason}: resume from the last checkpoint with a lower learning rate"
         )

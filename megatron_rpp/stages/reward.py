@@ -48,7 +48,7 @@ def score_responses(
 
 
 def _metadata(example: Example, response: list[int]) -> dict[str, Any]:
-    """The metadata of the row, the length of the response and the conversation, if there is one."""
+    """The row's metadata, the length of the response and, if there is one, the conversation."""
     messages = {"messages": list(example.messages)} if example.messages else {}
     return example.metadata | messages | {"response_tokens": len(response)}
 

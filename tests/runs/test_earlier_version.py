@@ -29,7 +29,7 @@ def test_a_run_goes_on_from_it_as_if_this_version_had_written_it(tmp_path, capsy
     train_run(tmp_path, tmp_path / "run", **SETTINGS)
     output = capsys.readouterr().out
     assert "resumed at step 1 and 0 mini-batches of 3" in output
-    assert "begun anew" not in output, "the rollouts of step 2 were not read"
+    assert "starts over" not in output, "the rollouts of step 2 were not read"
     ours, whole = (rows(tmp_path / name / "logs/metrics.jsonl")[-2:] for name in ("run", "whole"))
     assert [row["step"] for row in ours] == [2, 3]
     # Another processor than the one that wrote it rounds otherwise.

@@ -84,7 +84,7 @@ def ranks(tmp_path_factory) -> list[dict[str, dict]]:
 
 MESSAGES = {
     "checkpoint": "the checkpoint of step 2 could not be written to ",
-    "rollouts": "the rollouts of step 2 could not be kept in ",
+    "rollouts": "the rollouts of step 2 could not be written to ",
 }
 
 

@@ -110,9 +110,7 @@ def test_a_checkpoint_that_does_not_say_keeps_its_place(base):
     said: list[str] = []
     state = carry_over(RunState(step=3, prompts_seen=24), made_with(base), SAVED, said.append)
     assert state.prompts_seen == 24
-    assert said == [
-        f"{SAVED} does not say what it was made with: the run goes on at its place in the data"
-    ]
+    assert said == [f"{SAVED} records no inputs: the run continues at its position in the data"]
 
 
 def test_a_resume_with_other_data_trains_on_its_first_prompts(base, tmp_path, capsys):
