@@ -184,7 +184,9 @@ def sft_step(run: Run) -> dict[str, float]:
     positions = shard(size, groups.data_rank(), groups.data_size())
     buffer = batch_of([inputs.train[rows[i]] for i in positions], inputs.form)
 
-    def loss(batch: MicroBatch, hidden: torch.Tensor):
+    def loss(
+        batch: MicroBatch, hidden: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         logprobs, _ = token_logprobs(policy.model, batch, hidden, temperature=1.0)
         mask = buffer.mask[batch.column].to(logprobs.device)
         total = -torch.where(mask, logprobs, 0.0).sum()

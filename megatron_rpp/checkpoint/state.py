@@ -38,6 +38,7 @@ from megatron.core.dist_checkpointing.mapping import (
     ShardedTensor,
     apply_factories,
 )
+from megatron.core.optimizer.optimizer import MegatronOptimizer
 
 __all__ = ["POINTER", "SaveFailed", "load_weights", "newest", "require", "resume", "save"]
 
@@ -113,7 +114,7 @@ def _whole_state(policy: Policy, *, loading: bool) -> dict:
     }
 
 
-def _allocate_moments(optimizer) -> None:
+def _allocate_moments(optimizer: MegatronOptimizer) -> None:
     """Allocates Adam's state, which Megatron reads before it loads or saves it.
 
     Torch's Adam and the fused ones allocate it in their first step; torch's counts steps in it.
@@ -129,7 +130,7 @@ def _allocate_moments(optimizer) -> None:
                     state["exp_avg_sq"] = torch.zeros_like(parameter)
 
 
-def _load_optimizer(optimizer, content: dict) -> None:
+def _load_optimizer(optimizer: MegatronOptimizer, content: dict) -> None:
     """Loads Adam's state from the checkpoint; its settings stay those of this run.
 
     Torch's Adam counts steps beside the moments. Megatron 0.16 looks for that count among the

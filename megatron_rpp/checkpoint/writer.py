@@ -33,7 +33,7 @@ from megatron_rpp.parallel import groups, ranks
 
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
 
 
 class _Results:
@@ -86,7 +86,7 @@ def _write_own(write: Callable, directory: Path, trainer: int, rank: int, *argum
         results.put(str(error))
 
 
-def _request(content: dict, directory: Path, results: _Results):
+def _request(content: dict, directory: Path, results: _Results) -> AsyncRequest:
     """Returns Megatron's plan of a save; so far only common.pt is written. Collective."""
     strategy = {}
     if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from megatron_rpp.config.data import DataConfig
 from megatron_rpp.data.chat import PromptFormat
@@ -16,6 +17,8 @@ from megatron_rpp.lifecycle.config_error import ConfigError
 
 ProgressBar = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 """(title, total) -> a context that shows a bar; its value advances the bar. See console.Console."""
+Names = TypeVar("Names", str, list[str])
+"""The name of a file or source, or several."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,7 @@ def open_data(
     return Data(PromptSet(train, data.weights), PromptSet(held_out), dropped)
 
 
-def given(setting: str, value):
+def given(setting: str, value: Names | None) -> Names:
     """The value of a setting that names files. Raises ConfigError if it is empty."""
     if not value or value == [""]:
         raise ConfigError(f"{setting} is empty: name a file with --{setting} or in the recipe")

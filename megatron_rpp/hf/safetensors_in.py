@@ -34,7 +34,7 @@ class Weights:
         """Raises ConfigError if the weights are missing, incomplete or of an unknown kind, or if
         two files hold one tensor with different values."""
         self.directory = Path(directory).absolute()
-        self._open: tuple[Path, object] | None = None
+        self._open: tuple[Path, safe_open] | None = None
         self.files: dict[str, Path] = {}
         """The file of each tensor."""
         self.shapes: dict[str, tuple[int, ...]] = {}
@@ -81,7 +81,7 @@ class Weights:
             files.refuse(name, f"is {shown(file)}, which is not a file name: fetch the index again")
         return self.directory / file
 
-    def _handle(self, file: Path):
+    def _handle(self, file: Path) -> safe_open:
         if self._open is None or self._open[0] != file:
             self._open = None  # unmap the other file first
             with file.open("rb"):
@@ -110,12 +110,16 @@ class Weights:
             self.files[name], self.shapes[name] = file, shapes[name]
             self.dtypes[name] = DTYPES[kind]
 
-    def read(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None):
+    def read(
+        self, name: str, *, dim: int = 0, start: int = 0, stop: int | None = None
+    ) -> torch.Tensor:
         """The tensor `name`, or its part from `start` to `stop` along `dim`, as a view of the
         file."""
-        return self._part(self.files[name], name, dim, start, stop)
+        return self._part(self.files[name], name, dim=dim, start=start, stop=stop)
 
-    def _part(self, file: Path, name: str, dim: int, start: int, stop: int | None):
+    def _part(
+        self, file: Path, name: str, *, dim: int, start: int, stop: int | None
+    ) -> torch.Tensor:
         with reading(f"{name} in {file}", "fetch the file again"):
             tensor = self._handle(file).get_slice(name)
             # Pages that were read from a mapped file stay in memory as long as it is open.
@@ -136,7 +140,7 @@ class Weights:
         rows = max(1, _COMPARED // (4 * max(1, torch.Size(shape[1:]).numel())))
         for start in range(0, shape[0] if shape else 1, rows):
             first, second = (
-                self._part(file, name, 0, start, start + rows).float()
+                self._part(file, name, dim=0, start=start, stop=start + rows).float()
                 for file, name in zip(files, (one, two))
             )
             if not torch.equal(first, second):

@@ -7,12 +7,21 @@ import signal
 import sys
 import time
 from contextlib import suppress
+from typing import Any, cast
 
-from torch.distributed import DistError
-from torch.distributed.elastic.agent.server.api import DEFAULT_ROLE, RunResult, WorkerState
+from torch.distributed import DistError, Store
+from torch.distributed.elastic.agent.server.api import (
+    DEFAULT_ROLE,
+    RunResult,
+    WorkerGroup,
+    WorkerState,
+)
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.multiprocessing.api import SubprocessContext
+from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 from torch.distributed.elastic.rendezvous import RendezvousError
+from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler
 
 from megatron_rpp.launcher.ending import Signals, exit_code, with_signals
 from megatron_rpp.lifecycle.exit_codes import FAILED, PREEMPTED, REFUSED
@@ -40,32 +49,44 @@ class Agent(LocalElasticAgent):
     `run` raises SystemExit with the launcher's code where that is not 0.
     """
 
-    def __init__(self, signals: Signals, *args, **settings):
+    def __init__(self, signals: Signals, *args: Any, **settings: Any):
         super().__init__(*args, **settings)
         self._signals = signals
         self._codes: list[int] = []
 
-    def _rendezvous(self, worker_group) -> None:
+    @property
+    def _ranks(self) -> dict[int, SubprocessHandler]:
+        """The processes of this node's ranks, by local rank."""
+        assert isinstance(self._pcontext, SubprocessContext)
+        return self._pcontext.subprocess_handlers
+
+    @property
+    def _shared_store(self) -> Store:
+        """Where the nodes meet; torch declares it as None, which it is until they have met."""
+        return cast(Store, self._worker_group.store)
+
+    def _rendezvous(self, worker_group: WorkerGroup) -> None:
         self._signals.idle()
-        # torch would give ranks that it starts again the store of those before, where they read
-        # the dead ones' addresses.
-        worker_group.spec.rdzv_handler._bootstrap_store_info = None
-        worker_group.spec.rdzv_handler._shared_tcp_store_server = None
+        handler = worker_group.spec.rdzv_handler
+        if isinstance(handler, DynamicRendezvousHandler):
+            # torch would give ranks that it starts again the store of those before, where they
+            # read the dead ones' addresses.
+            handler._bootstrap_store_info = None
+            handler._shared_tcp_store_server = None
         super()._rendezvous(worker_group)
 
-    def _start_workers(self, worker_group) -> dict[int, int]:
+    def _start_workers(self, worker_group: WorkerGroup) -> dict[int, int]:
         self._signals.starting()
         started = super()._start_workers(worker_group)
-        ranks = self._pcontext.subprocess_handlers.values()
-        self._signals.running([rank.proc for rank in ranks])
+        self._signals.running([rank.proc for rank in self._ranks.values()])
         return started
 
-    def _monitor_workers(self, worker_group) -> RunResult:
+    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         if number := self._signals.abort():
             raise SignalException("", number)
         failed = self._failed()  # before torch stops the other ranks, which then fail for that
         result = super()._monitor_workers(worker_group)
-        if result.state == WorkerState.HEALTHY and worker_group.store.check(["failed"]):
+        if result.state == WorkerState.HEALTHY and self._shared_store.check(["failed"]):
             self._stop_workers(worker_group)
             self._remaining_restarts = 0
             return RunResult(state=WorkerState.FAILED)
@@ -80,7 +101,7 @@ class Agent(LocalElasticAgent):
     def _failed(self) -> dict[int, int]:
         """The codes of this node's ranks that have failed by now, by rank."""
         codes = {
-            worker.global_rank: self._pcontext.subprocess_handlers[worker.local_rank].proc.poll()
+            worker.global_rank: self._ranks[worker.local_rank].proc.poll()
             for worker in self._worker_group.workers
         }
         return {rank: code for rank, code in codes.items() if code}
@@ -124,17 +145,17 @@ class Agent(LocalElasticAgent):
         """
         latest = seconds + READ_SECONDS + GOODBYE_SECONDS  # torch would wait longer for a dead node
         self._signals.over(exit_code(self._codes) or PREEMPTED, latest)
-        group = self._worker_group
-        nodes = range(group.group_world_size)
+        own, store = self._worker_group.group_rank, self._shared_store
+        nodes = range(cast(int, self._worker_group.group_world_size))  # declared as None, too
         with suppress(DistError):
-            group.store.set(f"codes/{group.group_rank}", json.dumps(self._codes))
+            store.set(f"codes/{own}", json.dumps(self._codes))
             if self._codes:
-                group.store.set("failed", "")
+                store.set("failed", "")
             self._wait_for([f"codes/{node}" for node in nodes], seconds)
-            present = [node for node in nodes if group.store.check([f"codes/{node}"])]
-            known = [json.loads(group.store.get(f"codes/{node}")) for node in present]
+            present = [node for node in nodes if store.check([f"codes/{node}"])]
+            known = [json.loads(store.get(f"codes/{node}")) for node in present]
             self._codes = [code for codes in known for code in codes]
-            group.store.set(f"read/{group.group_rank}", "")
+            store.set(f"read/{own}", "")
             self._wait_for([f"read/{node}" for node in present], READ_SECONDS)
 
     def _wait_for(self, keys: list[str], seconds: float) -> None:
@@ -143,7 +164,7 @@ class Agent(LocalElasticAgent):
         Asks again and again: what waits inside torch hears no signal.
         """
         end = time.monotonic() + seconds
-        while not self._worker_group.store.check(keys):
+        while not self._shared_store.check(keys):
             # The last second is for what is left to do.
             if time.monotonic() >= min(end, self._signals.leave_at - 1):
                 return

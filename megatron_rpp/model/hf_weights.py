@@ -72,7 +72,7 @@ def local_shard(
     parts = []
     for name in row.hf:
         length = weights.shapes[name][dim] // size
-        parts.append(weights.read(name, dim, rank * length, (rank + 1) * length))
+        parts.append(weights.read(name, dim=dim, start=rank * length, stop=(rank + 1) * length))
     return row.merge(parts, model.config.kv_channels)
 
 
@@ -84,6 +84,6 @@ def _vocabulary_rows(
     vocab_size = weights.shapes[name][0]
     shard = torch.zeros(parameter.shape, dtype=weights.dtypes[name], device="cpu")
     last = min(first + len(parameter), vocab_size)
-    valid = weights.read(name, 0, min(first, vocab_size), last)
+    valid = weights.read(name, start=min(first, vocab_size), stop=last)
     shard[: len(valid)] = valid
     return shard

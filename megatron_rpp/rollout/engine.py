@@ -21,7 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 from megatron_rpp.data.tokenizer import Tokenizer
 from megatron_rpp.lifecycle import heartbeat
 from megatron_rpp.model import pipeline
-from megatron_rpp.model.language_model import chunks, decoding
+from megatron_rpp.model.language_model import Decoding, chunks, decoding
 from megatron_rpp.parallel import device as devices
 from megatron_rpp.parallel import groups
 from megatron_rpp.records import Generation, Request, Sampling
@@ -100,11 +100,20 @@ class MegatronEngine:
     ) -> list[Generation]:
         """See RolloutEngine. Context-parallel ranks hold the same weights and share the work."""
         group = groups.context_group()
-        own = self._generate(requests[group.rank() :: group.size()], sampling, seed, step, progress)
+        share = requests[group.rank() :: group.size()]
+        own = self._generate(share, sampling, seed=seed, step=step, progress=progress)
         parts = groups.gather_objects(own, group) if group.size() > 1 else [own]
         return [parts[i % len(parts)][i // len(parts)] for i in range(len(requests))]
 
-    def _generate(self, requests, sampling, seed, step, progress) -> list[Generation]:
+    def _generate(
+        self,
+        requests: list[Request],
+        sampling: Sampling,
+        *,
+        seed: int,
+        step: int,
+        progress: Callable[[int], None],
+    ) -> list[Generation]:
         order = sorted(
             range(len(requests)), key=lambda i: (len(requests[i].prompt), requests[i].prompt)
         )
@@ -113,13 +122,13 @@ class MegatronEngine:
         for start in range(0, len(order), self.max_batch):
             chosen = order[start : start + self.max_batch]
             wave = _Wave.start([requests[i] for i in chosen], sampling.max_new_tokens)
-            self._run(wave, sampling, seed, step)
+            self._run(wave, sampling, seed=seed, step=step)
             results.update(zip(chosen, wave.generations(), strict=True))
             progress(len(chosen))
         self.model.train()
         return [results[i] for i in range(len(requests))]
 
-    def _run(self, wave: _Wave, sampling: Sampling, seed: int, step: int) -> None:
+    def _run(self, wave: _Wave, sampling: Sampling, *, seed: int, step: int) -> None:
         lengths = np.array([len(request.prompt) for request in wave.requests])
         ids = np.array([request.sample_id for request in wave.requests])
         alive = np.arange(len(wave.requests))  # the wave's sequences that are in the batch
@@ -128,8 +137,8 @@ class MegatronEngine:
             for position in range(sampling.max_new_tokens):
                 heartbeat.current.beat()
                 random = uniforms(seed, step, ids[alive], position)
-                tokens = self._next_tokens(hidden, random, sampling, position)
-                self._record(wave, alive, tokens, position, sampling)
+                tokens = self._next_tokens(hidden, random, sampling, position=position)
+                self._record(wave, alive, tokens, position=position, sampling=sampling)
                 running = ~wave.ended[alive]
                 if not running.any() or position + 1 == sampling.max_new_tokens:
                     break
@@ -142,7 +151,7 @@ class MegatronEngine:
                 state.set_positions(positions)
                 hidden = pipeline.stage_forward(self.model, tokens[:, None], positions)[0]
 
-    def _read_prompts(self, requests: list[Request], state) -> torch.Tensor:
+    def _read_prompts(self, requests: list[Request], state: Decoding) -> torch.Tensor:
         """Prefill: reads each distinct prompt once. Returns the last hidden state of each, [n, h]."""
         unique = {prompt: i for i, prompt in enumerate(dict.fromkeys(r.prompt for r in requests))}
         tokens = pad_sequence([torch.tensor(prompt) for prompt in unique], batch_first=True)
@@ -152,7 +161,9 @@ class MegatronEngine:
         state.select(copies)
         return hidden[last, torch.arange(len(unique), device=hidden.device)][copies]
 
-    def _next_tokens(self, hidden, random, sampling: Sampling, position: int) -> torch.Tensor:
+    def _next_tokens(
+        self, hidden: torch.Tensor, random: np.ndarray, sampling: Sampling, *, position: int
+    ) -> torch.Tensor:
         """Samples on the last stage; every stage gets the tokens and their log-probs, fp64 [2, b]."""
         chosen = torch.empty(2, len(random), dtype=torch.float64, device=devices.device())
         if groups.is_last_stage():
@@ -162,7 +173,15 @@ class MegatronEngine:
             chosen[0], chosen[1] = tokens, logprobs
         return groups.broadcast_from_last_stage(chosen)
 
-    def _record(self, wave: _Wave, alive, chosen, position: int, sampling: Sampling) -> None:
+    def _record(
+        self,
+        wave: _Wave,
+        alive: np.ndarray,
+        chosen: torch.Tensor,
+        *,
+        position: int,
+        sampling: Sampling,
+    ) -> None:
         """Appends the new tokens of running sequences and marks the sequences that end with them."""
         values = chosen.cpu().numpy()
         running = ~wave.ended[alive]

@@ -80,7 +80,15 @@ def pack(
     return MicroBatch(
         tokens=tokens[own][None].to(device),
         positions=position[own].to(device),
-        packing=_packing(pieces, starts, sequence, position, held, split.context_rank, device),
+        packing=_packing(
+            pieces,
+            starts,
+            sequence=sequence,
+            position=position,
+            held=held,
+            rank=split.context_rank,
+            device=device,
+        ),
         rows=local[before][here].to(device),
         targets=tokens[place[answered]][here].to(device),
         column=column[here],
@@ -112,7 +120,16 @@ def _tail(missing: int, pieces: torch.Tensor, split: Split) -> torch.Tensor:
     return torch.tensor([largest] * full + [rest] * (rest > 0), dtype=torch.int64)
 
 
-def _packing(pieces, starts, sequence, position, held, rank: int, device) -> Packing:
+def _packing(
+    pieces: torch.Tensor,
+    starts: torch.Tensor,
+    *,
+    sequence: torch.Tensor,
+    position: torch.Tensor,
+    held: torch.Tensor,
+    rank: int,
+    device: torch.device,
+) -> Packing:
     context, longest = len(held), int(pieces.max())
     key_cells = sequence * longest + position
     arguments = {"boundaries": starts.int(), "key_cells": key_cells, "query_cells": key_cells}

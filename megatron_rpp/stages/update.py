@@ -48,7 +48,13 @@ class UpdateStats:
     """One text per skipped update."""
 
 
-def _loss(model, buffer: RolloutBuffer, algorithm: AlgorithmConfig, temperature: float):
+def _loss(
+    model: torch.nn.ModuleList,
+    buffer: RolloutBuffer,
+    algorithm: AlgorithmConfig,
+    *,
+    temperature: float,
+) -> pipeline.LossFunction:
     """The loss function of a mini-batch for `pipeline.train`."""
     clip = (algorithm.clip_low, algorithm.clip_high)
     weights, counts = (
@@ -56,7 +62,9 @@ def _loss(model, buffer: RolloutBuffer, algorithm: AlgorithmConfig, temperature:
         for values in aggregation_weights(buffer.padded(buffer.mask), algorithm.aggregation)
     )
 
-    def loss(batch: MicroBatch, hidden: torch.Tensor):
+    def loss(
+        batch: MicroBatch, hidden: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         def column(values: torch.Tensor) -> torch.Tensor:
             """[1, n]: a response may be split over ranks, so each token counts for itself."""
             return values[batch.column].to(hidden.device)[None]
@@ -142,7 +150,7 @@ def update_policy(
     Raises:
         RunFailure: too many updates in a row were skipped (nonfinite.py).
     """
-    loss = _loss(policy.model, buffer, algorithm, rollout.temperature)
+    loss = _loss(policy.model, buffer, algorithm, temperature=rollout.temperature)
     for position in range(progress.done, train.epochs * train.minibatches):
         safe_point()
         heartbeat.enter("update")
