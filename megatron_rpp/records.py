@@ -7,8 +7,10 @@ ranks, n response tokens that this rank predicts.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:  # the inputs of a run use these records before torch is imported
+    import torch
 
 
 @dataclass(frozen=True)

@@ -9,35 +9,32 @@ micro-batches, evaluation, checkpoints, resume and stopping are those of `train.
 
 from __future__ import annotations
 
-import hashlib
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
-from megatron_rpp.config import Config, LoggingConfig, cli, count_replicas
+from megatron_rpp.config import Config, LoggingConfig
+from megatron_rpp.lifecycle import entrypoint, heartbeat
+from megatron_rpp.runtime import startup
 
 if __name__ == "__main__":
-    cli.parse(program="sft")  # answers --help and mistakes before torch is imported
+    STARTUP = entrypoint.run(startup.for_sft)  # --help and mistakes end here, before torch
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
 from megatron_rpp.data.chat import PromptFormat
-from megatron_rpp.data.loading import cache_dir, pass_key
-from megatron_rpp.data.prompts import Prompt, PromptFile
-from megatron_rpp.data.row_cache import Pass, cached
+from megatron_rpp.data.prompts import Prompt
 from megatron_rpp.data.supervised import sft_example
-from megatron_rpp.lifecycle import entrypoint, heartbeat
-from megatron_rpp.lifecycle.config_error import ConfigError
 from megatron_rpp.parallel import device as devices
 from megatron_rpp.parallel import groups
 from megatron_rpp.parallel.device import describe
 from megatron_rpp.records import Generation, MicroBatch, Request
 from megatron_rpp.reporting.console import Console
 from megatron_rpp.rollout.buffer import RolloutBuffer, from_generations
-from megatron_rpp.runtime import checkpointing, export
-from megatron_rpp.runtime.inputs import Inputs, check_writable, load_inputs, once_a_node
+from megatron_rpp.runtime import checkpointing
+from megatron_rpp.runtime.inputs import Inputs
 from megatron_rpp.runtime.policy import build_policy
 from megatron_rpp.runtime.run import Run, assemble
 from megatron_rpp.runtime.session import session, training
@@ -47,67 +44,12 @@ from megatron_rpp.stages.rollout import shard
 from megatron_rpp.stages.update import optimizer_step
 
 
-def main(argv: list[str] | None = None) -> None:
-    config, dry_run = cli.parse(argv, program="sft")
-    count_replicas(config.parallel, groups.launched_world_size())
-    check_writable("sft.dir", config.sft.dir)
-    export.check_export(config, config.sft.dir)
-    inputs = with_fitting_rows(config, load_inputs(config, train_is_scored=False))
+def main(argv: list[str] | None = None, *, start: startup.Startup | None = None) -> None:
+    start = start or startup.for_sft(argv)
+    config = start.config
     groups.start(**config.parallel.sizes(), seed=config.seed)
-    finetune(config, inputs, dry_run)
+    finetune(config, start.inputs, start.dry_run)
     groups.stop()
-
-
-def with_fitting_rows(config: Config, inputs: Inputs) -> Inputs:
-    """Checks all training rows; drops those too long with their labels, if data.overlong_prompts
-    says so.
-
-    The first start on a source reads all of it, on one rank of each node.
-
-    Raises ConfigError if a row has no label, or is too long and may not be dropped.
-    """
-    context, parts = config.model.max_length, []
-    drop = config.data.overlong_prompts == "drop"
-    for part in inputs.train.parts:
-
-        def find() -> Pass:
-            return Pass(_fitting_rows(part, inputs.form, context, drop), *part.digests)
-
-        used = hashlib.sha256(part.rows.tobytes()).hexdigest()
-        key = pass_key(config.data, part.examples.rows.identity, used, "lessons", context)
-        found = cached(cache_dir(config.data), key, find, once_a_node())
-        parts.append(replace(part, rows=found.rows))
-        if not len(parts[-1]):
-            raise ConfigError(
-                f"from {part.where(0)} on, no row fits model.max_length {context} with its label: "
-                "raise it"
-            )
-    train = inputs.train.with_parts(parts)
-    dropped = inputs.dropped + len(inputs.train) - len(train)
-    return replace(inputs, train=train, dropped=dropped)
-
-
-def _fitting_rows(prompts: PromptFile, form: PromptFormat, context: int, drop: bool) -> np.ndarray:
-    """The rows of `prompts` that fit the context with their labels."""
-    fits = np.ones(len(prompts), bool)
-    for index, prompt in enumerate(prompts):
-        if not prompt.example.label:
-            raise ConfigError(
-                f"{prompts.where(index)}: the row has no label, which is the response to learn: "
-                "add it, or set data.label_key to the field that holds it"
-            )
-        try:
-            learned = sft_example(prompt, form)
-        except ConfigError as error:
-            raise ConfigError(f"{prompts.where(index)}: {error}") from error
-        tokens = len(learned.prompt) + len(learned.response)
-        fits[index] = tokens <= context
-        if not fits[index] and not drop:
-            raise ConfigError(
-                f"{prompts.where(index)}: prompt and label have {tokens} tokens, model.max_length "
-                f"is {context}: raise it, remove the row, or set data.overlong_prompts to drop"
-            )
-    return prompts.rows[fits]
 
 
 def batch_of(prompts: list[Prompt], form: PromptFormat) -> RolloutBuffer:
@@ -188,7 +130,7 @@ def sft_step(run: Run) -> dict[str, float]:
         batch: MicroBatch, hidden: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         logprobs, _ = token_logprobs(policy.model, batch, hidden, temperature=1.0)
-        mask = buffer.mask[batch.column].to(logprobs.device)
+        mask = devices.upload(buffer.mask[batch.column], logprobs.device)
         total = -torch.where(mask, logprobs, 0.0).sum()
         count = mask.sum().int()
         return total, count, torch.stack([total.detach().double(), count.double()])
@@ -216,4 +158,4 @@ def _mean_loss(reports: list[torch.Tensor]) -> float:
 
 
 if __name__ == "__main__":
-    entrypoint.run(main)
+    entrypoint.run(partial(main, start=STARTUP))

@@ -14,12 +14,13 @@ from __future__ import annotations
 
 from functools import partial
 
-from megatron_rpp.config import AlgorithmConfig, Config, check_world_size, cli
+from megatron_rpp.config import AlgorithmConfig, Config
+from megatron_rpp.lifecycle import entrypoint
+from megatron_rpp.runtime import startup
 
 if __name__ == "__main__":
-    cli.parse(program="train")  # answers --help and mistakes before torch is imported
+    STARTUP = entrypoint.run(startup.for_training)  # --help and mistakes end here, before torch
 
-from megatron_rpp.lifecycle import entrypoint
 from megatron_rpp.model.build import parameter_count
 from megatron_rpp.parallel import groups
 from megatron_rpp.parallel.device import describe
@@ -28,9 +29,9 @@ from megatron_rpp.reporting.flops import step_flops
 from megatron_rpp.reporting.metrics import step_metrics
 from megatron_rpp.rewards import Scores
 from megatron_rpp.rollout.buffer import RolloutBuffer
-from megatron_rpp.runtime import checkpointing, export, preflight
+from megatron_rpp.runtime import checkpointing, preflight
 from megatron_rpp.runtime import run as runs
-from megatron_rpp.runtime.inputs import Inputs, check_writable, load_inputs
+from megatron_rpp.runtime.inputs import Inputs
 from megatron_rpp.runtime.run import Run, evaluate_held_out
 from megatron_rpp.runtime.session import session, training
 from megatron_rpp.runtime.step_progress import StepProgress
@@ -40,17 +41,13 @@ CONSOLE_METRICS = ("reward/mean", "kl/k1", "policy/entropy", "policy/clip_fracti
          "response/length_mean", "throughput/tokens_per_second", "time/step")  # fmt: skip
 
 
-def main(argv: list[str] | None = None) -> None:
-    config, dry_run = cli.parse(argv, program="train")
-    check_world_size(config, groups.launched_world_size())
-    check_writable("checkpoint.dir", config.checkpoint.dir)
-    check_writable("logging.dir", config.logging.dir)
-    export.check_export(config, config.checkpoint.dir)
-    inputs = load_inputs(config)
+def main(argv: list[str] | None = None, *, start: startup.Startup | None = None) -> None:
+    start = start or startup.for_training(argv)
+    config, inputs = start.config, start.inputs
     groups.start(**config.parallel.sizes(), seed=config.seed)
-    if dry_run:
+    if start.dry_run:
         preflight.run(config, inputs.vocab_size, Console(groups.is_main()))
-    train(config, inputs, dry_run)
+    train(config, inputs, start.dry_run)
     groups.stop()
 
 
@@ -199,4 +196,4 @@ def _log_end(run: Run) -> None:
 
 
 if __name__ == "__main__":
-    entrypoint.run(main)
+    entrypoint.run(partial(main, start=STARTUP))

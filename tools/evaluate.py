@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs without an 
 from megatron_rpp.config import cli, count_replicas
 from megatron_rpp.lifecycle import entrypoint
 from megatron_rpp.lifecycle.atomic_files import write_atomic
+from megatron_rpp.lifecycle.entrypoint import launched_world_size
 
 if TYPE_CHECKING:
     from megatron_rpp.stages.evaluation import Evaluation
@@ -44,14 +45,16 @@ def main(argv: list[str] | None = None) -> None:
     # torch is imported only now, so that --help and a mistake on the command line answer at once.
     from megatron_rpp.parallel import groups
     from megatron_rpp.rollout.engine import MegatronEngine
+    from megatron_rpp.runtime.initial_weights import check_initial_weights
     from megatron_rpp.runtime.inputs import check_writable, load_inputs
     from megatron_rpp.runtime.policy import build_start
     from megatron_rpp.stages.evaluation import evaluate
 
-    count_replicas(config.parallel, groups.launched_world_size())
+    count_replicas(config.parallel, launched_world_size())
     if options.output is not None:
         check_writable("the directory of --output", options.output.parent)
     inputs = load_inputs(config, train_is_scored=False)
+    check_initial_weights(config)
     groups.start(**config.parallel.sizes(), seed=config.seed)
     stage = build_start(config, inputs.vocab_size).requires_grad_(False)
     engine = MegatronEngine(stage, inputs.tokenizer, config.rollout.max_batch)

@@ -25,6 +25,7 @@ from megatron_rpp.data.json_lines import json_line
 from megatron_rpp.data.tokenizer import Tokenizer
 from megatron_rpp.lifecycle import entrypoint
 from megatron_rpp.lifecycle.config_error import reading
+from megatron_rpp.lifecycle.entrypoint import launched_world_size
 
 if TYPE_CHECKING:
     from megatron_rpp.records import Generation, Sampling
@@ -46,21 +47,21 @@ def main(argv: list[str] | None = None) -> None:
     config = cli.parse(words).config
     # torch is imported only now, so that --help and a mistake on the command line answer at once.
     from megatron_rpp.parallel import groups
+    from megatron_rpp.runtime.initial_weights import check_initial_weights
     from megatron_rpp.runtime.inputs import (
-        check_start,
         model_vocabulary,
         open_tokenizer,
         response_format,
         samplings,
     )
 
-    count_replicas(config.parallel, groups.launched_world_size())
+    count_replicas(config.parallel, launched_world_size())
     if options.file and not options.file.is_file():
         parser.error(f"--file {options.file} is not a file")
     prompts = options.prompt + (lines_of(options.file) if options.file else [])
     if not prompts:
         parser.error("no prompt: give --prompt TEXT or --file FILE")
-    check_start(config)
+    check_initial_weights(config)
     tokenizer, form = open_tokenizer(config.data)
     limit = config.model.max_length - config.rollout.max_new_tokens
     vocab_size = model_vocabulary(config, tokenizer)

@@ -10,28 +10,25 @@ run too.
 
 from __future__ import annotations
 
-from megatron_rpp.config import check_world_size, cli
-
-if __name__ == "__main__":
-    cli.parse()  # answers --help and mistakes before torch is imported
+from functools import partial
 
 from megatron_rpp.lifecycle import entrypoint
+from megatron_rpp.runtime import startup
+
+if __name__ == "__main__":
+    STARTUP = entrypoint.run(startup.for_training)  # --help and mistakes end here, before torch
+
 from megatron_rpp.parallel import groups
 from megatron_rpp.reporting.console import Console
 from megatron_rpp.runtime import preflight
-from megatron_rpp.runtime.inputs import check_writable, load_inputs
 
 
-def main() -> None:
-    config = cli.parse().config
-    check_world_size(config, groups.launched_world_size())
-    check_writable("checkpoint.dir", config.checkpoint.dir)
-    check_writable("logging.dir", config.logging.dir)
-    vocab_size = load_inputs(config).vocab_size
+def main(start: startup.Startup) -> None:
+    config = start.config
     groups.start(**config.parallel.sizes(), seed=config.seed)
-    preflight.run(config, vocab_size, Console(groups.is_main()))
+    preflight.run(config, start.inputs.vocab_size, Console(groups.is_main()))
     groups.stop()
 
 
 if __name__ == "__main__":
-    entrypoint.run(main)
+    entrypoint.run(partial(main, STARTUP))

@@ -32,6 +32,11 @@ def json_line(value: Any) -> str:
     return _LINE_ENDS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
+def not_a_file(name: str) -> str:
+    """The message for a data set that is not there."""
+    return f"data set {name} is not a file: correct the path, or make the file first"
+
+
 class JsonLines:
     """The objects of a file, one per line."""
 
@@ -46,9 +51,7 @@ class JsonLines:
         """
         self._name = str(path.absolute()) if name is None else name
         if not path.is_file():
-            raise ConfigError(
-                f"data set {self._name} is not a file: correct the path, or make the file first"
-            )
+            raise ConfigError(not_a_file(self._name))
         with reading(f"data set {self._name}", "correct the file or its permissions"):
             self._file = os.open(path, os.O_RDONLY)
             self._ends = self._find_ends()

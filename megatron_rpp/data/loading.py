@@ -13,6 +13,7 @@ from megatron_rpp.data.chat import PromptFormat
 from megatron_rpp.data.examples import Example, open_examples
 from megatron_rpp.data.prompts import PromptFile, PromptSet, fitting_rows, split_held_out
 from megatron_rpp.data.row_cache import Pass, cached, stamp
+from megatron_rpp.data.sources import check_present
 from megatron_rpp.lifecycle.config_error import ConfigError
 
 ProgressBar = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
@@ -93,6 +94,15 @@ def open_data(
     if held_out is None:
         train, held_out = split_held_out(train, data.eval_split, seed)
     return Data(PromptSet(train, data.weights), PromptSet(held_out), dropped)
+
+
+def check_sources(data: DataConfig) -> None:
+    """Raises ConfigError if a data set is not named or not there; reads none of them."""
+    named = list(given("data.train", data.sources))
+    if data.eval or not data.eval_split:
+        named.append(given("data.eval", data.eval))
+    for source in named:
+        check_present(source)
 
 
 def given(setting: str, value: Names | None) -> Names:

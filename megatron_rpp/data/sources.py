@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron_rpp.data import tables
-from megatron_rpp.data.json_lines import JsonLines
+from megatron_rpp.data.json_lines import JsonLines, not_a_file
 from megatron_rpp.data.rows import ChainedRows, Rows
 from megatron_rpp.lifecycle.config_error import ConfigError, reading
 from megatron_rpp.lifecycle.extras import require_extra
@@ -50,6 +50,14 @@ def open_rows(
     if path.suffix.lower() in tables.FORMATS and path.is_file():
         return _opened(name, lambda folder: _table(path, name, folder), cache_dir, log)
     return JsonLines(path)
+
+
+def check_present(source: str) -> None:
+    """Raises ConfigError if a data set on this machine is neither a file nor a directory."""
+    with reading(f"data set {source[:200]!r}", "correct the path"):
+        path, _ = _place(source)
+    if not source.startswith(HUB) and not path.exists():
+        raise ConfigError(not_a_file(str(path.absolute())))
 
 
 def _place(source: str) -> tuple[Path, str]:

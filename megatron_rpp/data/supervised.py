@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from megatron_rpp.data.chat import PromptFormat
-from megatron_rpp.data.prompts import Prompt
+from megatron_rpp.data.prompts import Prompt, PromptFile
 from megatron_rpp.lifecycle.config_error import ConfigError
 
 
@@ -39,6 +41,39 @@ def sft_example(prompt: Prompt, form: PromptFormat) -> SftExample:
     start = learned.index(True) if any(learned) else len(tokens)
     marks = learned[start:] + [True] * len(last)
     return SftExample(tuple(tokens[:start]), tokens[start:] + last, marks)
+
+
+def fitting_sft_rows(
+    prompts: PromptFile, form: PromptFormat, context: int, *, drop: bool
+) -> np.ndarray:
+    """The rows of `prompts` that fit the context with their labels. Every row is checked.
+
+    Args:
+        context: most tokens of prompt and label together.
+        drop: leave longer rows out instead of raising an error.
+
+    Raises:
+        ConfigError: a row has no label, or is too long and may not be dropped.
+    """
+    fits = np.ones(len(prompts), bool)
+    for index, prompt in enumerate(prompts):
+        if not prompt.example.label:
+            raise ConfigError(
+                f"{prompts.where(index)}: the row has no label, which is the response to learn: "
+                "add it, or set data.label_key to the field that holds it"
+            )
+        try:
+            learned = sft_example(prompt, form)
+        except ConfigError as error:
+            raise ConfigError(f"{prompts.where(index)}: {error}") from error
+        tokens = len(learned.prompt) + len(learned.response)
+        fits[index] = tokens <= context
+        if not fits[index] and not drop:
+            raise ConfigError(
+                f"{prompts.where(index)}: prompt and label have {tokens} tokens, model.max_length "
+                f"is {context}: raise it, remove the row, or set data.overlong_prompts to drop"
+            )
+    return prompts.rows[fits]
 
 
 def _earlier_turns(prompt: Prompt, form: PromptFormat) -> tuple[list[int], list[bool]]:

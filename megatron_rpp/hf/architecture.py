@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from megatron_rpp.hf.families import FAMILIES
 from megatron_rpp.hf.json_object import JsonObject, is_file, shown
 from megatron_rpp.hf.rope import read_rope, rope_json
@@ -23,6 +21,11 @@ from megatron_rpp.lifecycle.config_error import ConfigError
 CONFIG = "config.json"
 ADAPTER = "adapter_config.json"
 _MOST_LAYERS = 10_000
+_DTYPES = frozenset({
+    "float64", "double", "float32", "float", "float16", "half", "bfloat16",
+    "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu",
+})  # fmt: skip
+"""The floating-point types of torch."""
 _NORM_EPS = 1e-6  # The default of every configuration class in FAMILIES.
 # Keys that must be absent or have one of these values.
 _ONLY: dict[str, tuple[Any, ...]] = {
@@ -149,8 +152,10 @@ def _dtype(config: JsonObject) -> str | None:
     for key in ("dtype", "torch_dtype"):
         value = config.get(key)
         if value is not None:
-            if type(value) is not str or not isinstance(vars(torch).get(value), torch.dtype):
-                problem = f"must be a type of torch such as 'bfloat16', got {shown(value)}"
+            if type(value) is not str or value not in _DTYPES:
+                problem = (
+                    f"must be a floating-point type of torch such as 'bfloat16', got {shown(value)}"
+                )
                 config.refuse(key, problem)
             return value
     return None

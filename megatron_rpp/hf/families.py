@@ -23,9 +23,10 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 from megatron_rpp.lifecycle.config_error import ConfigError
 
@@ -75,6 +76,8 @@ class Row:
 
     def merge(self, parts: list[torch.Tensor], head_dim: int) -> torch.Tensor:
         """Megatron's tensor, made from `parts`: the tensors of `hf`, or one rank's part of each."""
+        import torch  # imported here: the tables are read before any tensor
+
         if self.kind == "COPY":
             return parts[0]
         if self.kind == "GATE_UP":

@@ -1,7 +1,7 @@
-"""How a program of this package ends: what it raised becomes a message and an exit code.
+"""Entry point of the programs: turns what they raise into a message and an exit code.
 
-Both are the same on every rank (exit_codes.py lists the codes). torch is not imported here, so that
-`--help` and a mistake on the command line are answered at once.
+Both are the same on every rank (exit_codes.py lists the codes). torch is not imported here, so
+`--help` and command-line mistakes are answered at once.
 """
 
 from __future__ import annotations
@@ -11,9 +11,17 @@ import socket
 import sys
 import traceback
 from collections.abc import Callable
+from typing import NoReturn, TypeVar
 
 from megatron_rpp.lifecycle.config_error import ConfigError
 from megatron_rpp.lifecycle.exit_codes import FAILED, PREEMPTED, REFUSED, RunFailure
+
+Result = TypeVar("Result")
+
+
+def launched_world_size() -> int:
+    """The number of processes that torchrun started; 1 without torchrun."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _print_once(text: str) -> None:
@@ -24,7 +32,7 @@ def _print_once(text: str) -> None:
         print(f"{where}{text}", file=sys.stderr, flush=True)
 
 
-def _leave(code: int) -> None:
+def _leave(code: int) -> NoReturn:
     """Ends this process at once: an orderly exit would wait for ranks that wait for this one."""
     sys.stdout.flush()
     sys.stderr.flush()
@@ -35,17 +43,17 @@ def _leave(code: int) -> None:
 
 
 def _is_failure(error: BaseException) -> bool:
-    """Whether an error is the program's: torch's CheckpointException is no Exception."""
+    """Whether the program failed. torch's CheckpointException is not an Exception."""
     api = sys.modules.get("torch.distributed.checkpoint.api")
     return isinstance(error, Exception) or (
         api is not None and isinstance(error, api.CheckpointException)
     )
 
 
-def run(main: Callable[[], None]) -> None:
+def run(main: Callable[[], Result]) -> Result:
     """Runs `main` and turns what it raises into a message and an exit code."""
     try:
-        main()
+        return main()
     except BaseException as error:
         if not _is_failure(error):
             raise

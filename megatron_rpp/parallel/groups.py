@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_rpp.lifecycle import heartbeat
+from megatron_rpp.lifecycle.entrypoint import launched_world_size
 from megatron_rpp.lifecycle.exit_codes import RunFailure
 from megatron_rpp.parallel import device as devices
 
@@ -27,11 +28,6 @@ from megatron.core import parallel_state, tensor_parallel
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 WAIT_SECONDS = 2.0
-
-
-def launched_world_size() -> int:
-    """The number of processes that torchrun started; 1 without torchrun."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 _replica: dist.ProcessGroup | None = None  # Megatron has no group of tensor × pipeline × context

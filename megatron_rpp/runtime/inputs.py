@@ -1,10 +1,11 @@
-"""Opens and checks everything that a run reads, before any expensive work.
+"""Opens and checks the data, tokenizer and rewards of a run, before torch is imported.
 
 Every rank reads the same files and finds the same mistakes, before any rank waits for another.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sys
@@ -15,15 +16,22 @@ from functools import cache, partial
 from itertools import chain
 from pathlib import Path
 
-from megatron_rpp.checkpoint import store
 from megatron_rpp.config import Config, DataConfig, RewardConfig, RolloutConfig
-from megatron_rpp.conversion.dist_checkpoint import Checkpoint
 from megatron_rpp.data.chat import PromptFormat
-from megatron_rpp.data.loading import ANY_ROW, RowCheck, given, open_data
+from megatron_rpp.data.loading import (
+    ANY_ROW,
+    RowCheck,
+    cache_dir,
+    check_sources,
+    given,
+    open_data,
+    pass_key,
+)
 from megatron_rpp.data.prompts import Prompt, PromptSet
 from megatron_rpp.data.response import ResponseFormat
+from megatron_rpp.data.row_cache import Pass, cached
+from megatron_rpp.data.supervised import fitting_sft_rows
 from megatron_rpp.data.tokenizer import Tokenizer, load_tokenizer
-from megatron_rpp.hf.source import check_source
 from megatron_rpp.lifecycle.config_error import ConfigError
 from megatron_rpp.records import Sampling
 from megatron_rpp.reporting.console import Console
@@ -75,18 +83,6 @@ def check_writable(setting: str, directory: str) -> None:
         ) from error
 
 
-def check_start(config: Config) -> None:
-    """Raises ConfigError if the initial weights cannot be read, before any model is built."""
-    model, saved = config.model, config.checkpoint
-    if model.hf_path is not None:
-        for note in check_source(model.hf_path).notes:
-            once_a_node()(note)
-    started = (Path(saved.dir) / store.POINTER).exists()
-    for path in (model.init_path, None if started else saved.load):
-        if path is not None:
-            Checkpoint(store.current(path)).common()
-
-
 def load_inputs(config: Config, train_is_scored: bool = True) -> Inputs:
     """Opens tokenizer, data sets and rewards.
 
@@ -97,11 +93,11 @@ def load_inputs(config: Config, train_is_scored: bool = True) -> Inputs:
             that leaves no room for the response, a tokenizer larger than the model's vocabulary,
             a reward that cannot be imported.
     """
-    check_start(config)
+    check_sources(config.data)  # a Hugging Face tokenizer takes seconds to load
+    rewards = open_rewards(config.reward)
     tokenizer, form = open_tokenizer(config.data)
     vocab_size = model_vocabulary(config, tokenizer)
     limit = config.model.max_length - config.rollout.max_new_tokens
-    rewards = open_rewards(config.reward)
     scorable = RowCheck(
         json.dumps([config.reward.functions, config.reward.options], sort_keys=True, default=str),
         lambda example: rewards.row_problem(example.label, example.metadata),
@@ -126,6 +122,35 @@ def load_inputs(config: Config, train_is_scored: bool = True) -> Inputs:
         greedy=greedy,
         dropped=data.dropped,
     )
+
+
+def with_fitting_rows(config: Config, inputs: Inputs) -> Inputs:
+    """Checks all training rows; drops those too long with their labels, if data.overlong_prompts
+    says so.
+
+    The first start on a source reads all of it, on one rank of each node.
+
+    Raises ConfigError if a row has no label, or is too long and may not be dropped.
+    """
+    context, parts = config.model.max_length, []
+    drop = config.data.overlong_prompts == "drop"
+    for part in inputs.train.parts:
+
+        def find() -> Pass:
+            return Pass(fitting_sft_rows(part, inputs.form, context, drop=drop), *part.digests)
+
+        used = hashlib.sha256(part.rows.tobytes()).hexdigest()
+        key = pass_key(config.data, part.examples.rows.identity, used, "lessons", context)
+        found = cached(cache_dir(config.data), key, find, once_a_node())
+        parts.append(replace(part, rows=found.rows))
+        if not len(parts[-1]):
+            raise ConfigError(
+                f"from {part.where(0)} on, no row fits model.max_length {context} with its label: "
+                "raise it"
+            )
+    train = inputs.train.with_parts(parts)
+    dropped = inputs.dropped + len(inputs.train) - len(train)
+    return replace(inputs, train=train, dropped=dropped)
 
 
 def model_vocabulary(config: Config, tokenizer: Tokenizer) -> int:

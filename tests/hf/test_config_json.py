@@ -227,8 +227,8 @@ OTHERS = [
     ("llama", {"architectures": "LlamaForCausalLM"}, "architectures must be a list of names"),
     ("llama", {"architectures": {"a": 1}}, "architectures must be a list of names"),
     ("llama", {"architectures": ["LlamaForSequenceClassification"]}, "no table for the arch"),
-    ("llama", {"dtype": "banana"}, "dtype must be a type of torch .* got \"banana\""),
-    ("llama", {"torch_dtype": {}}, "torch_dtype must be a type of torch"),
+    ("llama", {"dtype": "banana"}, "dtype must be a floating-point type of torch .* got \"banana\""),
+    ("llama", {"torch_dtype": {}}, "torch_dtype must be a floating-point type of torch"),
 ]  # fmt: skip
 
 

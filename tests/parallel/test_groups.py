@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_rpp.lifecycle.entrypoint import launched_world_size
 from megatron_rpp.lifecycle.exit_codes import RunFailure
 from megatron_rpp.parallel import groups
 from tests.distributed import run_ranks
@@ -196,7 +197,7 @@ def test_a_world_of_one_needs_no_launcher(monkeypatch):
     for _ in range(2):  # and it can be left and joined again
         groups.start(1, 1, 0)
         try:
-            assert groups.launched_world_size() == 1
+            assert launched_world_size() == 1
             assert groups.data_size() == 1 and groups.is_replica_leader() and groups.is_main()
             assert groups.is_first_stage() and groups.is_last_stage()
             assert groups.broadcast_object("a") == "a"

@@ -1,4 +1,4 @@
-"""What the warm start makes of the rows of its data before any work: refused, dropped, kept."""
+"""The warm start checks the rows of its data before any work: it refuses or drops bad ones."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from megatron_rpp import sft, train
-from megatron_rpp.runtime.inputs import load_inputs
+from megatron_rpp.data import supervised
+from megatron_rpp.runtime.inputs import load_inputs, with_fitting_rows
 from tests.runs.test_sft import SETTINGS, log
 from tests.small_run import arguments, config_of, make_data
 from tests.whole_runs import rows, run_program
@@ -33,19 +34,19 @@ BAD_LABELS = {
 
 
 @pytest.mark.parametrize("kind", BAD_LABELS)
-def test_a_row_that_cannot_be_learned_is_refused(base, tmp_path, kind):
+def test_a_row_without_a_usable_label_is_an_error(base, tmp_path, kind):
     row, message = BAD_LABELS[kind]
     good = rows(base / "train.jsonl")[0]
     path = tmp_path / "train.jsonl"
     path.write_text("".join(json.dumps(content) + "\n" for content in (good, row)))
-    with pytest.raises(ValueError, match=message) as refused:
+    with pytest.raises(ValueError, match=message) as raised:
         run_program(sft.main, arguments(base, tmp_path, **SETTINGS, data__train=path))
-    assert str(path) in str(refused.value)
+    assert str(path) in str(raised.value)
     assert not (tmp_path / "sft/metrics.jsonl").exists()
 
 
-def test_a_row_too_long_with_its_label_is_dropped_where_that_is_asked_for(base, tmp_path, capsys):
-    """Its prompt alone fits. The run is that on the file without it."""
+def test_a_row_too_long_with_its_label_is_dropped_if_configured(base, tmp_path, capsys):
+    """Its prompt alone fits. The run equals the run on a file without the row."""
     good = rows(base / "train.jsonl")[:20]
     kept, more = (tmp_path / name for name in ("kept.jsonl", "more.jsonl"))
     kept.write_text("".join(json.dumps(row) + "\n" for row in good))
@@ -69,20 +70,21 @@ def test_a_row_too_long_with_its_label_is_dropped_where_that_is_asked_for(base, 
 
 
 def test_labels_are_checked_once(base, monkeypatch):
-    """Every rank and every start asks; what the first found is kept for the same files."""
+    """Later ranks and starts on the same files read the result from the row cache."""
     config = config_of(base, base / "two", **SETTINGS, data__cache_dir=base / "cache")
     inputs = load_inputs(config)
-    sft.with_fitting_rows(config, inputs)
-    monkeypatch.setattr(sft, "sft_example", None)  # nobody may call it
-    sft.with_fitting_rows(config, inputs)
+    with_fitting_rows(config, inputs)
+    monkeypatch.setattr(supervised, "sft_example", None)  # nobody may call it
+    with_fitting_rows(config, inputs)
     longer = config_of(base, base / "two", **SETTINGS, data__cache_dir=base / "cache",
                        model__max_length=64)  # fmt: skip
     with pytest.raises(TypeError):
-        sft.with_fitting_rows(longer, inputs)
+        with_fitting_rows(longer, inputs)
 
 
-def test_rollouts_that_do_not_divide_are_no_concern(base, tmp_path, monkeypatch):
-    """Of three replicas; what comes next is refused, before the ranks would meet."""
+def test_the_warm_start_ignores_the_divisibility_of_rollouts(base, tmp_path, monkeypatch):
+    """Three replicas do not divide the prompts of a step. The warm start ignores that and reports
+    the missing label; training reports the divisibility before the ranks join."""
     monkeypatch.setenv("WORLD_SIZE", "3")
     path = tmp_path / "train.jsonl"
     path.write_text(json.dumps({"prompt": "1 + 1 ="}) + "\n")

@@ -10,6 +10,7 @@ import torch
 from megatron_rpp.config import check_world_size, cli
 from megatron_rpp.data.chat import PromptFormat
 from megatron_rpp.data.prompts import Example, Prompt, PromptSet
+from megatron_rpp.lifecycle.entrypoint import launched_world_size
 from megatron_rpp.parallel import groups
 from megatron_rpp.reporting.console import Console
 from megatron_rpp.runtime.inputs import Inputs, open_rewards, response_format, samplings
@@ -52,7 +53,7 @@ def reference_run(settings: list[str]) -> Run:
     """One rank's run of the reference work, changed by `settings`. Starts the process groups."""
     work = [f"--{name}={value}" for name, value in SETTINGS.items()]
     config = cli.parse([*work, *settings]).config
-    check_world_size(config, groups.launched_world_size())
+    check_world_size(config, launched_world_size())
     generator = torch.Generator().manual_seed(0)
     rows = torch.randint(VOCABULARY - 1, (1024, PROMPT_TOKENS), generator=generator).tolist()
     prompts = [Prompt(Example("benchmark"), tuple(row)) for row in rows]

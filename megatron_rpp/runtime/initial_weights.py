@@ -1,0 +1,23 @@
+"""Checks the weights that a run starts from, before any model is built."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron_rpp.checkpoint import store
+from megatron_rpp.config import Config
+from megatron_rpp.conversion.dist_checkpoint import Checkpoint
+from megatron_rpp.hf.source import check_source
+from megatron_rpp.runtime.inputs import once_a_node
+
+
+def check_initial_weights(config: Config) -> None:
+    """Raises ConfigError if the initial weights cannot be read."""
+    model, saved = config.model, config.checkpoint
+    if model.hf_path is not None:
+        for note in check_source(model.hf_path).notes:
+            once_a_node()(note)
+    started = (Path(saved.dir) / store.POINTER).exists()
+    for path in (model.init_path, None if started else saved.load):
+        if path is not None:
+            Checkpoint(store.current(path)).common()

@@ -1,0 +1,63 @@
+"""What the programs read and check before they import torch, so that mistakes are answered at once.
+
+A model in a Hugging Face directory or a checkpoint, and an export, need torch to be checked; they
+come last.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_rpp.config import Config, check_world_size, cli, count_replicas
+from megatron_rpp.lifecycle.entrypoint import launched_world_size
+from megatron_rpp.runtime.inputs import Inputs, check_writable, load_inputs, with_fitting_rows
+
+
+@dataclass(frozen=True)
+class Startup:
+    """What a program starts from."""
+
+    config: Config
+    inputs: Inputs
+    dry_run: bool
+    """Build everything and run no step."""
+
+
+def for_training(argv: list[str] | None = None) -> Startup:
+    """The settings and inputs of train.py. Raises ConfigError for a mistake of the user's.
+
+    argv: the command line; None = that of this process.
+    """
+    config, dry_run = cli.parse(argv, program="train")
+    check_world_size(config, launched_world_size())
+    check_writable("checkpoint.dir", config.checkpoint.dir)
+    check_writable("logging.dir", config.logging.dir)
+    inputs = load_inputs(config)
+    _check_models(config, config.checkpoint.dir)
+    return Startup(config, inputs, dry_run)
+
+
+def for_sft(argv: list[str] | None = None) -> Startup:
+    """The settings and inputs of sft.py. Raises ConfigError for a mistake of the user's.
+
+    argv: the command line; None = that of this process.
+    """
+    config, dry_run = cli.parse(argv, program="sft")
+    count_replicas(config.parallel, launched_world_size())
+    check_writable("sft.dir", config.sft.dir)
+    inputs = with_fitting_rows(config, load_inputs(config, train_is_scored=False))
+    _check_models(config, config.sft.dir)
+    return Startup(config, inputs, dry_run)
+
+
+def _check_models(config: Config, checkpoints: str) -> None:
+    """Raises ConfigError if the initial weights cannot be read or the export cannot be written."""
+    model = config.model
+    if model.hf_path or model.init_path or config.checkpoint.load:
+        from megatron_rpp.runtime.initial_weights import check_initial_weights  # loads torch
+
+        check_initial_weights(config)
+    if config.checkpoint.export_hf is not None:
+        from megatron_rpp.runtime.export import check_export  # loads torch
+
+        check_export(config, checkpoints)
