@@ -15,7 +15,7 @@ hypothesis.settings.load_profile("no deadline")
 
 # From the longest on, minutes to half a minute: what starts last would end alone.
 LONGEST = (
-    "test_slurm", "test_layouts", "test_torchrun", "test_hf_weights", "test_refusals",
+    "test_slurm", "test_layouts", "test_torchrun", "test_hf_weights", "test_config_errors",
     "test_resume", "test_preemption", "test_sft", "test_verify_conversion", "test_chaos",
     "test_convert", "test_watchdog", "test_reward_stage", "test_hf_run", "test_preflight",
 )  # fmt: skip

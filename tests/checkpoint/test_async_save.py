@@ -1,4 +1,4 @@
-"""Checkpoints that are written while the run goes on (checkpoint.async_save)."""
+"""Checkpoints that are written while the run continues (checkpoint.async_save)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ASYNC = SETTINGS | {"checkpoint__async_save": "true"}
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
-    """The folder of the data and of run "whole", each of whose saves waits."""
+    """The folder of the data and of run "whole", which saves synchronously."""
     return with_whole_run(tmp_path_factory.mktemp("async"), **SETTINGS)
 
 
@@ -40,14 +40,14 @@ def entered():
     heartbeat.current.listeners.remove(names.append)
 
 
-def in_the_writer(monkeypatch, act) -> None:
-    """Lets every process that writes in the background do `act` before it begins to write."""
+def in_the_writer(monkeypatch, action) -> None:
+    """Makes every background writer call `action` before it writes."""
     trainer, real = os.getpid(), writer._write_own
 
     def write_own(write, *arguments):
         def after_act(*inner):
             if os.getpid() != trainer:
-                act()
+                action()
             write(*inner)
 
         real(after_act, *arguments)
@@ -56,47 +56,48 @@ def in_the_writer(monkeypatch, act) -> None:
 
 
 def tensors(run: Path, step: int) -> dict:
-    """What the manifest says of the files that hold weights and moments."""
+    """The manifest's entries of the files that hold weights and moments."""
     files = manifest.read_manifest(run / f"checkpoints/iter_{step:07d}")["files"]
     return {name: entry for name, entry in files.items() if name.endswith(".distcp")}
 
 
-def test_the_run_goes_on_meanwhile_and_the_checkpoint_is_of_its_step(base, monkeypatch, entered):
-    """Each of them is written while the next step changes weights and moments."""
+def test_the_run_continues_and_the_checkpoint_is_of_its_step(base, monkeypatch, entered):
+    """Each checkpoint is written while the next step changes weights and moments."""
     in_the_writer(monkeypatch, lambda: time.sleep(0.5))
     config = train_run(base, base / "meanwhile", **ASYNC)
     same_bits(base / "meanwhile", base / "whole", config, 3)
     for step in (1, 2, 3):
         assert tensors(base / "meanwhile", step) == tensors(base / "whole", step) != {}
-    begun = entered.index("save: write")
-    assert entered[begun + 1 : begun + 3] == ["rollout", "reward"]  # of the next step
-    assert entered.count("save: rename") == 3 and entered.index("save: seal") > begun + 2
+    start = entered.index("save: write")
+    assert entered[start + 1 : start + 3] == ["rollout", "reward"]  # of the next step
+    assert entered.count("save: rename") == 3 and entered.index("save: seal") > start + 2
 
 
-def test_the_stop_of_a_run_waits_for_the_writing(base, monkeypatch):
-    """Told to stop after the first step: what was begun then is in force, and the run goes on."""
+def test_a_stop_waits_for_the_writer(base, monkeypatch):
+    """The run is asked to stop during the first save. That save becomes current, and the run
+    resumes from it."""
     in_the_writer(monkeypatch, lambda: time.sleep(0.5))
 
-    def tell(name: str) -> None:
+    def stop(name: str) -> None:
         if name == "save: write":
             os.kill(os.getpid(), signal.SIGTERM)
 
-    heartbeat.current.listeners.append(tell)
+    heartbeat.current.listeners.append(stop)
     with pytest.raises(Preempted, match="saved after step 1"):
         train_run(base, base / "stopped", **ASYNC)
-    heartbeat.current.listeners.remove(tell)
+    heartbeat.current.listeners.remove(stop)
     names = sorted(path.name for path in (base / "stopped/checkpoints").iterdir())
     assert names == ["iter_0000001", POINTER]
     config = train_run(base, base / "stopped", **ASYNC)
     same_bits(base / "stopped", base / "whole", config, 3)
 
 
-def test_a_writer_that_is_killed_ends_the_run_and_harms_nothing(base, monkeypatch):
-    def act() -> None:
+def test_a_killed_writer_ends_the_run_and_harms_nothing(base, monkeypatch):
+    def action() -> None:
         if (base / "killed/checkpoints/iter_0000001").exists():
             os.kill(os.getpid(), signal.SIGKILL)
 
-    in_the_writer(monkeypatch, act)
+    in_the_writer(monkeypatch, action)
     with pytest.raises(SaveFailed, match="step 2 could not be .* process that writes was killed"):
         train_run(base, base / "killed", **ASYNC)
     names = sorted(path.name for path in (base / "killed/checkpoints").iterdir())
@@ -115,20 +116,20 @@ def test_a_full_disk(base, tmp_path):
 
 
 def train_with_a_slow_writer(base: Path, folder: Path) -> None:
-    """In a process of its own; the writer tells its number in the file folder/writer."""
+    """Trains in a separate process; the writer puts its process id into the file folder/writer."""
     part = folder / "writer.part"
 
-    def act() -> None:
+    def action() -> None:
         part.write_text(str(os.getpid()))
         part.rename(folder / "writer")
         time.sleep(60)
 
-    in_the_writer(pytest.MonkeyPatch(), act)
+    in_the_writer(pytest.MonkeyPatch(), action)
     train_run(base, folder / "run", **ASYNC)
 
 
 def test_the_writer_dies_with_its_run_and_holds_no_lock(base, tmp_path):
-    """A kill in the middle of the writing: the next run need not wait for the process left over."""
+    """The run is killed during a write. The next run does not wait for the orphaned writer."""
     multiprocessing.set_forkserver_preload(PRELOADED)
     forkserver = multiprocessing.get_context("forkserver")
     run = forkserver.Process(target=train_with_a_slow_writer, args=(base, tmp_path))
@@ -138,20 +139,20 @@ def test_the_writer_dies_with_its_run_and_holds_no_lock(base, tmp_path):
         time.sleep(0.01)
     run.kill()
     run.join()
-    begun = time.monotonic()
+    start = time.monotonic()
     with (
         layout(config_of(base, tmp_path / "run")),
         one_writer([tmp_path / "run/checkpoints"], print),
     ):
-        assert time.monotonic() - begun < 2
+        assert time.monotonic() - start < 2
     writer = int((tmp_path / "writer").read_text())
     while not ended(writer):
-        assert time.monotonic() - begun < 10, f"process {writer} outlives its run"
+        assert time.monotonic() - start < 10, f"process {writer} outlives its run"
         time.sleep(0.01)
 
 
 def ended(process: int) -> bool:
-    """Whether it is gone, or only waits for a parent to hear of it."""
+    """Whether the process is gone or a zombie."""
     try:
         return " Z " in Path(f"/proc/{process}/stat").read_text()
     except FileNotFoundError:

@@ -1,6 +1,6 @@
-"""Which checkpoints are kept, and which are refused since they are of another model.
+"""Which checkpoints stay, and which are errors because they are of another model.
 
-Damaged ones: test_checkpoint_store.py.
+Damaged checkpoints are in test_checkpoint_store.py.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def test_only_the_newest_are_kept(base, keep):
 
 
 def test_the_best_is_kept_beside_the_newest(base):
-    """Accuracies 0.25 (step 1), 0 and 0 of sixteen held-out prompts by a reward of our own."""
+    """The reward `falling` gives accuracies 0.25 (step 1), 0 and 0 on sixteen held-out prompts."""
     run = base / "best"
     settings = {
         "train__steps": 3, "checkpoint__keep": 1, "checkpoint__keep_best": "true",
@@ -60,7 +60,7 @@ _falling_calls: list[int] = []
 
 
 def falling(prompts, responses, labels, metadata) -> list[float]:
-    """Right on a quarter of the evaluation after step 1, wrong on all others."""
+    """Gives 1 to a quarter of the evaluation after step 1 and 0 to all others."""
     _falling_calls.append(len(prompts))
     evaluations = _falling_calls.count(16)
     right = len(prompts) == 16 and evaluations == 2
@@ -82,7 +82,7 @@ def test_a_save_that_was_killed_is_written_again(base):
 
 
 def test_another_save_of_the_same_process_stands_alone(base, tmp_path):
-    """Megatron hands the results of a save, as of those of `base`, over in a global variable."""
+    """Megatron keeps the results of a save in a global variable, here those of `base`'s saves."""
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
@@ -99,17 +99,17 @@ def test_another_save_of_the_same_process_stands_alone(base, tmp_path):
     assert found["other"].tolist() == [0, 1, 2, 3, 4]
 
 
-def test_load_from_a_directory_without_checkpoint_is_refused(base, tmp_path):
+def test_load_from_a_directory_without_checkpoint_is_an_error(base, tmp_path):
     with pytest.raises(ValueError, match=f"no checkpoint at {tmp_path}.*directory of an earlier"):
         train_run(base, tmp_path / "run", checkpoint__load=tmp_path)
 
 
-# Of another model: its settings, and what the message names.
+# Settings of another model, and the setting that the message names.
 OTHER_MODELS = {
     "hidden": ({"model__hidden": 48}, r"linear_qkv.*\[4, 32\] there, \[4, 48\] here"),
     "layers": ({"model__layers": 2}, r"decoder\.layers.*\[4, 32\] there, \[2, 32\] here"),
     "ffn_hidden": ({"model__ffn_hidden": 32}, r"linear_fc.*there"),
-    # Tensors of the same shapes, but another function of them.
+    # The tensors have the same shapes, but the model computes another function.
     "heads": ({"model__heads": 8, "model__kv_heads": 4}, "heads is 4 there, 8 here"),
     "vocab_size": ({"model__vocab_size": 300}, "vocab_size is 41 there, 300 here"),
     "rope_theta": ({"model__rope_theta": 500}, "rope_theta is 10000.0 there, 500.0 here"),
@@ -119,14 +119,14 @@ SOURCES = [("checkpoint__load", other) for other in OTHER_MODELS] + [("model__in
 
 
 @pytest.mark.parametrize(("setting", "other"), SOURCES)
-def test_a_checkpoint_of_another_model_is_refused(base, tmp_path, setting, other):
+def test_a_checkpoint_of_another_model_is_an_error(base, tmp_path, setting, other):
     settings, message = OTHER_MODELS[other]
     source = {setting: base / "whole/checkpoints"}
     with pytest.raises(ValueError, match=f"does not fit the model.*{message}"):
         train_run(base, tmp_path, **(source | settings))
 
 
-def test_another_kind_of_optimizer_is_refused(base, tmp_path):
+def test_another_kind_of_optimizer_is_an_error(base, tmp_path):
     source = {"checkpoint__load": base / "whole/checkpoints", "optimizer__distributed": "false"}
     with pytest.raises(ValueError, match="optimizer.distributed"):
         train_run(base, tmp_path, train__steps=3, **source)

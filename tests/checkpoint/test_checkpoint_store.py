@@ -1,6 +1,6 @@
-"""Damage to a directory of checkpoints: named, set aside, the previous one taken, or refused.
+"""A damaged checkpoint is named and set aside, and the previous one is used if there is one.
 
-The checkpoints are a real run's; the damage is done to copies of them.
+The checkpoints are from a real run; the tests damage copies of them.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def base(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def run(base, tmp_path) -> Path:
-    """A copy of the run to do harm to."""
+    """A copy of the run that a test may damage."""
     shutil.copytree(base / "whole", tmp_path / "run")
     return tmp_path / "run"
 
@@ -53,8 +53,8 @@ def truncate(path: Path) -> None:
     os.truncate(path, path.stat().st_size - 1)
 
 
-# What is done to the checkpoint, and what is said of it.
-HARM = {
+# The damage, and how the message describes it.
+DAMAGE = {
     "no metadata": (lambda path: (path / ".metadata").unlink(), ".metadata is missing"),
     "empty metadata": (lambda path: (path / ".metadata").write_bytes(b""), ".metadata has 0 bytes"),
     "no common part": (lambda path: (path / "common.pt").unlink(), "common.pt is missing"),
@@ -64,31 +64,31 @@ HARM = {
 }
 
 
-@pytest.mark.parametrize("harm", HARM)
-def test_a_damaged_checkpoint_is_set_aside(run, harm):
-    do_harm, message = HARM[harm]
-    directory, said = run / "checkpoints", []
-    do_harm(directory / NAMES[2])
-    assert checkpoint.newest(directory, said.append, repair=True) == directory / NAMES[1]
-    assert len(said) == 1 and NAMES[2] in said[0] and message in said[0]
-    assert "set aside as damaged_iter_0000003; using iter_0000002" in said[0]
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_checkpoint_is_set_aside(run, kind):
+    do_damage, message = DAMAGE[kind]
+    directory, logged = run / "checkpoints", []
+    do_damage(directory / NAMES[2])
+    assert checkpoint.newest(directory, logged.append, repair=True) == directory / NAMES[1]
+    assert len(logged) == 1 and NAMES[2] in logged[0] and message in logged[0]
+    assert "set aside as damaged_iter_0000003; using iter_0000002" in logged[0]
     names = {path.name for path in directory.iterdir()}
     assert names == {*NAMES[:2], "damaged_iter_0000003", POINTER}
     assert (directory / POINTER).read_text() == "2\n"
 
 
 def test_a_directory_of_another_run_is_read_and_left_alone(run):
-    directory, said = run / "checkpoints", []
+    directory, logged = run / "checkpoints", []
     flip(shard(directory / NAMES[2]))
     before = sorted(directory.rglob("*"))
-    assert checkpoint.require(directory, said.append) == directory / NAMES[1]
-    assert "is damaged" in said[0] and sorted(directory.rglob("*")) == before
+    assert checkpoint.require(directory, logged.append) == directory / NAMES[1]
+    assert "is damaged" in logged[0] and sorted(directory.rglob("*")) == before
     with pytest.raises(ValueError, match="iter_0000003 is damaged .*choose another"):
         checkpoint.require(directory / NAMES[2])
 
 
-def test_the_run_goes_on_from_the_previous_one(base, run, capsys):
-    """It redoes step 3 and ends as the run that nothing happened to."""
+def test_the_run_resumes_from_the_previous_one(base, run, capsys):
+    """The run repeats step 3 and ends like the undamaged run."""
     truncate(shard(run / "checkpoints" / NAMES[2]))
     train_run(base, run, **SETTINGS)
     assert "iter_0000003 is damaged" in capsys.readouterr().out
@@ -98,7 +98,7 @@ def test_the_run_goes_on_from_the_previous_one(base, run, capsys):
     assert checkpoint.newest(run / "checkpoints").name == NAMES[2]
 
 
-def test_a_dry_run_says_what_is_damaged_and_changes_nothing(base, run, capsys):
+def test_a_dry_run_reports_damage_and_changes_nothing(base, run, capsys):
     truncate(shard(run / "checkpoints" / NAMES[2]))
     before = sorted(run.rglob("*"))
     argv = arguments(base, run, **(VARIED | SETTINGS))
@@ -108,8 +108,8 @@ def test_a_dry_run_says_what_is_damaged_and_changes_nothing(base, run, capsys):
     assert sorted(run.rglob("*")) == before
 
 
-def test_nothing_intact_is_refused_every_time(base, run):
-    """A requeued job must not begin anew over a run that someone can still mend."""
+def test_without_an_intact_checkpoint_every_start_is_an_error(base, run):
+    """A requeued job must not start over in a run that someone can still repair."""
     for name in NAMES:
         flip(shard(run / "checkpoints" / name))
     for _ in range(2):
@@ -123,32 +123,32 @@ POINTERS = {"empty": "", "of a step that is gone": "7\n", "of noise": "\x00\x00\
 
 @pytest.mark.parametrize("pointer", POINTERS)
 def test_a_useless_pointer(run, pointer):
-    directory, said = run / "checkpoints", []
+    directory, logged = run / "checkpoints", []
     (directory / POINTER).write_text(POINTERS[pointer])
-    assert checkpoint.newest(directory, said.append) == directory / NAMES[2]
-    assert "names no checkpoint; using iter_0000003" in said[0]
+    assert checkpoint.newest(directory, logged.append) == directory / NAMES[2]
+    assert "names no checkpoint; using iter_0000003" in logged[0]
 
 
 def test_no_pointer(run):
-    """A kill between the rename of the very first checkpoint and its pointer."""
+    """A kill between the rename of the first checkpoint and its pointer leaves this state."""
     (run / "checkpoints" / POINTER).unlink()
     assert checkpoint.newest(run / "checkpoints").name == NAMES[2]
 
 
-def test_a_pointer_without_checkpoints_is_refused(run):
+def test_a_pointer_without_checkpoints_is_an_error(run):
     for name in NAMES:
         shutil.rmtree(run / "checkpoints" / name)
     with pytest.raises(ValueError, match="is there, but no checkpoint: restore"):
         checkpoint.newest(run / "checkpoints")
 
 
-def test_an_older_one_is_taken_where_the_pointer_says_so(run):
+def test_the_pointer_may_name_an_older_one(run):
     (run / "checkpoints" / POINTER).write_text("2\n")
     assert checkpoint.newest(run / "checkpoints").name == NAMES[1]
 
 
 def test_a_checkpoint_from_elsewhere_needs_no_manifest(run):
-    """Megatron's own have none, and a converted one is called `release`."""
+    """Megatron's own checkpoints have none, and a converted one is called `release`."""
     directory = run / "checkpoints"
     (directory / NAMES[2] / manifest.MANIFEST).unlink()
     (directory / NAMES[2]).rename(directory / "release")
@@ -157,7 +157,7 @@ def test_a_checkpoint_from_elsewhere_needs_no_manifest(run):
     assert checkpoint.require(directory / "release") == directory / "release"
 
 
-def test_a_tool_can_seal_what_it_wrote(tmp_path):
+def test_a_tool_can_write_a_manifest(tmp_path):
     (tmp_path / "below").mkdir()
     (tmp_path / "below/file").write_bytes(b"content")
     manifest.write_manifest(tmp_path, {"step": 3})
@@ -169,7 +169,7 @@ def test_a_tool_can_seal_what_it_wrote(tmp_path):
 
 @contextmanager
 def small_disk(folder: Path, size: str) -> Iterator[Path]:
-    """A file system of `size` bytes, or a skipped test."""
+    """Mounts a file system of `size` bytes, or skips the test."""
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
     done = subprocess.run(mount, capture_output=True, text=True)
@@ -178,12 +178,12 @@ def small_disk(folder: Path, size: str) -> Iterator[Path]:
     try:
         yield folder
     finally:
-        # Lazily: a helper process of the failed save may be about to end.
+        # Lazily, because a helper process of the failed save may still be ending.
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 def test_a_full_disk_ends_the_save_and_keeps_the_last_good_state(base, tmp_path):
-    """Room for one checkpoint of 0.9 MB; the second save must not harm it."""
+    """There is room for one checkpoint of 0.9 MB; the second save must not harm it."""
     with small_disk(tmp_path / "disk", "1600k") as disk:
         settings = SETTINGS | {"checkpoint__dir": disk / "checkpoints"}
         with pytest.raises(SaveFailed, match="the disk is full") as failed:
@@ -193,5 +193,5 @@ def test_a_full_disk_ends_the_save_and_keeps_the_last_good_state(base, tmp_path)
         assert checkpoint.newest(disk / "checkpoints").name == NAMES[0]
         names = {path.name for path in (disk / "checkpoints").iterdir()}
         assert names == {NAMES[0], POINTER}
-    # The row of the step that is not in force any more comes again when the run goes on.
+    # Only step 1 has its row: the row of step 2 is written when the run resumes and repeats it.
     assert len(rows(tmp_path / "run/logs/metrics.jsonl")) == 1

@@ -1,4 +1,4 @@
-"""One writer a directory, also after the death of the one before."""
+"""A directory has one writer, and the next one may follow after the first has died."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.whole_runs import layout, train_run
 
 
 def hold_in_a_child(directory: Path) -> int:
-    """A process that holds the lock of `directory` until it is killed; its id."""
+    """Starts a process that holds the lock of `directory` until it is killed; returns its id."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
@@ -32,7 +32,7 @@ def kill(child: int) -> None:
 
 
 @pytest.mark.parametrize("which", ["checkpoints", "logs"])
-def test_a_second_run_is_refused_and_the_next_one_is_not(tmp_path, monkeypatch, which):
+def test_a_second_run_is_an_error_and_the_next_one_is_not(tmp_path, monkeypatch, which):
     monkeypatch.setattr(directory_lock, "PATIENCE_SECONDS", 0.2)
     make_data(tmp_path)
     directory = tmp_path / "run" / which
@@ -49,7 +49,7 @@ def test_a_second_run_is_refused_and_the_next_one_is_not(tmp_path, monkeypatch, 
     assert not (directory / ".lock").exists()
 
 
-def test_a_lock_that_cannot_be_taken_is_refused(tmp_path):
+def test_a_lock_that_cannot_be_taken_is_an_error(tmp_path):
     make_data(tmp_path)
     (tmp_path / "run/logs/.lock").mkdir(parents=True)
     message = "logs/.lock cannot be locked .Is a directory.: change its permissions, or give this"

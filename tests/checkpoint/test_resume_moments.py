@@ -1,4 +1,4 @@
-"""Adam's moments and the schedule come back with the weights; see test_resume.py for whole runs."""
+"""A checkpoint restores Adam's moments and the schedule; see test_resume.py for whole runs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megatron_rpp.runtime.run import assemble
 from tests.small_run import config_of, make_data
 from tests.whole_runs import VARIED, layout
 
-# A learning rate that changes in every step shows a schedule that starts anew.
+# The learning rate changes in every step, so the test notices a schedule that starts over.
 SETTINGS = {
     "train__epochs": 1,
     "optimizer__warmup_steps": 3,
@@ -26,7 +26,7 @@ SETTINGS = {
 
 
 def moments(policy) -> list[torch.Tensor]:
-    """Step, first and second moment of every parameter, in the optimizer's order."""
+    """Returns step, first and second moment of every parameter, in the optimizer's order."""
     (part,) = policy.optimizer.chained_optimizers
     states = [
         part.optimizer.state[parameter]
@@ -45,7 +45,7 @@ def equal(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> bool:
 
 
 def test_the_moments_of_adam_come_back(tmp_path):
-    """One more step from the restored state is the step that the first process takes."""
+    """One more step from the restored state equals the next step of the first policy."""
     make_data(tmp_path)
     settings = VARIED | SETTINGS
     config = config_of(tmp_path, tmp_path, **settings)

@@ -122,7 +122,7 @@ def test_an_output_that_cannot_be_made_is_an_error_before_the_work(converted, tm
         to_megatron(converted.parent / "llama2", tmp_path / "file/out")
 
 
-def test_what_says_where_weights_are_is_left_behind(tmp_path):
+def test_weight_indices_are_not_copied(tmp_path):
     """An index of pickled weights applies only to the source, and is not copied."""
     index = json.dumps({"weight_map": {}})
     change = odd.text("pytorch_model.bin.index.json", index)

@@ -79,7 +79,7 @@ def test_there_and_back_gives_the_same_bits(tmp_path, family):
     assert len(list((tmp_path / "back").glob("model-*.safetensors"))) > 3
 
 
-def test_the_tree_is_megatrons_and_the_side_files_travel(source, converted, tmp_path):
+def test_the_tree_is_megatrons_and_side_files_are_copied(source, converted, tmp_path):
     assert (converted / POINTER).read_text() == "release\n"
     assert {".metadata", "metadata.json", "common.pt"} <= {
         path.name for path in (converted / "release").iterdir()
@@ -94,7 +94,7 @@ def test_the_tree_is_megatrons_and_the_side_files_travel(source, converted, tmp_
     )
 
 
-def test_types_are_kept_unless_asked(source, tmp_path):
+def test_types_stay_unless_configured(source, tmp_path):
     half = {name: value.bfloat16() for name, value in weights(source).items()}
     shutil.copytree(source, tmp_path / "half", ignore=shutil.ignore_patterns("model*", INDEX))
     save_file(half, tmp_path / "half" / SINGLE)
@@ -128,7 +128,7 @@ def test_existing_outputs_are_errors_and_replaced_whole(source, converted, tmp_p
 
 
 @pytest.mark.parametrize("inside", [".", "below", ".."])
-def test_never_into_the_source(source, inside):
+def test_the_output_must_not_be_inside_the_source(source, inside):
     before = sorted(source.rglob("*"))
     with pytest.raises(ValueError, match="overlaps the source"):
         to_megatron(source, source / inside, overwrite=True)
@@ -155,7 +155,7 @@ def set_config(directory, **values):
          "also has model.layers.0.self_attn.k_proj.bias"),
     ],
 )  # fmt: skip
-def test_what_would_be_lost_is_an_error_that_names_it(copy, tmp_path, values, message):
+def test_unsupported_values_are_errors_that_name_them(copy, tmp_path, values, message):
     set_config(copy[0], **values)
     with pytest.raises(ValueError, match=message):
         to_megatron(copy[0], tmp_path / "out")
@@ -214,7 +214,7 @@ def test_a_torn_checkpoint_is_an_error(converted, tmp_path):
 
 
 def test_a_converted_checkpoint_has_a_manifest(converted, tmp_path, capsys):
-    """One flipped bit is noticed when the checkpoint is loaded, and when it is converted back."""
+    """Loading the checkpoint and converting it back both detect one flipped bit."""
     assert store.require(converted) == converted / "release"
     assert manifest.damage(converted / "release") is None
     shutil.copytree(converted, tmp_path / "damaged")

@@ -23,7 +23,7 @@ MIXED = "model.layers.0.self_attn.k_proj.weight"
 
 
 def program(main, *argv: object) -> tuple[int, str]:
-    """The exit code of a tool and what it wrote to stderr, without the progress bar."""
+    """Runs a tool; returns its exit code and its stderr without the progress bar."""
     with contextlib.redirect_stderr(io.StringIO()) as shown:
         code = main([str(word) for word in argv])
     lines = shown.getvalue().splitlines()
@@ -54,7 +54,7 @@ def on_two_ranks(rank: int, folder: Path) -> dict:
     found["damaged"] = to_hf(folder, "damaged", "from damaged")
     found["mixed"] = error_of(folder / "mixed", folder / "from mixed")
     found["head"] = error_of(folder / "smollm2", folder / "from head")
-    # A directory that one node does not see.
+    # One node does not see the directory.
     found["unseen"] = error_of(folder / ("qwen2" if rank == 0 else "gone"), folder / "from unseen")
     return found
 

@@ -1,6 +1,6 @@
-"""Two network namespaces with a link between them: on one machine, two nodes of a network.
+"""Two network namespaces with a link between them act as two nodes on one machine.
 
-Needs root, the `ip` command and the right to make namespaces; skips the test where one is missing.
+Needs root, the `ip` command and the right to make namespaces; skips the test if one is missing.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import pytest
 
 class Node(NamedTuple):
     prefix: tuple[str, ...]
-    """Words before a command that is to run there."""
+    """Prefix of a command that runs on this node."""
     address: str
     interface: str
 
@@ -28,7 +28,7 @@ def _ip(*words: str) -> None:
 
 @contextmanager
 def two_namespaces() -> Iterator[list[Node]]:
-    """Two nodes that reach each other and nothing else."""
+    """Makes two nodes that reach each other and nothing else."""
     if os.geteuid() != 0 or shutil.which("ip") is None:
         pytest.skip("network namespaces need root and the `ip` command (Debian: iproute2)")
     names = [f"rpp{os.getpid()}{end}" for end in "ab"]

@@ -51,7 +51,7 @@ PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP OverSubscribe=
 
 
 def missing() -> str | None:
-    """Why no cluster can be started here; None where one can."""
+    """Why no cluster can be started here; None if one can."""
     if os.geteuid() != 0:
         return "SLURM's daemons need root"
     absent = [name for name in PROGRAMS if shutil.which(name, path=PATH) is None]
@@ -74,7 +74,7 @@ class Cluster:
     """Nodes n1, n2 ... of one partition. `stop` ends every daemon and every job."""
 
     def __init__(self, nodes: int):
-        # munge's socket has to have a short path.
+        # The path of munge's socket must be short.
         self.folder = Path(tempfile.mkdtemp(prefix="slurm", dir="/tmp"))
         self.folder.chmod(0o755)
         self.names = [f"n{number}" for number in range(1, nodes + 1)]
@@ -103,7 +103,7 @@ class Cluster:
         key.chmod(0o600)
 
     def _daemon(self, name: str, *command: str) -> None:
-        """Ends with the test's process, should that be killed."""
+        """Starts a daemon that ends with the test's process, even if that is killed."""
         with open(self.folder / f"{name}.log", "ab") as log:
             self.daemons[name] = subprocess.Popen(
                 ["setpriv", "--pdeathsig", "KILL", *command],
@@ -122,14 +122,14 @@ class Cluster:
         self._until(lambda: len(self.idle()) == len(self.names), "all nodes are idle")
 
     def start_node(self, name: str) -> None:
-        """On a core of its own while there are any; of two cores, n3 has that of n2, whose place
-        it takes."""
+        """Starts a node on its own core if there are enough cores; otherwise it shares the last
+        one. On two cores n3 shares with n2, which it replaces."""
         cores = sorted(os.sched_getaffinity(0))
         core = cores[min(self.names.index(name), len(cores) - 1)]
         self._daemon(name, "taskset", "-c", str(core), "slurmd", "-D", "-N", name)
 
     def kill_node(self, name: str) -> None:
-        """As if the machine had lost its power: the daemon and all that it started."""
+        """Kills the daemon and all processes that it started, as if the machine lost its power."""
         spool = str(self.folder / f"spool.{name}")
         daemon = psutil.Process(self.daemons.pop(name).pid)
         found = psutil.process_iter(["cmdline"])
@@ -141,7 +141,8 @@ class Cluster:
         daemon.wait()
 
     def _is_of(self, process: psutil.Process, spool: str) -> bool:
-        """A step's daemon keeps the socket of its node's spool directory open."""
+        """Whether a process belongs to a node: a step's daemon keeps a socket in the node's spool
+        directory open."""
         return any(spool in held.laddr for held in process.net_connections("unix"))
 
     def idle(self) -> list[str]:
@@ -149,7 +150,7 @@ class Cluster:
         return sorted(set(shown.split()))
 
     def run(self, *command: str | Path, check: bool = True, **env: str) -> str:
-        """stdout of one of SLURM's commands."""
+        """Runs one of SLURM's commands; returns its stdout."""
         words = [str(word) for word in command]
         result = subprocess.run(
             words, env=self.env | env, capture_output=True, text=True, timeout=60
@@ -166,7 +167,7 @@ class Cluster:
         ]
 
     def wait(self, jobs: list[str], seconds: float = 300) -> list[dict[str, str]]:
-        """The fields of all tasks of the jobs once they have ended for good."""
+        """Waits until the jobs have ended for good; returns the fields of all their tasks."""
         over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 
         def ended() -> bool:

@@ -1,6 +1,6 @@
-"""One node needs no name and no variable; where nodes meet; relative paths are the caller's.
+"""One node needs no host name and no environment variables; rendezvous options; relative paths.
 
-Small scripts as ranks where only the launcher is at stake, the real program for paths.
+The ranks are small scripts if only the launcher is tested; paths are tested with the real program.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LIMIT = 120.0
 LAUNCHER = (sys.executable, "-P", "-m", "megatron_rpp.torchrun")
 ONE_NODE = ("--nnodes", "1", "--rdzv-backend", "c10d", "--nproc-per-node", "2")
 
-# All ranks meet by gloo, in the default group and in another one.
+# All ranks connect through gloo, in the default group and in another one.
 MEET = """
 import os, torch, torch.distributed as dist
 dist.init_process_group("gloo")
@@ -34,7 +34,7 @@ print(f"rank {dist.get_rank()} meets {int(total)} at {os.environ['MASTER_ADDR']}
 dist.destroy_process_group()
 """
 
-# What SLURM, Kubernetes and an outer torchrun leave in the environment of another job.
+# Variables that SLURM, Kubernetes and an outer torchrun leave in the environment.
 FOREIGN = {
     "SLURM_JOB_ID": "7", "SLURM_NTASKS": "16", "SLURM_PROCID": "3", "SLURM_LOCALID": "3",
     "SLURM_NNODES": "4", "SLURM_JOB_NODELIST": "node[1-4]",
@@ -46,13 +46,13 @@ FOREIGN = {
     "http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9",
 }  # fmt: skip
 
-# This machine has a name that resolves to nothing, and does not even know `localhost`.
+# Runs a command on a machine whose name does not resolve and which does not know `localhost`.
 NAMELESS = ("unshare", "--uts", "--mount", "bash", "-c")
 NAMELESS += ('hostname nobody-knows-me && mount --bind /dev/null /etc/hosts && exec "$@"', "-")
 
 
 def start(*words: str | Path, **settings) -> subprocess.Popen:
-    """A process of its own session, so that all that it started can be ended with it."""
+    """Starts a process in a new session, so that its children can be killed with it."""
     env = os.environ | {"PYTHONPATH": str(ROOT)} | settings.pop("env", {})
     return subprocess.Popen(
         [*map(str, words)], env=env, text=True, start_new_session=True,
@@ -61,7 +61,7 @@ def start(*words: str | Path, **settings) -> subprocess.Popen:
 
 
 def ended(process: subprocess.Popen) -> tuple[int, str, str]:
-    """(exit code, stdout, stderr); kills what takes too long."""
+    """Waits, and returns (exit code, stdout, stderr); kills the process after LIMIT."""
     try:
         output, errors = process.communicate(timeout=LIMIT)
     finally:
@@ -77,15 +77,15 @@ def meet(tmp_path) -> Path:
     return script
 
 
-def namespaces() -> bool:
-    """Whether this user can make some."""
+def has_namespaces() -> bool:
+    """Whether this user can make namespaces."""
     made = shutil.which("unshare") and subprocess.run([*NAMELESS, "true"], capture_output=True)
     return bool(made) and made.returncode == 0
 
 
 def test_one_node_needs_no_name_and_no_variable(meet):
-    """Two launches at a time on one machine, neither of which takes the other's port."""
-    prefix = NAMELESS if namespaces() else ()
+    """Two launches run at the same time on one machine and use different ports."""
+    prefix = NAMELESS if has_namespaces() else ()
     pair = [start(*words, *LAUNCHER, *ONE_NODE, meet, env=FOREIGN) for words in (prefix, ())]
     for process in pair:
         code, output, errors = ended(process)
@@ -97,10 +97,10 @@ def test_one_node_needs_no_name_and_no_variable(meet):
 
 
 def test_several_nodes_need_no_name_of_their_own(meet):
-    """Neither knows the other's name, nor its own; gloo takes the card on the way to the first."""
+    """No node can resolve a name, even its own. gloo uses the interface that leads to node 0."""
     options = ("--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-id", "run")
-    if not namespaces():
-        pytest.skip("this machine makes no namespaces, or not for this user")
+    if not has_namespaces():
+        pytest.skip("this user cannot make namespaces here")
     with two_namespaces() as nodes:
         endpoint = f"{nodes[0].address}:29500"
         commands = [
@@ -116,7 +116,7 @@ def test_several_nodes_need_no_name_of_their_own(meet):
 
 @pytest.fixture
 def gloo(monkeypatch):
-    """The variable is as the user left it, and is so again after the test."""
+    """Unsets GLOO_SOCKET_IFNAME; monkeypatch restores it after the test."""
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "")
     monkeypatch.delenv("GLOO_SOCKET_IFNAME")
 
@@ -141,14 +141,14 @@ def test_where_nodes_meet(words, backend, endpoint, address, gloo):
     assert found == (backend, endpoint, address)
 
 
-def test_the_interface_that_the_user_chose_stands(gloo, monkeypatch):
+def test_the_users_interface_is_not_changed(gloo, monkeypatch):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "ib0")
     rendezvous.options(["program.py"])
     assert os.environ["GLOO_SOCKET_IFNAME"] == "ib0"
 
 
-def test_variables_count_where_the_command_line_names_no_nodes(gloo, monkeypatch):
-    """As with torchrun itself, for whoever starts the launcher without launch/torchrun.sh."""
+def test_variables_count_if_the_command_line_names_no_nodes(gloo, monkeypatch):
+    """torchrun does the same. This is for users who do not start it with launch/torchrun.sh."""
     for name, value in {"NNODES": "2", "RDZV_BACKEND": "c10d", "RDZV_ENDPOINT": "node0:1"}.items():
         monkeypatch.setenv(f"PET_{name}", value)
     monkeypatch.setattr(rendezvous, "is_this_machine", lambda host: False)
@@ -169,14 +169,14 @@ def test_variables_count_where_the_command_line_names_no_nodes(gloo, monkeypatch
         ("--log-dir /dev/null/logs", "--log-dir /dev/null/logs: [Errno 20] Not a directory"),
     ],
 )
-def test_options_are_refused(words, message, gloo, capsys):
+def test_invalid_options_are_errors(words, message, gloo, capsys):
     with pytest.raises(SystemExit, match="2"):
         rendezvous.options([*words.split(), "program.py"])
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: launcher: ") and message in line
 
 
-# A user's package, and modules called like libraries, none of which may be imported.
+# A user's package, and modules with the names of libraries, which must not be imported.
 FILES = {
     "my_package/rewards.py": "from my_helper import SCORE\n"
     "def score(prompts, *rest):\n    return [SCORE] * len(prompts)\n",
@@ -199,7 +199,7 @@ def elsewhere(tmp_path) -> Path:
 
 
 def launch(folder: Path, **settings) -> subprocess.Popen:
-    """launch/torchrun.sh, called in `folder` with relative paths."""
+    """Starts launch/torchrun.sh in `folder` with relative paths."""
     words = arguments(
         Path("."), Path("out"), reward__functions="[my_package.rewards:score]",
         reward__workers=0, train__steps=1, train__epochs=1, **settings,
@@ -208,7 +208,7 @@ def launch(folder: Path, **settings) -> subprocess.Popen:
     return start(*script, cwd=folder, env={"VENV": str(Path(sys.prefix))})
 
 
-def test_paths_are_those_of_the_caller(elsewhere):
+def test_relative_paths_are_relative_to_the_caller(elsewhere):
     code, _, errors = ended(launch(elsewhere))
     assert code == 0, errors
     assert [path.relative_to(elsewhere) for path in elsewhere.rglob("metrics.jsonl")] == [
@@ -217,15 +217,17 @@ def test_paths_are_those_of_the_caller(elsewhere):
 
 
 def test_ranks_end_with_a_launcher_that_is_killed(elsewhere):
-    """Here while they start; without it they would wait for the others for minutes."""
+    """The launcher dies while the ranks start; otherwise they would wait for minutes."""
     killing = "import os, signal\nos.kill(os.getppid(), signal.SIGKILL)\n"
     (elsewhere / "my_helper.py").write_text(killing + FILES["my_helper.py"])
     begin = time.monotonic()
-    assert ended(launch(elsewhere))[0] == -signal.SIGKILL  # stderr closes with the rank, too
+    assert (
+        ended(launch(elsewhere))[0] == -signal.SIGKILL
+    )  # stderr closes only after the ranks have ended
     assert time.monotonic() - begin < LIMIT / 2 and not list(elsewhere.rglob("metrics.jsonl"))
 
 
-def test_an_environment_that_is_not_there_is_refused(tmp_path):
+def test_a_missing_virtual_environment_is_an_error(tmp_path):
     command = ["bash", ROOT / "launch/torchrun.sh", "train"]
     code, _, errors = ended(start(*command, cwd=tmp_path, env={"VENV": "none here"}))
     assert (code, errors.count("\n")) == (2, 1)

@@ -1,6 +1,6 @@
-"""The SLURM scripts on a real SLURM: two nodes train, a signal or a lost node only costs time.
+"""The SLURM scripts on a real SLURM: two nodes train; a signal or a lost node only costs time.
 
-Jobs run at the same time where nodes are free; every run has one rank on each of its nodes.
+Jobs run at the same time if nodes are free. Every run has one rank on each of its nodes.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ def base(tmp_path_factory) -> Path:
 
 
 def words(base: Path, **settings) -> list[str]:
-    """What follows `train`: a small run, but for the directories, which the script sets."""
+    """Arguments of `train` for a small run, without the directories, which the script sets."""
     given = arguments(base, base, **(SETTINGS | settings))
     return [word for word in given if not word.startswith(OWNED)]
 
 
 def submit(cluster: Cluster, script: str, run: Path, options: str, argv: list[str], **env) -> str:
-    """The number of a job over the repository's launch/`script`; its log is in `run`.
+    """Submits launch/`script` of the repository; returns the job's number. Its log is in `run`.
 
     The job's working directory is not the repository, and RUN is relative to it.
     """
@@ -61,7 +61,7 @@ def submit(cluster: Cluster, script: str, run: Path, options: str, argv: list[st
 
 @pytest.fixture(scope="module")
 def undisturbed(cluster, base) -> tuple[Path, dict[str, str]]:
-    """A run on two nodes by torchrun: its folder, and SLURM's record."""
+    """A run on two nodes with torchrun: its folder and SLURM's record."""
     run, argv = base / "undisturbed", words(base, parallel__tensor=2)
     (ended,) = cluster.wait([submit(cluster, "slurm.sbatch", run, "--nodes=2", argv)])
     assert ended["ExitCode"] == "0:0", log(run)
@@ -73,7 +73,7 @@ def log(run: Path) -> str:
 
 
 def same(base: Path, ours: Path, theirs: Path) -> None:
-    """Rows and final weights are equal bit for bit."""
+    """Checks that rows and final weights are equal bit for bit."""
     first, second = (rows(run / "logs/metrics.jsonl") for run in (ours, theirs))
     assert [row["step"] for row in first] == list(range(1, STEPS + 1))
     assert compare_rows(first, second).size == 0
@@ -96,7 +96,7 @@ def nodes_of(job: dict[str, str]) -> list[str]:
 
 
 def test_a_task_per_rank_and_an_array_of_seeds(cluster, base, undisturbed):
-    """Without torchrun the same numbers; each seed in a directory of its own."""
+    """Without torchrun the numbers are the same; each seed has its own directory."""
     pair, seeds = base / "pair", base / "seeds"
     jobs = [
         submit(cluster, "slurm_per_gpu.sbatch", pair, "--nodes=2 --ntasks-per-node=1",
@@ -119,7 +119,7 @@ def wait_for_checkpoint(run: Path) -> None:
 
 
 def test_a_signal_requeues(cluster, base, undisturbed):
-    """What --signal=B:USR1@180 does before the time limit: SIGUSR1 to the batch script."""
+    """--signal=B:USR1@180 sends SIGUSR1 to the batch script before the time limit; so does this."""
     run = base / "signalled"
     job = submit(cluster, "slurm.sbatch", run, "--nodes=2", words(base, parallel__tensor=2))
     wait_for_checkpoint(run)
@@ -132,7 +132,7 @@ def test_a_signal_requeues(cluster, base, undisturbed):
 
 
 def test_a_lost_node_requeues(cluster, base, undisturbed):
-    """A node without power: the job starts again on those that are left."""
+    """A node loses its power; the job restarts on the remaining nodes."""
     run = base / "lost"
     job = submit(cluster, "slurm.sbatch", run, "--nodes=2", words(base, parallel__tensor=2))
     wait_for_checkpoint(run)
@@ -146,7 +146,7 @@ def test_a_lost_node_requeues(cluster, base, undisturbed):
 
 
 def test_a_job_without_progress_gives_up(cluster, base):
-    """A program that always fails is requeued MAX_STALLED times, one that refuses never."""
+    """A job that always fails is requeued MAX_STALLED times; an invalid configuration never is."""
     failing, refusing = base / "failing", base / "refusing"
     (base / "reward.py").write_text("def score(prompts, *rest):\n    raise OSError('no reward')\n")
     argv = words(base, reward__functions=f"[{base}/reward.py:score]")
@@ -184,14 +184,14 @@ def test_a_dry_run_shows_the_command_and_no_secret():
     assert "train --config a\\ b.yaml --checkpoint.dir runs/x/checkpoints" in command
 
 
-def test_one_node_meets_at_no_port():
+def test_one_node_needs_no_rendezvous_port():
     shown = dry_run("slurm.sbatch", "train")
     assert "MASTER_ADDR=127.0.0.1" in shown.stdout
     assert "launch/torchrun.sh --nnodes 1 --nproc-per-node 1 train" in shown.stdout
 
 
 def test_the_repository_is_found_from_elsewhere(tmp_path):
-    """It is mounted into a container beside the working directory."""
+    """The container mounts both the repository and the working directory."""
     env = os.environ | {"DRYRUN": "1", "CONTAINER_IMAGE": "image.sqsh"}
     command = ["bash", str(ROOT / "launch/slurm_per_gpu.sbatch"), "train"]
     shown = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
@@ -201,13 +201,13 @@ def test_the_repository_is_found_from_elsewhere(tmp_path):
     assert f"bash {ROOT}/launch/slurm_task.sh train" in shown.stdout
 
 
-def test_a_script_whose_repository_is_lost_is_refused(tmp_path):
-    """Such as one that sbatch read from its standard input."""
+def test_a_script_outside_its_repository_is_an_error(tmp_path):
+    """For example, sbatch may have read the script from standard input."""
     text = (ROOT / "launch/slurm.sbatch").read_text()
     command = ["bash", "-s", "train"]
-    refused = subprocess.run(command, cwd=tmp_path, input=text, capture_output=True, text=True)
-    assert refused.returncode == 2 and refused.stderr.count("\n") == 1
-    assert refused.stderr.startswith("error: the repository of this script is not found")
+    failed = subprocess.run(command, cwd=tmp_path, input=text, capture_output=True, text=True)
+    assert failed.returncode == 2 and failed.stderr.count("\n") == 1
+    assert failed.stderr.startswith("error: the repository of this script is not found")
 
 
 @pytest.mark.parametrize(
@@ -218,13 +218,13 @@ def test_a_script_whose_repository_is_lost_is_refused(tmp_path):
         (["train"], {"SECRETS": "NO_SUCH_TOKEN"}, "NO_SUCH_TOKEN, which is not set: export it"),
     ],
 )
-def test_mistakes_are_refused(argv, env, message):
-    refused = dry_run("slurm_per_gpu.sbatch", *argv, **env)
-    assert refused.returncode == 2 and message in refused.stderr
+def test_mistakes_are_errors(argv, env, message):
+    failed = dry_run("slurm_per_gpu.sbatch", *argv, **env)
+    assert failed.returncode == 2 and message in failed.stderr
 
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="no shellcheck (apt: shellcheck)")
-def test_the_scripts_have_no_finding_of_shellcheck():
+def test_shellcheck_finds_nothing():
     scripts = sorted([*ROOT.glob("launch/*.sh"), *ROOT.glob("launch/*.sbatch")])
     checked = ["shellcheck", "--external-sources", *map(str, scripts)]
     assert subprocess.run(checked, cwd=ROOT).returncode == 0

@@ -1,7 +1,7 @@
 """The launcher passes on codes and signals, on one node and on two; launch/torchrun.sh trains.
 
-The ranks are small scripts where only the launcher is at stake, and the real program where two
-nodes train: two launchers on this machine, then two network namespaces with addresses of their own.
+The ranks are small scripts if only the launcher is tested, and the real program if two nodes train:
+first two launchers on this machine, then two network namespaces with their own addresses.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from megatron_rpp.lifecycle.exit_codes import REFUSED
 from megatron_rpp.torchrun import exit_code
 from tests.distributed import run_ranks
 from tests.launch.namespaces import two_namespaces
-from tests.runs.test_refusals import free_port
+from tests.runs.test_config_errors import free_port
 from tests.small_run import arguments, config_of, make_data
 from tests.whole_runs import VARIED, same_bits, train_run
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 240.0
 
-# A rank that notes its start and does what its argument says; where it fails, rank 0 alone does.
+# The rank records its start and does what its argument says; only rank 0 fails.
 RANK = """
 import os, signal, sys, time
 from pathlib import Path
@@ -45,7 +45,7 @@ if act == "save":
     signal.signal(signal.SIGTERM, save)
     signal.signal(signal.SIGUSR1, save)
 (folder / f"start.{rank}.{start}").touch()
-while not (folder / f"start.1.{start}").exists():  # else rank 1 may be stopped before it has begun
+while not (folder / f"start.1.{start}").exists():  # else rank 1 may be stopped before it has started
     time.sleep(0.05)
 if act in ("save", "unprepared"):
     time.sleep(60)
@@ -73,7 +73,7 @@ def test_the_most_telling_code(codes, expected):
 
 
 class Launchers:
-    """Launchers that a test started; none outlives it."""
+    """Starts launchers for a test; none outlives it."""
 
     def __init__(self):
         self.started: list[subprocess.Popen] = []
@@ -84,12 +84,12 @@ class Launchers:
         return process
 
     def node(self, core: int, *words: str | Path, **env: str) -> subprocess.Popen:
-        """A launcher with one core: two nodes would each take threads for the whole machine."""
+        """Starts a launcher on one core, or two nodes would each take threads for all cores."""
         cores = sorted(os.sched_getaffinity(0))
         return self.start("taskset", "-c", cores[core % len(cores)], *words, **env)
 
     def scripted(self, folder: Path, act: str, *options: str) -> subprocess.Popen:
-        """One launcher of ranks that run RANK."""
+        """Starts a launcher whose ranks run RANK."""
         folder.mkdir(exist_ok=True)
         (folder / "rank.py").write_text(RANK)
         launcher = (sys.executable, "-m", "megatron_rpp.torchrun", *options)
@@ -128,13 +128,13 @@ ONE_NODE = ("--standalone", "--nproc-per-node", "2", "--max-restarts", "1")
 
 
 def two_nodes(port: int, address: str = "127.0.0.1") -> tuple[str, ...]:
-    """Options of either of two nodes with one rank each."""
+    """Options for each of two nodes with one rank each."""
     endpoint = ("--rdzv-backend", "c10d", "--rdzv-endpoint", f"{address}:{port}")
     return ("--nnodes", "2", "--nproc-per-node", "1", *endpoint, "--rdzv-id", "run")
 
 
 def test_codes_and_restarts(launchers, tmp_path):
-    """Refused and preempted end the run, a crash is started again once; the peer never hangs on."""
+    """Codes 2 and 75 end the run; a crash is restarted once; the other rank never hangs."""
     acts = {"2": 2, "75": 75, "crash once": 0, "9": 9}
     for act in acts:
         launchers.scripted(tmp_path / act, act, *ONE_NODE)
@@ -157,18 +157,18 @@ def test_ranks_have_time_to_save(name, launchers, tmp_path):
     assert len(starts(tmp_path)) == 2
 
 
-def test_a_port_that_another_program_has_is_refused(tmp_path):
-    """One that accepts and says nothing, for which torch's own store would wait without end."""
+def test_a_port_of_another_program_is_an_error(tmp_path):
+    """The program accepts and never answers; torch's store would wait for it forever."""
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = other.getsockname()[1]
         command = ["bash", "launch/torchrun.sh", *two_nodes(port), "train"]
-        refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=LIMIT)
-    assert refused.returncode == REFUSED == 2
+        failed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=LIMIT)
+    assert failed.returncode == REFUSED == 2
     message = f"launcher: port {port} of 127.0.0.1 cannot be used for the rendezvous (Address"
-    assert message in refused.stderr and "--rdzv-endpoint 127.0.0.1:PORT" in refused.stderr
-    assert "Traceback" not in refused.stderr
+    assert message in failed.stderr and "--rdzv-endpoint 127.0.0.1:PORT" in failed.stderr
+    assert "Traceback" not in failed.stderr
 
 
 def answers(port: int) -> bool:
@@ -177,7 +177,7 @@ def answers(port: int) -> bool:
 
 
 def test_signals_before_there_is_anything_to_save(launchers, tmp_path):
-    """A rank that has no handler yet, and a node that waits for the other one: preempted."""
+    """A rank without a handler yet, and a node that waits for the other one, exit with 75."""
     port = free_port()
     unprepared = launchers.scripted(tmp_path, "unprepared", *ONE_NODE)
     waiting = launchers.scripted(tmp_path / "waiting", "save", *two_nodes(port))
@@ -190,14 +190,14 @@ def test_signals_before_there_is_anything_to_save(launchers, tmp_path):
 
 
 def test_a_failure_is_known_on_both_nodes(launchers, tmp_path):
-    """The node whose rank would sleep on stops it and leaves with the other's code."""
+    """The node whose rank still sleeps stops it and exits with the other node's code."""
     nodes = two_nodes(free_port())
     for _ in "12":
         launchers.scripted(tmp_path, "9", *nodes)
     assert launchers.codes() == [9, 9]
 
 
-# Checkpoints after every step, so that a killed run goes on in its second.
+# The run saves after every step, so a killed run resumes in its second step.
 SETTINGS = VARIED | {"parallel__tensor": 2, "checkpoint__interval": 1}
 
 
@@ -218,8 +218,8 @@ def check_same(base: Path, run: str) -> None:
     same_bits(base / run, base / "here", config_of(base, base / run, **VARIED), step=2)
 
 
-# A user's file: rank 1 is killed, once, in the second step's second mini-batch (a step enters
-# "update" five times: the stage and its four mini-batches).
+# A user's file that kills rank 1 once, in the second step's second mini-batch (a step enters
+# "update" five times: once for the stage and once for each of its four mini-batches).
 KILLER = """
 import os, signal
 from pathlib import Path
@@ -239,9 +239,9 @@ heartbeat.current.listeners.append(listen)
 
 
 def test_two_launchers_train_and_start_a_killed_rank_again(launchers, base, capfd):
-    """launch/torchrun.sh on two nodes that are both this machine: tensor-parallel between them.
+    """launch/torchrun.sh trains on two nodes, both on this machine, tensor-parallel between them.
 
-    A rank dies inside a step; all are started again, resume, and end as if nothing had happened.
+    A rank dies inside a step. All ranks restart, resume, and end like an uninterrupted run.
     """
     (base / "killer.py").write_text(KILLER)
     options = (*two_nodes(free_port()), "--local-addr", "127.0.0.1", "--max-restarts", "1")
@@ -257,7 +257,7 @@ def test_two_launchers_train_and_start_a_killed_rank_again(launchers, base, capf
 
 
 def test_two_namespaces_train(launchers, base):
-    """Two nodes with network stacks, addresses and a link of their own."""
+    """Each node has its own network stack and address; a link connects them."""
     settings = arguments(base, base / "apart", **SETTINGS)
     with two_namespaces() as nodes:
         for core, node in enumerate(nodes):

@@ -1,5 +1,5 @@
-"""Whatever a library raises while the user's input is read becomes a ConfigError, and nothing
-else."""
+"""An error that a library raises while the user's input is read becomes a ConfigError; no other
+error does."""
 
 from __future__ import annotations
 

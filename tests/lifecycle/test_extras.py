@@ -1,4 +1,4 @@
-"""Optional packages: a feature that misses one says which extra installs it."""
+"""Optional packages: if one is missing, the message names the extra that installs it."""
 
 from __future__ import annotations
 

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from megatron_rpp.lifecycle import exit_codes
-from tests.runs.test_refusals import run_program
+from tests.runs.test_config_errors import run_program
 from tests.small_run import arguments, make_data
 
 HANGS = {
-    # Rank 1 is stopped by SIGSTOP two beats into its reward; the other waits for its scores.
+    # SIGSTOP stops rank 1 shortly after its reward has started; rank 0 waits for the scores.
     "stopped": (
         "time.sleep(2); os.kill(os.getpid(), signal.SIGSTOP)",
         "rank 1 (process ",
@@ -36,7 +36,7 @@ def test_the_missing_rank_is_named(hang, tmp_path: Path):
         f"    if os.environ['RANK'] == '1' and len(prompts) == 16:\n        {act}\n"
         "    return [0.0] * len(prompts)\n"
     )
-    # Sixteen samples a replica in a step, eight in an evaluation.
+    # A replica has sixteen samples in a step and eight in an evaluation.
     settings = {
         "reward__functions": f"[{reward}:score]", "reward__workers": 0,
         "train__hang_timeout_minutes": 0.1,

@@ -1,5 +1,5 @@
-"""Generation with the key-value cache, in a world of one: what comes out depends on the request
-alone, never on the batch it ran in.
+"""Generation with the key-value cache on one rank: the result depends on the request alone, never
+on its batch.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def tokens_of(generations):
 
 
 def assert_same(found, expected):
-    """The same tokens, and the same log-probs but for the rounding of another batch size."""
+    """Checks that tokens are equal, and log-probs up to the rounding of another batch size."""
     assert tokens_of(found) == tokens_of(expected)
     assert [g.truncated for g in found] == [g.truncated for g in expected]
     for ours, theirs in zip(found, expected, strict=True):
@@ -92,7 +92,7 @@ def assert_same(found, expected):
 
 @torch.no_grad()
 def continue_greedily(model, prompt, count, eos_id):
-    """Argmax of a full forward over everything so far, again and again."""
+    """Repeats: full forward pass over all tokens so far, then the argmax."""
     tokens = list(prompt)
     for _ in range(count):
         hidden = model[0](torch.tensor([tokens]))
@@ -122,7 +122,7 @@ def test_tokens_do_not_depend_on_the_order_of_the_requests(generate, requests):
 
 
 def test_samples_of_one_prompt_equal_single_ones(generate, requests):
-    """The prompt is read once and its cache repeated."""
+    """The prompt is prefilled once, and its cache is repeated."""
     four = requests[:4]
     assert len({request.prompt for request in four}) == 1
     together = generate(four)
@@ -142,20 +142,20 @@ def test_another_seed_step_or_sample_gives_other_tokens(model, tokenizer, genera
 def test_sequences_that_end_at_different_times_leave_the_others_alone(
     generate, requests, monkeypatch
 ):
-    """Compaction at every end, at some share of the batch, or never: the same generations."""
-    kept, keep = [], Decoding.select
+    """Generations are the same with compaction at every end, at some share, or never."""
+    batch_sizes, keep = [], Decoding.select
 
     def counting_keep(self, rows):
-        kept.append(len(rows))
+        batch_sizes.append(len(rows))
         keep(self, rows)
 
     monkeypatch.setattr(Decoding, "select", counting_keep)
     runs, sizes = [], []
     for share in (1e-9, engine_module.COMPACT_SHARE, 2.0):
         monkeypatch.setattr(engine_module, "COMPACT_SHARE", share)
-        kept.clear()
+        batch_sizes.clear()
         runs.append(generate(requests, temperature=1.2))
-        sizes.append(list(kept))
+        sizes.append(list(batch_sizes))
     lengths = sorted({len(generation.tokens) for generation in runs[0]})
     assert len(lengths) >= 4, "all sequences ended at the same time"
     always, some, never = sizes
@@ -242,7 +242,7 @@ def test_min_new_tokens_holds_back_stop_strings(generate, requests):
     ids=["plain", "temperature", "truncated"],
 )
 def test_log_probs_equal_those_of_scoring(generate, model, requests, settings):
-    """fp32 through the cache against whole sequences in micro-batches: within 1e-4."""
+    """fp32 through the cache agrees with whole sequences in micro-batches to 1e-4."""
     generations = generate(requests, **settings)
     prompts = [Prompt(Example("?"), request.prompt) for request in requests]
     buffer = from_generations(prompts, requests, generations, 4)

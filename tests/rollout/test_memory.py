@@ -1,4 +1,4 @@
-"""A replica holds its own samples and nothing else: its bytes fall with the number of replicas."""
+"""A replica holds only its own samples, so its bytes fall with the number of replicas."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ RESPONSE_COLUMNS = ("old_logprobs", "ref_logprobs", "advantages", "returns")
 
 
 class Echo:
-    """Answers from the sample's number alone; `ragged` responses have 1 to 8 tokens, others 8."""
+    """An engine whose responses depend on the sample's number alone.
+
+    If `ragged`, they have 1 to 8 tokens, otherwise 8.
+    """
 
     def __init__(self, ragged):
         self.ragged = ragged
@@ -56,7 +59,7 @@ def collect_shards(size, ragged):
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_bytes_of_a_replica_fall_as_the_replicas_grow(size):
-    """Equal responses: 1/size each, but for the one offset that ends every shard (8 bytes)."""
+    """With equal responses each shard has 1/size of the bytes, plus its last offset (8 bytes)."""
     (whole,) = collect_shards(1, ragged=False)
     for buffer in collect_shards(size, ragged=False):
         assert nbytes(buffer) == (nbytes(whole) - 8) // size + 8

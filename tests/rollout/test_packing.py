@@ -1,4 +1,4 @@
-"""Packed rows: sequences end to end, dealt out over context-parallel ranks."""
+"""Packed rows: sequences end to end, distributed over context-parallel ranks."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_a_row_on_two_context_parallel_ranks_by_hand():
     assert first.tokens.tolist() == [[1, 2, 0, 0]] and second.tokens.tolist() == [[3, 4, 5, 0]]
     assert first.positions.tolist() == [0, 1, 6, 7]
     assert second.positions.tolist() == [2, 3, 4, 5]
-    # 3 is predicted where 2 lies, on the other rank; 4 and 5 where 3 and 4 do.
+    # The position of 2, on the other rank, predicts 3; the positions of 3 and 4 predict 4 and 5.
     assert (first.rows.tolist(), first.targets.tolist(), first.column.tolist()) == ([1], [3], [0])
     assert second.rows.tolist() == [0, 1]
     assert (second.targets.tolist(), second.column.tolist()) == ([4, 5], [1, 2])
@@ -103,6 +103,6 @@ def test_the_ranks_hold_the_row_and_every_response_token_once(samples, context, 
     assert columns.sort().values.tolist() == list(range(len(buffer.mask)))
     responses = [token for _, response in samples for token in response]
     assert torch.cat([b.targets for b in ranks]).tolist() == [responses[i] for i in columns]
-    for batch in ranks:  # the token at a row lies in its sequence where its position says
+    for batch in ranks:  # a token's position is its place in its sequence
         cells = batch.packing.key_cells if context == 1 else batch.packing.query_cells
         assert len(cells.unique()) == len(cells)

@@ -18,7 +18,7 @@ from megatron_rpp.seeds import permutation
 def test_a_plan_by_hand():
     # Longest first: 5 + 5 fill the budget of 10.
     assert plan([5, 1, 5, 1], [0, 1, 2, 3], 10) == [[0, 2], [1, 3]]
-    # Only the samples asked for, whatever their order.
+    # Only the requested samples, in any order.
     assert plan([5, 1, 5, 1], [3, 0], 10) == [[0, 3]]
     # Sequences lie end to end: 4 + 3 tokens are 7.
     assert plan([4, 3], [0, 1], 6) == [[0], [1]]
@@ -26,7 +26,7 @@ def test_a_plan_by_hand():
     assert plan([4, 3], [], 8) == []
 
 
-def test_a_sample_above_the_budget_travels_alone():
+def test_a_sample_above_the_budget_is_alone():
     assert plan([50, 2, 2, 60], [0, 1, 2, 3], 10) == [[3], [0], [1, 2]]
 
 
@@ -49,7 +49,7 @@ def test_a_plan_covers_each_sample_once_within_the_budget(lengths, budget, data)
 
 
 def make_buffer(lengths):
-    """Samples of one prompt token and a response; sample i is made of tokens i + 1."""
+    """Makes samples of one prompt token and a response; all tokens of sample i are i + 1."""
     prompts = [Prompt(Example("?"), (i + 1,)) for i in range(len(lengths))]
     requests = [Request(prompt.tokens, i) for i, prompt in enumerate(prompts)]
     generations = [
@@ -58,7 +58,7 @@ def make_buffer(lengths):
     return from_generations(prompts, requests, generations, 1)
 
 
-def cut(buffer, samples, budget, agree, split=Split(), **options):
+def make_micro_batches(buffer, samples, budget, agree, split=Split(), **options):
     device = torch.device("cpu")
     return micro_batches(
         buffer, samples, budget, split=split, device=device, agree=agree, **options
@@ -73,7 +73,7 @@ def test_micro_batches_are_filled_up_to_the_agreed_count():
         asked.append(count)
         return 5
 
-    batches = cut(buffer, [0, 1, 2], 8, agree)
+    batches = make_micro_batches(buffer, [0, 1, 2], 8, agree)
     assert asked == [2], "one agreement, on the own count"
     assert [batch.tokens.tolist() for batch in batches] == [
         [[1, 1, 1, 1, 3, 3, 3, 3]],
@@ -85,8 +85,8 @@ def test_micro_batches_are_filled_up_to_the_agreed_count():
     assert [len(batch.targets) for batch in batches] == [6, 1, 0, 0, 0]
 
 
-def test_a_rank_without_samples_still_joins_the_agreement():
-    batches = cut(make_buffer([4, 2]), [], 8, lambda count: count + 2)
+def test_a_rank_without_samples_still_takes_part():
+    batches = make_micro_batches(make_buffer([4, 2]), [], 8, lambda count: count + 2)
     assert [batch.tokens.tolist() for batch in batches] == [[[0]], [[0]]]
 
 
@@ -95,22 +95,26 @@ def test_every_response_token_is_in_one_micro_batch_of_one_rank(context):
     buffer = make_buffer([3, 9, 4, 4, 2, 12])
     columns = []
     for rank in range(context):
-        batches = cut(buffer, list(range(6)), 20, lambda count: count, Split(context, rank))
+        batches = make_micro_batches(
+            buffer, list(range(6)), 20, lambda count: count, Split(context, rank)
+        )
         columns += [batch.column for batch in batches]
     assert sorted(torch.cat(columns).tolist()) == list(range(len(buffer.mask)))
 
 
-def test_rows_of_one_length_where_the_stages_want_one_shape():
+def test_rows_of_one_length_for_interleaved_stages():
     buffer = make_buffer([9, 4, 3])
-    batches = cut(buffer, [0, 1, 2], 9, lambda count: count + 1, same_length=True)
+    batches = make_micro_batches(buffer, [0, 1, 2], 9, lambda count: count + 1, same_length=True)
     assert [batch.tokens.shape for batch in batches] == [(1, 9)] * 3
     assert batches[1].packing.boundaries.tolist() == [0, 4, 7, 9]  # 4 + 3 tokens, 2 of padding
-    # Padding is cut up, so that attention does not lay out a sequence that nothing comes from.
+    # Padding is split, so that attention does not lay out one long sequence of padding.
     assert batches[2].packing.longest <= 9 and len(batches[2].column) == 0
 
 
 def test_the_padding_that_context_parallelism_adds_counts_in_the_budget():
-    batches = cut(make_buffer([5, 5, 5]), [0, 1, 2], 10, lambda count: count, Split(2, 0))
+    batches = make_micro_batches(
+        make_buffer([5, 5, 5]), [0, 1, 2], 10, lambda count: count, Split(2, 0)
+    )
     assert len(batches) == 3  # 8 tokens each, in halves
     assert [batch.tokens.shape[1] for batch in batches] == [4, 4, 4]
 
@@ -130,7 +134,7 @@ def test_uneven_mini_batches_differ_by_one_at_most():
 
 
 def test_mini_batches_do_not_depend_on_the_ranks():
-    """A replica looks its samples up in the whole step's table: 1, 2 or 4 of them agree."""
+    """Each replica looks its samples up in the table of the whole step, so 1, 2 or 4 agree."""
     whole = minibatch_of(32, 4, seed=7, step=3, epoch=1)
     for replicas in (1, 2, 4):
         ids = torch.arange(32).chunk(replicas)
@@ -148,13 +152,13 @@ def test_mini_batches_change_with_seed_step_and_epoch():
 
 
 def test_permutations_are_pinned():
-    """A resumed run must cut the mini-batches of the run it resumes, on any NumPy."""
+    """A resumed run must draw the same mini-batches as before, with any version of NumPy."""
     assert permutation(8, 1, 2, 3).tolist() == [5, 2, 4, 7, 1, 6, 3, 0]
     assert permutation(0, 1).tolist() == []
     assert sorted(permutation(1000, 5).tolist()) == list(range(1000))
 
 
 def test_streams_of_different_keys_are_different():
-    """(seed, epoch) orders the prompts, (seed, step, epoch) cuts the mini-batches."""
+    """(seed, epoch) orders the prompts; (seed, step, epoch) draws the mini-batches."""
     assert permutation(64, 1, 2).tolist() != permutation(64, 1, 2, 0).tolist()
     assert permutation(64, 1, 2, 3).tolist() != permutation(64, 1, 3, 2).tolist()

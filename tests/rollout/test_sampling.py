@@ -1,4 +1,4 @@
-"""The next token: its random number, the truncated distribution, and the log-prob it reports."""
+"""Sampling of the next token: random numbers, the truncated distribution, and the log-prob."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_the_oracle_is_splitmix64():
 
 
 def test_first_uniforms_are_pinned():
-    """A resumed run must draw the numbers of the run it resumes: these may never change."""
+    """A resumed run must draw the same numbers as before, so these may never change."""
     expected = [0.1296456182997474, 0.591449498199162, 0.6733110260843622]
     assert uniforms(0, 0, np.arange(3), 0).tolist() == expected
     expected = [0.6752719604205119, 0.18589817664719255, 0.4088239612034299]
@@ -93,7 +93,7 @@ CHI_SQUARE_7 = 24.3  # 99.9 % point of 7 degrees of freedom
 
 
 def draw(logits, count=2000, step=0, forbid=(), **settings):
-    """`count` tokens of one distribution, each with the number of another sample."""
+    """Draws `count` tokens of one distribution, each for another sample."""
     sampling = Sampling(max_new_tokens=1, **settings)
     uniform = uniforms(11, step, np.arange(count), 0)
     return choose(logits.expand(count, -1), uniform, sampling, forbid)
@@ -118,10 +118,10 @@ def allowed_by_hand(logits, sampling, forbid):
     values = np.asarray(logits, np.float64) / sampling.temperature
     values[list(forbid)] = -np.inf
     ranked = sorted(range(len(values)), key=lambda i: -values[i])
-    kept = ranked[: sampling.top_k] if sampling.top_k else ranked
-    probabilities = dict(zip(kept, softmax(values[kept]), strict=True))
+    candidates = ranked[: sampling.top_k] if sampling.top_k else ranked
+    probabilities = dict(zip(candidates, softmax(values[candidates]), strict=True))
     nucleus, total = [], 0.0
-    for token in kept:
+    for token in candidates:
         nucleus.append(token)
         total += probabilities[token]
         if total >= sampling.top_p:
@@ -145,7 +145,7 @@ def test_tokens_are_the_inverse_of_the_truncated_distribution(top_k, top_p, forb
         for row, token in enumerate(tokens.tolist()):
             probabilities = allowed_by_hand(RANDOM_LOGITS[row].numpy(), sampling, forbid)
             below = probabilities[:token].sum()
-            # The interval of the token holds its number, but for an fp32 rounding of its ends.
+            # The token's interval contains the number, up to fp32 rounding of its ends.
             assert probabilities[token] > 0
             assert below - 1e-6 <= uniform[row] <= below + probabilities[token] + 1e-6
 
@@ -184,7 +184,7 @@ def test_forbidden_tokens_are_never_chosen():
 
 @pytest.mark.parametrize("temperature", [0.0, 0.6, 1.0, 1.5])
 def test_log_probs_are_of_the_whole_distribution_at_the_temperature(temperature):
-    """As training sees it: before top-k, top-p and `forbid`."""
+    """Training uses this distribution: before top-k, top-p and `forbid`."""
     sampling = Sampling(max_new_tokens=1, temperature=temperature, top_k=4, top_p=0.7)
     uniform = uniforms(1, 1, np.arange(40), 1)
     tokens, logprobs = choose(RANDOM_LOGITS, uniform, sampling, forbid=[7])
@@ -232,7 +232,7 @@ def test_both_ends_of_a_large_vocabulary():
 
 
 def test_rounding_does_not_add_up_over_a_large_vocabulary():
-    """Numbers 2e-9 on either side of where two tokens meet: a sum in fp32 is off by 1e-7."""
+    """The numbers lie 2e-9 below and above the border of two tokens; an fp32 sum errs by 1e-7."""
     logits = torch.randn(1, 150_000, generator=torch.Generator().manual_seed(0))
     borders = logits.double().softmax(-1).cumsum(-1).squeeze(0).numpy()
     left = np.arange(10) * 15_000 + 7_000

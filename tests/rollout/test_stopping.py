@@ -1,4 +1,4 @@
-"""Stop texts and tokens: which is which, and that looking at the end alone finds every match."""
+"""Stop texts become token ids if they are special tokens; searching the end finds every match."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def test_a_stop_text_that_is_a_special_token_is_that_token():
 
 
 @pytest.mark.parametrize("number", [-1, 10_000])
-def test_an_id_that_the_tokenizer_does_not_have_is_refused(number):
+def test_an_id_that_the_tokenizer_does_not_have_is_an_error(number):
     with pytest.raises(ValueError, match=rf"rollout.stop_token_ids has {number}, but the tok"):
         split_stops(chatml(), [], [number])
 
 
 class Counting:
-    """A tokenizer that notes how many tokens it is asked to decode."""
+    """A tokenizer that counts the tokens that it decodes."""
 
     def __init__(self, own: Tokenizer) -> None:
         self.own, self.asked = own, []
@@ -45,7 +45,7 @@ class Counting:
 
 
 def first_end(tokens: list[int], stops: list[str], least: int = 0) -> int | None:
-    """The length at which a response of `tokens` ends, asked after each token."""
+    """The length at which a response of `tokens` ends if it is checked after each token."""
     found = StopTexts(chatml(), stops)
     for length in range(max(least, 1), len(tokens) + 1):
         if found.end(tokens[:length], first=length == max(least, 1)):
@@ -61,7 +61,7 @@ PIECES = st.sampled_from(
 @settings(deadline=None, max_examples=150)
 @given(st.lists(PIECES, max_size=30), st.lists(PIECES, min_size=1, max_size=4), st.integers(0, 6))
 def test_the_window_finds_what_the_whole_text_holds(pieces, stop, least):
-    """Against the definition: the first length, from `least` on, at which the text holds it."""
+    """The definition is the first length, from `least` on, at which the text contains a stop."""
     tokens, stop = chatml().encode("".join(pieces)), "".join(stop)
     lengths = range(max(least, 1), len(tokens) + 1)
     holds = (n for n in lengths if stop in chatml().decode(tokens[:n], keep_special=True))
@@ -76,6 +76,6 @@ def test_the_cost_of_a_token_does_not_grow_with_the_response():
     assert max(tokenizer.asked) == len("\n\nQ:") + 8
 
 
-def test_no_stop_text_costs_nothing():
+def test_without_stop_texts_nothing_is_decoded():
     tokenizer = Counting(chatml())
     assert not StopTexts(tokenizer, []).end([1, 2, 3], first=True) and tokenizer.asked == []

@@ -1,4 +1,4 @@
-"""Rollouts come back from disk as they were, dealt out anew over any number of replicas."""
+"""Rollouts are loaded from disk unchanged, for any number of replicas."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def buffer_of(samples: range) -> RolloutBuffer:
 
 
 def scores_of(samples: range) -> Scores:
-    """With a time-out in every scoring of samples."""
+    """Scores of the samples, with one time-out."""
     return Scores([i / 7 for i in samples], {"a:b": [i / 3 for i in samples]}, timeouts=1)
 
 

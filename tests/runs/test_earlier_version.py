@@ -1,6 +1,6 @@
-"""A checkpoint that version 0.1 wrote inside a step (commit eff9303) loads, with its rollouts.
+"""A checkpoint that version 0.1 (commit eff9303) wrote inside a step loads with its rollouts.
 
-tests/runs/written_by_0.1 holds that of `small_run` with SETTINGS, stopped in step 2 after its reward.
+tests/runs/written_by_0.1 is from `small_run` with SETTINGS, stopped after the reward of step 2.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SETTINGS = {
 }  # fmt: skip
 
 
-def test_a_run_goes_on_from_it_as_if_this_version_had_written_it(tmp_path, capsys):
+def test_a_checkpoint_of_version_0_1_resumes_exactly(tmp_path, capsys):
     make_data(tmp_path)
     train_run(tmp_path, tmp_path / "whole", **SETTINGS)
     shutil.copytree(WRITTEN, tmp_path / "run/checkpoints")
@@ -32,6 +32,6 @@ def test_a_run_goes_on_from_it_as_if_this_version_had_written_it(tmp_path, capsy
     assert "starts over" not in output, "the rollouts of step 2 were not read"
     ours, whole = (rows(tmp_path / name / "logs/metrics.jsonl")[-2:] for name in ("run", "whole"))
     assert [row["step"] for row in ours] == [2, 3]
-    # Another processor than the one that wrote it rounds otherwise.
+    # The processor that wrote the checkpoint may round differently.
     assert compare_rows(ours, whole[-2:]).size < 1e-3
     assert ours[0]["reward/mean"] == pytest.approx(whole[0]["reward/mean"])

@@ -1,7 +1,7 @@
 """Runs that start from and end in Hugging Face directories, on one rank and on two.
 
-The model is a small random Qwen3 with the tokenizer of the digit sums; what a run exports is the
-policy of its last checkpoint, loads in transformers, and is not what it started from.
+The model is a small random Qwen3 with the tokenizer of the digit sums. A run exports the policy of
+its last checkpoint. The export loads in transformers and differs from the initial model.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def on_two_ranks(rank, base):
     hf_run(base, "pp2", parallel__pipeline=2)
 
 
-def test_a_run_starts_from_and_ends_in_hugging_face(base, tmp_path):
+def test_a_run_loads_and_exports_hugging_face(base, tmp_path):
     final, initial = exported(base / "alone/hf"), exported(base / "qwen3")
     assert final.keys() == initial.keys()
     assert compare_weights(final, initial).size > 1e-4
@@ -70,8 +70,8 @@ def test_a_run_starts_from_and_ends_in_hugging_face(base, tmp_path):
     assert torch.equal(model.model.norm.weight, final["model.norm.weight"])
 
 
-def test_a_run_that_has_nothing_left_to_do_still_ends_in_hugging_face(base):
-    """It starts from the last checkpoint of another directory, and its own holds none yet."""
+def test_a_run_without_steps_left_still_exports(base):
+    """The run starts from the last checkpoint of another directory; its own is still empty."""
     hf_run(base, "nothing left", checkpoint__load=base / "alone/checkpoints")
     again = exported(base / "nothing left/hf")
     assert compare_weights(again, exported(base / "alone/hf")).size == 0
@@ -87,7 +87,7 @@ def test_other_layouts_end_with_the_same_policy(base):
         assert deviation.size < TOLERANCE, deviation
 
 
-def test_a_converted_checkpoint_brings_the_architecture(base, tmp_path):
+def test_the_architecture_is_read_from_a_converted_checkpoint(base, tmp_path):
     to_megatron(base / "qwen3", tmp_path / "megatron")
     words = arguments(base, tmp_path, **dict.fromkeys(NOT_OURS, None))
     model = cli.parse([*words, f"--model.init_path={tmp_path / 'megatron'}"]).config.model
@@ -110,7 +110,7 @@ def test_a_converted_checkpoint_brings_the_architecture(base, tmp_path):
         ("--model.hf_path=nowhere", "nowhere has no config.json"),
     ],
 )
-def test_settings_that_contradict_the_directory_are_refused(
+def test_settings_that_contradict_the_directory_are_errors(
     base, tmp_path, capsys, setting, message
 ):
     words = arguments(base, tmp_path, **dict.fromkeys(NOT_OURS, None))

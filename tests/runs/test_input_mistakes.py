@@ -1,6 +1,6 @@
-"""Whatever is wrong in what the user gave: refused by name and row, before any model is built.
+"""Mistakes in the user's files end the run with file and row, before any model is built.
 
-The simpler mistakes are in test_refusals.py; those of Hugging Face directories in tests/hf.
+Simpler mistakes are in test_config_errors.py, Hugging Face directories in tests/hf.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import pytest
 
 from megatron_rpp.config import Config
 from tests.data.hf_tokenizers import make_chatml
-from tests.runs.test_refusals import check_refused, refused
+from tests.runs.test_config_errors import check_error, error_message
 from tests.small_run import arguments, make_data
 from tests.whole_runs import rows, train_run
 
@@ -136,24 +136,24 @@ def _chat(data):
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_one_line_that_names_the_place(mistake, data, tmp_path, capsys):
-    check_refused(*MISTAKES[mistake], data, tmp_path, capsys)
+def test_a_mistake_is_one_line_that_names_the_place(mistake, data, tmp_path, capsys):
+    check_error(*MISTAKES[mistake], data, tmp_path, capsys)
 
 
 def test_a_recipe_in_another_encoding(data, tmp_path, capsys):
-    errors = refused([*arguments(data, tmp_path), f"--config={data}/latin.yaml"], capsys)
+    errors = error_message([*arguments(data, tmp_path), f"--config={data}/latin.yaml"], capsys)
     assert f"config file '{data}/latin.yaml': " in errors
 
 
-def test_bytes_of_the_command_line_that_are_no_text(data, tmp_path, capsys):
+def test_command_line_bytes_that_are_not_text(data, tmp_path, capsys):
     text = os.fsdecode(b"caf\xe9")
-    errors = refused([*arguments(data, tmp_path), f"--data.system_prompt={text}"], capsys)
+    errors = error_message([*arguments(data, tmp_path), f"--data.system_prompt={text}"], capsys)
     assert "data.system_prompt holds '\\udce9', which is not a character: write the text" in errors
 
 
 def test_half_a_surrogate_pair_in_a_recipe(data, tmp_path, capsys):
     (data / "half.yaml").write_text('rollout: {stop: ["smile \\ud83d"]}\n')
-    errors = refused([*arguments(data, tmp_path), f"--config={data}/half.yaml"], capsys)
+    errors = error_message([*arguments(data, tmp_path), f"--config={data}/half.yaml"], capsys)
     assert "rollout.stop holds '\\ud83d', which is not a character: write the text" in errors
 
 
@@ -166,20 +166,20 @@ def old(data, tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("damage", ["common.pt", "metadata.json", ".metadata"])
-def test_a_checkpoint_that_is_damaged(damage, old, data, tmp_path, capsys):
-    """Found before a model is built, for weights and for a run to go on from alike."""
+def test_a_damaged_checkpoint(damage, old, data, tmp_path, capsys):
+    """It is found before a model is built, both as initial weights and to resume from."""
     shutil.copytree(old, tmp_path / "damaged")
     path = tmp_path / "damaged/iter_0000001"
     (path / damage).write_bytes((path / damage).read_bytes()[:20])
     capsys.readouterr()
     for setting in ("model__init_path", "checkpoint__load"):
         argv = arguments(data, tmp_path / "new", **{setting: tmp_path / "damaged"})
-        errors = refused(argv, capsys)
+        errors = error_message(argv, capsys)
         assert str(path) in errors and "choose another" in errors
 
 
 @pytest.mark.parametrize("temperature", ["1e-40", "1e-9", "0.0009"])
 def test_a_temperature_at_which_logits_lose_their_digits(temperature, data, tmp_path, capsys):
-    errors = refused(arguments(data, tmp_path, rollout__temperature=temperature), capsys)
+    errors = error_message(arguments(data, tmp_path, rollout__temperature=temperature), capsys)
     assert "rollout.temperature must be at least 0.001, got " in errors
     assert Config().rollout.temperature >= 0.001

@@ -5,9 +5,9 @@ and is compared with the same recipe on one rank: all metrics of every step, the
 final weights. `pytest -s` shows the table. Three runs with a reduction that is broken on purpose show
 that the comparison can fail.
 
-Adam divides a gradient by its own size, so an element whose gradient is nothing but fp32 rounding
-moves as far as any other, in a direction that the rounding decides. Its epsilon is set above that
-rounding here; `PLAIN_ADAM` keeps the usual 1e-8 and shows what remains of it.
+Adam divides a gradient by its own size. So an element whose gradient is only fp32 rounding moves as
+far as any other, in a random direction. The tests set Adam's epsilon above that rounding;
+`PLAIN_ADAM` keeps the usual 1e-8 and shows the effect.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def folder(base: Path, case: Case) -> Path:
 
 
 def train_cases(rank: int, base: Path, cases: list[Case]) -> None:
-    """On every rank of a world: its cases, one after the other."""
+    """Trains the cases one after the other; every rank of a world calls it."""
     for case in cases:
         train_run(base, folder(base, case), **settings_of(case))
 
@@ -165,7 +165,7 @@ def base(tmp_path_factory) -> Path:
 
 
 def compare(base: Path, case: Case, expected: Case | None = None) -> tuple[Deviation, Deviation]:
-    """Deviations of metrics and of final weights from one rank."""
+    """Returns the deviations of metrics and of final weights from one rank."""
     ours = folder(base, case)
     theirs = folder(base, expected or Case("one rank", 1, case.recipe, {}))
     mine, other = (final_weights(run, case.recipe) for run in (ours, theirs))
@@ -202,8 +202,8 @@ def named(case: Case) -> str:
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_the_run_to_compare_with_learns(base, recipe):
-    """Runs in which nothing happens would agree, too."""
+def test_the_reference_run_learns(base, recipe):
+    """Runs that learn nothing would agree, too."""
     first, second, _ = rows(folder(base, Case("one rank", 1, recipe, {})) / "logs/metrics.jsonl")
     assert first["reward/std"] > 0.1 and first["policy/grad_norm"] > 0.1
     assert first["policy/clip_fraction"] > 0 and first["policy/ratio_max"] > 1.1
@@ -220,7 +220,7 @@ def test_metrics_are_those_of_one_rank(deviations, case):
 
 @pytest.mark.parametrize("case", CASES, ids=named)
 def test_final_weights_are_those_of_one_rank(deviations, case):
-    """Read from each layout's checkpoint by one rank: it loads on another layout, too."""
+    """One rank reads each layout's checkpoint, so this also tests loading on another layout."""
     _, weight = deviations[key(case)]
     assert weight.size <= TOLERANCE, weight
 
@@ -237,8 +237,8 @@ def test_held_out_answers_are_those_of_one_rank(base, case):
 
 
 @pytest.mark.parametrize("broken", BROKEN)
-def test_a_broken_reduction_is_seen(deviations, broken):
-    """The gate can fail. (A loss that is only reported wrong leaves the weights right.)"""
+def test_a_broken_reduction_is_detected(deviations, broken):
+    """The comparison can fail. (If only the reported loss is wrong, the weights are right.)"""
     metric, weight = deviations[key(BROKEN[broken])]
     assert metric.size > 100 * TOLERANCE
     assert weight.size > 100 * TOLERANCE or broken == "context left out"
@@ -249,8 +249,8 @@ def test_the_usual_epsilon_of_adam_amplifies_rounding(deviations):
     assert metric.size < 1e-3 and weight.size < 5e-3
 
 
-def test_a_model_may_have_more_words_than_the_tokenizer(base):
-    """As padded vocabularies of published models do; such a word reads as an unknown one."""
+def test_a_model_may_have_more_tokens_than_the_tokenizer(base):
+    """Published models have padded vocabularies. Extra tokens are decoded as unknown ones."""
     run = base / "more words"
     train_run(base, run, model__vocab_size=60, train__steps=1)
     answers = [sample["response"] for sample in rows(run / "logs/evaluations.jsonl")[0]["samples"]]

@@ -1,6 +1,6 @@
-"""What goes wrong on one rank alone ends the run on all, with one message and nothing lost.
+"""If a save fails on one rank, the run ends on all ranks with one message and loses nothing.
 
-Two real ranks; the fault is a limit on the size of files that the kernel sets rank 1 alone.
+Two real ranks. The failure is a real one: the kernel limits the size of files of rank 1.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ TOO_LARGE = os.strerror(errno.EFBIG)
 
 @contextmanager
 def small_files(rank: int, phase: str, count: int) -> Iterator[None]:
-    """From the `count`-th time that this rank enters `phase`, where it is the faulty one."""
+    """Limits the file size of rank FAULTY when it enters `phase` for the `count`-th time."""
     entered = []
 
     def listen(name: str) -> None:
@@ -50,7 +50,7 @@ def small_files(rank: int, phase: str, count: int) -> Iterator[None]:
 
 
 def failing(base: Path, name: str, rank: int, phase: str, count: int, **settings) -> dict:
-    """How a run ended, what it left, and that the same command goes on from there."""
+    """Describes how a run ended and what it left; then the same command resumes it."""
     run = base / name
     with small_files(rank, phase, count), pytest.raises(SaveFailed) as failed:
         train_run(base, run, **(SETTINGS | settings))

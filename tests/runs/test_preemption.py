@@ -1,6 +1,6 @@
-"""A run that is told to stop saves where it is, inside a step too, and goes on bit for bit.
+"""A run that is asked to stop saves at once, even inside a step, and resumes bit for bit.
 
-The signals are real ones, sent by the process to itself when it enters a phase; kills are SIGKILL.
+The process sends itself real signals when it enters a phase; kills are SIGKILL.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ SETTINGS = {"train__steps": 2, "evaluation__interval": 1, "optimizer__eps": 1e-5
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
-    """The folder of the data and of run "whole", which nobody disturbed."""
+    """The folder of the data and of run "whole", which was not interrupted."""
     return with_whole_run(tmp_path_factory.mktemp("preemption"), **SETTINGS)
 
 
 @contextmanager
 def at(phase: str, count: int, act: Callable[[], None]) -> Iterator[list[str]]:
-    """Acts when `phase` is entered for the `count`-th time; yields the phases as they come."""
+    """Calls `act` when `phase` is entered for the `count`-th time; yields the entered phases."""
     entered: list[str] = []
 
     def listen(name: str) -> None:
@@ -77,9 +77,9 @@ def check_equal(base: Path, run: str) -> None:
     assert evaluated == whole
 
 
-# When the signal comes: a phase, the how manyth of it; and the checkpoint that the run leaves. A
-# stage enters "update" once, and every mini-batch again.
-MOMENTS = {
+# The signal comes when `phase` is entered for the `count`-th time; then the run leaves this
+# checkpoint. A step enters "update" once for the stage and once for each mini-batch.
+CASES = {
     "in the first rollout": ("rollout", 1, "iter_0000000_done_1_rollout"),
     "in the second reward": ("reward", 2, "iter_0000001_done_2_reward"),
     "in the first step's update": ("update", 3, "iter_0000000_minibatch_0002"),
@@ -88,26 +88,26 @@ MOMENTS = {
 }
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
-def test_it_goes_on_where_it_was(base, moment):
-    phase, count, left = MOMENTS[moment]
-    number = signal.SIGUSR1 if "first" in moment else signal.SIGTERM
+@pytest.mark.parametrize("case", CASES)
+def test_a_stopped_run_resumes_inside_the_step(base, case):
+    phase, count, left = CASES[case]
+    number = signal.SIGUSR1 if "first" in case else signal.SIGTERM
     before = signal.getsignal(number)
     with at(phase, count, send(number)), pytest.raises(Preempted, match=f"{number.name}: saved"):
-        train_run(base, base / moment, **SETTINGS)
-    assert names(base / moment) == [left]
+        train_run(base, base / case, **SETTINGS)
+    assert names(base / case) == [left]
     assert signal.getsignal(number) == before
     with at("never", 1, print) as entered:
-        train_run(base, base / moment, **SETTINGS)
+        train_run(base, base / case, **SETTINGS)
     if phase == "update" and "minibatch" in left:
         done = int(left[-4:])
-        # What was done is not done again: of the first step here only the mini-batches left.
+        # Finished work is not repeated: only the remaining mini-batches of the first step run.
         assert entered[: entered.index("evaluation")].count("rollout") == 0
         assert entered[: entered.index("evaluation")].count("update") == 1 + 4 - done
-    check_equal(base, moment)
+    check_equal(base, case)
 
 
-def test_told_again_at_once(base):
+def test_a_second_stop_right_after_a_resume(base):
     """A requeued job may be stopped before it has done anything."""
     with at("update", 3, send(signal.SIGTERM)), pytest.raises(Preempted):
         train_run(base, base / "again", **SETTINGS)
@@ -117,29 +117,29 @@ def test_told_again_at_once(base):
     check_equal(base, "again")
 
 
-def test_two_stops_in_one_step_leave_no_moment_without_the_last_save(base):
-    """After the rollout, then after the reward: whenever a kill came, the newer would be in force
-    or the older."""
+def test_two_stops_in_one_step_always_leave_a_current_save(base):
+    """The run stops after the rollout, then after the reward. At every moment of the second save
+    either the older or the newer checkpoint is current."""
     run, first, second = base / "twice", "iter_0000000_done_1_rollout", "iter_0000000_done_2_reward"
     with at("rollout", 1, send(signal.SIGTERM)), pytest.raises(Preempted):
         train_run(base, run, **SETTINGS)
-    in_force = []
+    current = []
 
-    def look(phase: str) -> None:
+    def listen(phase: str) -> None:
         if phase.startswith("save: "):
-            in_force.append(checkpoint.newest(run / "checkpoints").name)
+            current.append(checkpoint.newest(run / "checkpoints").name)
 
-    heartbeat.current.listeners.append(look)
+    heartbeat.current.listeners.append(listen)
     with at("reward", 1, send(signal.SIGTERM)), pytest.raises(Preempted):
         train_run(base, run, **SETTINGS)
-    heartbeat.current.listeners.remove(look)
-    # begin, write, seal, rename, pointer | remove old ones
-    assert in_force == [first] * 5 + [second] and names(run) == [first, second]
+    heartbeat.current.listeners.remove(listen)
+    # begin, write, manifest, rename, pointer | remove old ones
+    assert current == [first] * 5 + [second] and names(run) == [first, second]
     train_run(base, run, **SETTINGS)
     check_equal(base, "twice")
 
 
-def test_its_exit_code_says_run_it_again():
+def test_the_exit_code_of_preemption():
     assert Preempted("").exit_code == exit_codes.PREEMPTED == 75
 
 
@@ -155,7 +155,7 @@ def other_data(base: Path) -> Iterator[None]:
         path.write_text(before)
 
 
-def test_a_step_of_other_prompts_is_begun_anew(base, capsys):
+def test_a_step_with_other_prompts_starts_over(base, capsys):
     with at("update", 3, send(signal.SIGTERM)), pytest.raises(Preempted):
         train_run(base, base / "replaced", **SETTINGS)
     with other_data(base), at("never", 1, print) as entered:
@@ -165,62 +165,66 @@ def test_a_step_of_other_prompts_is_begun_anew(base, capsys):
     assert [row["step"] for row in rows(base / "replaced/logs/metrics.jsonl")] == [1, 2]
 
 
-KEPT = SETTINGS | {"checkpoint__save_rollouts": "true", "checkpoint__interval": 1}
+SAVE_ROLLOUTS = SETTINGS | {"checkpoint__save_rollouts": "true", "checkpoint__interval": 1}
 
 
 def until_killed(rank: int, base: Path) -> None:
     with at("update", 7, send(signal.SIGKILL)):
-        train_run(base, base / "kept", **KEPT)
+        train_run(base, base / "stored", **SAVE_ROLLOUTS)
 
 
-def test_kept_rollouts_are_taken_after_a_kill(base, tmp_path):
-    """Killed in the second step's update; with another temperature, or other rows in the file of
-    the same name, they are not this run's."""
+def test_saved_rollouts_are_used_after_a_kill(base, tmp_path):
+    """The run is killed in the second step's update. With another temperature, or with other rows
+    in the same file, the rollouts do not belong to the run."""
     with pytest.raises(ProcessExitedException, match="SIGKILL"):
         run_ranks(until_killed, 1, tmp_path, base)
-    kept = base / "kept/checkpoints/rollouts"
-    assert {path.name for path in kept.iterdir()} == {"step_0000001_reward", "step_0000001_rollout"}
+    stored = base / "stored/checkpoints/rollouts"
+    assert {path.name for path in stored.iterdir()} == {
+        "step_0000001_reward",
+        "step_0000001_rollout",
+    }
     for name in ("changed", "other data"):
-        shutil.copytree(base / "kept", base / name)
+        shutil.copytree(base / "stored", base / name)
     with at("never", 1, print) as entered:
-        train_run(base, base / "changed", rollout__temperature=0.9, **KEPT)
+        train_run(base, base / "changed", rollout__temperature=0.9, **SAVE_ROLLOUTS)
     assert "rollout" in entered and "reward" in entered
     with other_data(base), at("never", 1, print) as entered:
-        train_run(base, base / "other data", **KEPT)
+        train_run(base, base / "other data", **SAVE_ROLLOUTS)
     assert "rollout" in entered and "reward" in entered
     with at("never", 1, print) as entered:
-        train_run(base, base / "kept", **KEPT)
+        train_run(base, base / "stored", **SAVE_ROLLOUTS)
     assert "rollout" not in entered and "reward" not in entered and "update" in entered
-    assert not kept.exists()
-    check_equal(base, "kept")
+    assert not stored.exists()
+    check_equal(base, "stored")
 
 
-# What a kill in the very first save leaves, and where the run starts again.
+# The checkpoint that a kill in the first save leaves, and the step from which the run continues.
 FIRST_SAVE = {"save: write": ("no checkpoint", 0), "save: pointer": ("iter_0000001", 1)}
 
 
-def killed_in_the_first_save(rank: int, base: Path, moment: str) -> None:
-    with at(moment, 1, send(signal.SIGKILL)):
-        train_run(base, base / moment, checkpoint__interval=1, **SETTINGS)
+def killed_in_the_first_save(rank: int, base: Path, case: str) -> None:
+    with at(case, 1, send(signal.SIGKILL)):
+        train_run(base, base / case, checkpoint__interval=1, **SETTINGS)
 
 
-@pytest.mark.parametrize("moment", FIRST_SAVE)
-def test_a_kill_in_the_very_first_save(base, tmp_path, moment):
-    left, step = FIRST_SAVE[moment]
+@pytest.mark.parametrize("case", FIRST_SAVE)
+def test_a_kill_in_the_first_save(base, tmp_path, case):
+    left, step = FIRST_SAVE[case]
     with pytest.raises(ProcessExitedException, match="SIGKILL"):
-        run_ranks(killed_in_the_first_save, 1, tmp_path, base, moment)
-    directory = base / moment / "checkpoints"
-    assert (names(base / moment) or ["no checkpoint"]) == [left]
+        run_ranks(killed_in_the_first_save, 1, tmp_path, base, case)
+    directory = base / case / "checkpoints"
+    assert (names(base / case) or ["no checkpoint"]) == [left]
     assert not (directory / checkpoint.POINTER).exists()
     with at("never", 1, print) as entered:
-        train_run(base, base / moment, checkpoint__interval=1, **SETTINGS)
+        train_run(base, base / case, checkpoint__interval=1, **SETTINGS)
     assert entered.count("rollout") == 2 - step
     assert not list(directory.glob(".saving_*"))
-    check_equal(base, moment)
+    check_equal(base, case)
 
 
 def on_two_ranks(rank: int, base: Path) -> str:
-    """Told on rank 1 alone, inside an update of two replicas; goes on as two stages."""
+    """Only rank 1 gets the signal, inside an update of two replicas; the run resumes as two
+    pipeline stages."""
     settings = SETTINGS | {"train__steps": 2}
     act = send(signal.SIGTERM) if rank == 1 else (lambda: None)
     with at("update", 8, act), pytest.raises(Preempted) as stopped:
@@ -232,7 +236,7 @@ def on_two_ranks(rank: int, base: Path) -> str:
     return f"{left} {stopped.value}"
 
 
-def test_one_rank_is_told_and_another_layout_goes_on(base, tmp_path):
+def test_a_stop_of_one_rank_resumes_on_another_layout(base, tmp_path):
     told = run_ranks(on_two_ranks, 2, tmp_path, base)
     assert told[0] == told[1]
     assert "['iter_0000001_minibatch_0002'] SIGTERM: saved in step 2 after 2 mini-" in told[0]

@@ -1,8 +1,8 @@
-"""A run that stopped goes on as if it had not: rows, weights and moments, on any layout.
+"""A resumed run equals an uninterrupted one in rows, weights and moments, on any layout.
 
 On the layout that wrote the checkpoint everything is equal bit for bit (the same kernels run on the
-same numbers); on another layout within fp32 rounding. What does not fit: test_checkpoint.py;
-Adam's moments within one process: test_resume_moments.py.
+same numbers); on another layout within fp32 rounding. Checkpoints that do not fit are in
+test_checkpoint.py, Adam's moments within one process in test_resume_moments.py.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from tests.whole_runs import (
     weights,
 )
 
-# A learning rate and a KL coefficient that change in every step show a schedule and a controller
-# that start anew. Adam's epsilon: see test_layouts.py.
+# Learning rate and KL coefficient change in every step, so the tests notice a schedule or a
+# controller that starts over. Adam's epsilon: see test_layouts.py.
 SETTINGS = {
     "train__steps": 4,
     "train__epochs": 1,
@@ -66,7 +66,7 @@ def run_in_two_parts(base: Path, name: str, **settings) -> None:
 
 
 def copied(base: Path, run: str, to: str) -> None:
-    """Collective where there are ranks."""
+    """Copies a run on the main rank. Collective."""
     if not dist.is_initialized() or dist.get_rank() == 0:
         shutil.copytree(base / run, base / to)
     if dist.is_initialized():
@@ -75,7 +75,7 @@ def copied(base: Path, run: str, to: str) -> None:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
-    """The folder of the data and of run "whole": four steps at once on one rank."""
+    """The folder of the data and of run "whole": four steps without a break on one rank."""
     base = tmp_path_factory.mktemp("resume")
     make_data(base)
     prompts = (base / "train.jsonl").read_text().splitlines(keepends=True)[:16]
@@ -112,7 +112,7 @@ def test_two_parts_equal_the_whole(base, kind):
         assert len({row[changing] for row in log(base, whole)}) == 4
 
 
-def test_load_goes_on_elsewhere_and_leaves_its_source_alone(base):
+def test_load_continues_elsewhere_and_leaves_its_source_alone(base):
     source = base / "whole/checkpoints/iter_0000002"
     before = contents(source.parent)
     run_once(base, "loaded", checkpoint__load=source)
@@ -121,8 +121,8 @@ def test_load_goes_on_elsewhere_and_leaves_its_source_alone(base):
     assert contents(source.parent) == before
 
 
-def test_load_given_again_does_not_hide_the_newer_checkpoints(base):
-    """The same command, submitted again after the run stopped at step 3."""
+def test_load_does_not_override_newer_checkpoints(base):
+    """The same command is submitted again after the run stopped at step 3."""
     source = {"checkpoint__load": base / "whole/checkpoints/iter_0000002"}
     run_once(base, "again", train__steps=3, **source)
     run_once(base, "again", **source)
@@ -165,18 +165,18 @@ def test_a_run_that_reached_its_accuracy_is_left_alone(base, capsys):
 
 
 def test_a_changed_learning_rate_is_used(base):
-    """The schedule is the new recipe's, its position the checkpoint's."""
+    """The new recipe gives the schedule; the checkpoint gives the position in it."""
     copied(base, "whole", "changed")
     run_once(
         base, "changed", train__steps=5, optimizer__lr=0.01, optimizer__warmup_steps=0,
         optimizer__decay_steps=100, optimizer__decay_style="linear",
     )  # fmt: skip
-    # Five steps of two mini-batches: 10 optimizer steps done.
+    # Five steps of two mini-batches are 10 optimizer steps.
     assert log(base, "changed")[-1]["policy/learning_rate"] == pytest.approx(0.01 * (1 - 10 / 100))
 
 
 def go_back(run: Path, step: int) -> None:
-    """What the message of a damaged checkpoint tells the user to do."""
+    """Sets the pointer to an older step, as the message of a damaged checkpoint recommends."""
     (run / "checkpoints" / POINTER).write_text(f"{step}\n")
 
 
@@ -194,7 +194,7 @@ def test_every_step_is_logged_once_after_going_back(base):
     assert [event.step for event in events.Scalars("eval/accuracy")] == [0, 2, 4]
 
 
-def test_a_run_killed_before_its_first_checkpoint_starts_anew(base):
+def test_a_run_killed_before_its_first_checkpoint_starts_over(base):
     run = base / "anew"
     copied(base, "whole", "anew")
     shutil.rmtree(run / "checkpoints")
@@ -204,7 +204,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_anew(base):
 
 
 def on_two_ranks(rank: int, base: Path) -> list[str]:
-    """Runs on other layouts; returns the messages of refused checkpoints."""
+    """Runs on other layouts; returns the errors of two checkpoints that do not fit."""
     run_once(base, "tp2 then pp2", train__steps=2, **TP2)
     run_once(base, "tp2 then pp2", **PP2)
     run_once(base, "dp2")
@@ -218,20 +218,20 @@ def on_two_ranks(rank: int, base: Path) -> list[str]:
     messages = []
     source = {"checkpoint__load": base / "whole/checkpoints"}
     for shape in (TP2 | {"model__hidden": 48}, PP2 | {"model__layers": 2}):
-        with pytest.raises(ValueError) as refused:
+        with pytest.raises(ValueError) as raised:
             run_once(base, "other shape", **(source | shape))
-        messages.append(str(refused.value))
+        messages.append(str(raised.value))
     return messages
 
 
 @pytest.fixture(scope="module")
 def messages(base, tmp_path_factory) -> list[list[str]]:
-    """What each rank says about two checkpoints that do not fit; the runs are in `base`."""
+    """Each rank's errors of two checkpoints that do not fit; the runs are in `base`."""
     return run_ranks(on_two_ranks, 2, tmp_path_factory.mktemp("ranks"), base)
 
 
 @pytest.mark.parametrize("run", ["tp2 then pp2", "dp2 then tp2", "one then dp2"])
-def test_another_layout_goes_on(base, messages, run):
+def test_another_layout_resumes(base, messages, run):
     own = log(base, run)
     assert own[-1]["step"] == 4
     assert compare_rows(own, log(base, "whole")[-len(own) :]).size <= TOLERANCE
@@ -239,7 +239,7 @@ def test_another_layout_goes_on(base, messages, run):
     assert deviation.size <= TOLERANCE, deviation
 
 
-def test_sharded_moments_go_on_bit_for_bit(base, messages):
+def test_sharded_moments_resume_bit_for_bit(base, messages):
     same_bits(base, "dp2 parts", "dp2")
 
 

@@ -1,7 +1,7 @@
-"""Options of the algorithm act in the loop as their equations say: estimators for comparison, the
-adaptive KL coefficient, and importance weights for a rollout engine that differs.
+"""Options of the algorithm follow their equations in the loop: estimators for comparison, the
+adaptive KL coefficient, and importance weights for a rollout engine with different log-probs.
 
-Steps of one real rank, compared with the oracle of tests/algorithms.
+Steps on one real rank are compared with the oracle of tests/algorithms.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SHIFTS = (0.0, math.log(3), -math.log(3), math.log(1.5))
 
 
 class ShiftedEngine:
-    """The in-process engine, reporting log-probs that are too low by SHIFTS in turn."""
+    """The in-process engine, but its log-probs are too low by SHIFTS in turn."""
 
     def __init__(self, engine):
         self.engine = engine
@@ -42,7 +42,7 @@ class ShiftedEngine:
 
 
 class Step(dict):
-    """One step: its row, and its buffer and the weights of the policy after it."""
+    """One step: its row, its buffer, and the weights of the policy after it."""
 
     buffer: RolloutBuffer
     weights: list[torch.Tensor]
@@ -104,7 +104,7 @@ def test_estimators_for_comparison(steps, name):
 
 
 def test_log_probs_of_the_rollout_save_a_pass_and_change_nothing(steps):
-    """Up to the rounding of the two ways to compute them, of fp32 sums in another order."""
+    """The two ways to compute them differ only in the rounding of fp32 sums."""
     taken, plain = steps["taken"], steps["plain"]
     assert torch.equal(taken.buffer.old_logprobs, taken.buffer.rollout_logprobs)
     measured = ("time/", "throughput/", "memory/", "rollout/logprob_abs_diff")
@@ -124,8 +124,8 @@ def weights_of(kind: str, buffer: RolloutBuffer) -> np.ndarray:
     return oracle.rollout_weights(old, behaviour, kind, 2.0)
 
 
-def test_a_shifted_engine_is_seen(steps):
-    """Ratios 1, 3, 1/3, 1.5 in turn."""
+def test_the_metrics_show_a_shifted_engine(steps):
+    """The ratios are 1, 3, 1/3, 1.5 in turn."""
     step = steps["shifted none"]
     weights = weights_of("none", step.buffer)
     np.testing.assert_allclose(weights[:4], [1, 3, 1 / 3, 1.5], rtol=1e-4)
@@ -157,7 +157,7 @@ def test_weights_multiply_the_loss_of_their_tokens(steps, kind):
 
 
 def test_only_a_correction_changes_the_update(steps):
-    """The samples are the same, and the log-probs of the engine have no other part in the step."""
+    """The samples are the same, and nothing else in the step uses the engine's log-probs."""
     plain, none = steps["plain"].weights, steps["shifted none"].weights
     assert all(torch.equal(mine, other) for mine, other in zip(plain, none, strict=True))
     for kind in ("cap", "mask"):
@@ -166,7 +166,7 @@ def test_only_a_correction_changes_the_update(steps):
 
 
 def test_adaptive_kl_coefficient(data, tmp_path):
-    """Three steps whose factor follows from the KL in the log, by the equation of the paper."""
+    """In three steps the factor follows from the logged KL by the equation of the paper."""
     settings = {
         "train__steps": 4, "algorithm__kl_controller": "adaptive", "algorithm__kl_target": 0.01,
         "algorithm__kl_horizon": 100, "algorithm__kl_estimator": "k3", "algorithm__kl_coef": 0.05,

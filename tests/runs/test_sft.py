@@ -1,4 +1,4 @@
-"""The warm start: it learns, alike on every layout, and training starts from its checkpoint."""
+"""The warm start learns, equally on every layout, and training starts from its checkpoint."""
 
 from __future__ import annotations
 
@@ -64,8 +64,8 @@ def on_two_ranks(rank: int, base: Path) -> None:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
-    """The folder of the data and of run "one", a warm start by the program itself on one rank,
-    which ends in the Hugging Face directory "exported"."""
+    """The folder of the data and of run "one": a warm start by the real program on one rank, which
+    exports the Hugging Face directory "exported"."""
     base = tmp_path_factory.mktemp("sft")
     make_data(base)
     export_to = {"checkpoint__export_hf": base / "exported"}
@@ -84,7 +84,7 @@ def log(base: Path, run: str) -> list[dict]:
 
 
 def test_the_loss_falls_from_that_of_a_guess(base):
-    """Small random weights give every token of the 41 pieces about the same probability."""
+    """Small random weights give each of the 41 tokens about the same probability."""
     losses = [row["sft/loss"] for row in log(base, "one")]
     assert len(losses) == 12
     assert losses[0] == pytest.approx(math.log(41), rel=0.02)
@@ -106,15 +106,15 @@ def test_every_layout_learns_the_same(layouts, name):
     assert compare_weights(ours, theirs).size <= TOLERANCE
 
 
-def test_another_order_of_the_data_is_seen(base):
+def test_another_order_of_the_data_is_detected(base):
     """The comparison can fail."""
     finetune(base, "other seed", seed=4321)
     losses = (log(base, run)[-1]["sft/loss"] for run in ("other seed", "one"))
     assert relative(*losses) > 100 * TOLERANCE
 
 
-def test_it_ends_in_hugging_face(base):
-    """transformers answers the held-out prompts as the last evaluation did, token by token."""
+def test_the_exported_model_answers_like_the_last_evaluation(base):
+    """transformers gives the same tokens for the held-out prompts as the last evaluation."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(base / "exported", local_files_only=True).eval()
@@ -170,9 +170,9 @@ def test_the_first_evaluation_of_training_is_the_last_of_the_warm_start(base):
     assert before | {"step": 0} == after | {"step": 0}
 
 
-def test_it_is_killed_and_stopped_and_goes_on_bit_for_bit(base):
-    """Killed in step 7, after the checkpoint of step 4; then told to stop in step 10. (Run "one",
-    a program of its own, computes on more threads, which sum in another order.)"""
+def test_a_killed_and_stopped_warm_start_resumes_bit_for_bit(base):
+    """It is killed in step 7, after the checkpoint of step 4, and asked to stop in step 10. (It is
+    not compared with run "one", whose process sums in another order because it has more threads.)"""
     finetune(base, "whole")
     settings = {"sft__checkpoint_interval": 4}
     with at("supervised step", 7, killed), pytest.raises(KeyboardInterrupt):
@@ -192,7 +192,7 @@ def test_it_is_killed_and_stopped_and_goes_on_bit_for_bit(base):
 
 
 def killed() -> None:
-    """Ends the run without leave to save anything."""
+    """Ends the run without saving anything."""
     raise KeyboardInterrupt
 
 
@@ -209,7 +209,7 @@ CHATS = [
 
 
 def test_the_loss_is_the_mean_over_the_assistants_turns(base, tmp_path):
-    """Its oracle scores the whole conversations in another way: as rollouts, before the step."""
+    """The oracle scores the whole conversations as rollouts before the step."""
     path = tmp_path / "chats.jsonl"
     path.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in CHATS))
     settings = SETTINGS | {

@@ -1,4 +1,4 @@
-"""Steps that have nothing to learn from: all rewards equal, all responses cut off."""
+"""Degenerate steps: all rewards are equal, or all responses are truncated."""
 
 from __future__ import annotations
 
@@ -38,15 +38,15 @@ def log(base: Path, name: str) -> list[dict]:
 
 
 def change(base: Path, name: str) -> float:
-    """The largest of a weight in the second step."""
+    """The largest change of a weight in the second step."""
     config = config_of(base, base / name, **(VARIED | SETTINGS))
     steps = (base / name / f"checkpoints/iter_000000{step}" for step in (1, 2))
     return compare_weights(*(weights(config, path) for path in steps)).size
 
 
 @pytest.mark.parametrize("name", ["reinforce++", "reinforce++_baseline", "grpo", "rloo"])
-def test_equal_rewards_of_cut_off_responses_change_nothing(base, name):
-    """No variance: advantages of 0 by every algorithm, no division by 0, no update."""
+def test_equal_rewards_of_truncated_responses_change_nothing(base, name):
+    """Without variance every algorithm gives advantages of 0: no division by 0, no update."""
     train_run(base, base / name, algorithm__name=name, **(SETTINGS | EQUAL))
     for row in log(base, name):
         assert row["reward/mean"] == pytest.approx(0.7) and row["reward/std"] == 0
@@ -56,7 +56,7 @@ def test_equal_rewards_of_cut_off_responses_change_nothing(base, name):
     assert change(base, name) == 0
 
 
-def test_cut_off_responses_are_learnt_from(base):
+def test_the_policy_learns_from_truncated_responses(base):
     train_run(base, base / "cut off", **SETTINGS)
     assert all(row["policy/grad_norm"] > 0 for row in log(base, "cut off"))
     assert change(base, "cut off") > 0

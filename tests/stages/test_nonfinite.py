@@ -1,8 +1,8 @@
-"""A NaN on one rank makes all ranks skip that update alike, and too many in a row end the run; in
-log-probs it ends the run at once.
+"""If one rank finds a NaN, all ranks skip the update; too many skips in a row end the run. A NaN in
+the log-probs ends the run at once.
 
-Two real ranks, as two replicas and as the two tensor-parallel halves of one. On one of them a loss,
-a gradient or log-probs are spoiled, by hooks on the real computation.
+Two real ranks form two replicas, or the two tensor-parallel halves of one. On one of them, hooks on
+the real computation spoil a loss, a gradient or log-probs.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ SETTINGS = VARIED | {
 class Spoiler:
     """Spoils the loss, or the gradient of one parameter, of one rank in its next `left` updates.
 
-    "sum": the gradient is spoiled after all ranks' were added up, as a fault on the way would.
+    "sum": the gradient is spoiled after the sum over all ranks, as a broken reduction would do.
     """
 
     def __init__(self, run, kind: str, value: float, rank: int):
@@ -67,7 +67,10 @@ def weights(run) -> torch.Tensor:
 
 
 def spoiled_steps(rank: int, data, kind: str, value: str, settings: dict) -> dict:
-    """Rows, weights and messages of: one update of two spoiled; both; none; all until the end."""
+    """Runs steps with one of two updates spoiled, both, none, and all until the run ends.
+
+    Returns rows, weights and messages.
+    """
     original, said = update.policy_loss, []
     config = config_of(data, data / "run", **(SETTINGS | settings))
     with layout(config):
@@ -102,7 +105,7 @@ CASES = [
 
 
 def spoiled_logprobs(rank: int, data, value: float, call: int) -> tuple[str, int]:
-    """Message and exit code of a run whose second replica's third sample has log-prob `value`.
+    """Spoils the second replica's third sample with `value`; returns message and exit code.
 
     call: 1 = under the policy, 2 = under the reference.
     """
@@ -122,8 +125,8 @@ def spoiled_logprobs(rank: int, data, value: float, call: int) -> tuple[str, int
     return str(failure.value), failure.value.exit_code
 
 
-# Each value, the call that gives it, and what the message says is not finite. Sample 2 of the
-# second replica's four is number 6 of the step. exp(200) is infinite in fp32.
+# The value, the call that returns it, and the nonfinite quantity that the message names. Sample 2
+# of the second replica's four is sample 6 of the step. exp(200) is infinite in fp32.
 LOGPROBS = {
     ("nan", 1): "the policy's log-probs on rank 1 have 1 value(s)",
     ("-inf", 2): "the reference's log-probs on rank 1 have 1 value(s)",
@@ -192,7 +195,7 @@ def test_the_log_names_the_cause_and_the_rank(ranks, case):
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_the_run_ends_alike_on_all_ranks(ranks, case):
+def test_the_run_ends_on_all_ranks_with_one_message(ranks, case):
     messages = {result[case]["failure"] for result in ranks}
     assert len(messages) == 1
     (message,) = messages

@@ -17,7 +17,7 @@ from tests.distributed import run_ranks
 from tests.small_run import make_data
 from tests.whole_runs import rows, train_run
 
-# A user's file. It notes every sample it is shown, and fails on the prompt in TRIGGER.
+# A user's file. It records every sample that it scores and fails on the prompt in TRIGGER.
 REWARD = """
 from pathlib import Path
 
@@ -95,7 +95,7 @@ def ranks(base, tmp_path_factory) -> list[dict]:
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_every_sample_is_scored_once(ranks, base, name):
-    """Held-out prompts before and after the step, and the step's samples in between."""
+    """Held-out prompts are scored before and after the step, the step's samples in between."""
     seen = ranks[0][name]
     assert len(seen) == HELD_OUT + PROMPTS * SAMPLES + HELD_OUT
     held_out = [row["prompt"] for row in rows(base / "eval.jsonl")]
@@ -125,20 +125,20 @@ def test_a_failure_on_one_replica_stops_every_rank_and_shows_the_sample(ranks, b
     messages = [result[function] for result in ranks]
     assert messages[0] == messages[1]
     assert f"reward.py:{function}' " in messages[0]
-    shown = messages[0].splitlines()
+    lines = messages[0].splitlines()
     trigger = (base / "trigger.txt").read_text()
     problem = {
         "not_a_number": "gave the score nan, not a finite number",
         "raising": "raised KeyError: 'no such unit'",
     }[function]
-    assert problem in shown[0]
+    assert problem in lines[0]
     # The second replica holds prompts 4 .. 7; the trigger is the third of them.
-    assert shown[1] == "sample 8 of 16:" and shown[2] == f"  prompt:   {trigger!r}"
-    assert shown[3].startswith("  response: ") and shown[4].startswith("  label: ")
+    assert lines[1] == "sample 8 of 16:" and lines[2] == f"  prompt:   {trigger!r}"
+    assert lines[3].startswith("  response: ") and lines[4].startswith("  label: ")
 
 
 def test_a_scorer_that_hangs_costs_its_samples_alone(ranks, base):
-    """One prompt's samples, on one of two replicas, get the default score; the run goes on."""
+    """One prompt's samples, on one of two replicas, get the default score; the run continues."""
     (row,) = rows(base / "hanging/logs/metrics.jsonl")
     assert row["reward/timeouts"] == SAMPLES
     share = 1 / PROMPTS

@@ -1,5 +1,5 @@
-"""The loss, entropy and clip share of a real update are those of the oracle: NumPy fp64 from the
-model's hidden states on, for both aggregations, with every term of the loss on.
+"""The loss, entropy and clip share of a real update equal the oracle's, for both aggregations and
+with every term of the loss. The oracle is NumPy fp64, from the model's hidden states on.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ SETTINGS = VARIED | {
 
 
 def vocabulary_logits(run, buffer) -> tuple[np.ndarray, np.ndarray]:
-    """fp64 logits [R, words] over the temperature, and the tokens [R], of all response tokens."""
+    """Returns fp64 logits [R, vocabulary] / temperature and the tokens [R] of all responses."""
     model = run.policy.model
     weight = chunks(model)[-1].output_weight[: run.inputs.vocab_size].detach().double()
     logits = np.zeros((len(buffer.mask), len(weight)))
@@ -55,8 +55,8 @@ def vocabulary_logits(run, buffer) -> tuple[np.ndarray, np.ndarray]:
     return logits, targets
 
 
-def spoil(buffer) -> None:
-    """Another policy before the update, holes in the mask and rubbish under them."""
+def perturb(buffer) -> None:
+    """Changes the old log-probs, and makes holes in the mask with rubbish under them."""
     random = torch.Generator().manual_seed(5)
 
     def noise() -> torch.Tensor:
@@ -74,14 +74,14 @@ def spoil(buffer) -> None:
 
 @pytest.fixture(scope="module")
 def step(tmp_path_factory):
-    """(the updates by aggregation, the buffer that they trained on, logits, tokens)."""
+    """Returns (updates by aggregation, the buffer that they trained on, logits, tokens)."""
     data = tmp_path_factory.mktemp("data")
     make_data(data)
     config = config_of(data, data, **SETTINGS)
     with layout(config):
         run = runs.build(config, load_inputs(config), Console(False))
         _, buffer = train.rl_step(run)
-        spoil(buffer)
+        perturb(buffer)
         logits, targets = vocabulary_logits(run, buffer)
         updates = {}
         for kind in ("token_mean", "sequence_mean"):
@@ -120,7 +120,7 @@ def test_update_is_that_of_the_oracle(step, kind):
     clipped = np.where(advantages > 0, ratio > 1 + CLIP_HIGH, ratio < 1 - CLIP_LOW)
     assert updates[kind].clip_fraction == pytest.approx(clipped[mask].mean())
     assert updates[kind].ratio_max == pytest.approx(ratio[mask].max(), rel=1e-5)
-    # Everything that the loss has is at work here.
+    # Every term of the loss has an effect here.
     assert 0.2 < clipped[mask].mean() < 0.8 and not mask.all() and count > 10
     assert np.any((ratio > DUAL) & (advantages < 0) & mask)
 
