@@ -38,10 +38,10 @@ from megatron_rpp.lifecycle import heartbeat
 from tests.small_run import arguments, make_data
 
 PHASES = (
-    "rollout", "keep rollouts", "reward", "logprobs", "update", "evaluation", "save: begin",
-    "save: write", "save: seal", "save: rename", "save: pointer", "save: remove old ones",
+    "rollout", "save rollouts", "reward", "logprobs", "update", "evaluation", "save: begin",
+    "save: write", "save: manifest", "save: rename", "save: pointer", "save: remove old ones",
 )  # fmt: skip
-"""Where a run is killed. Only the main rank enters those after "save: seal"."""
+"""The phases in which a run is killed. Only the main rank enters those after "save: manifest"."""
 MAIN_ONLY = PHASES[PHASES.index("save: rename") :]
 DELAY = 0.05
 STEPS = 4

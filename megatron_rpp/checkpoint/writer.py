@@ -171,7 +171,7 @@ class PendingSave:
         assert self._temporary is not None and self._results is not None, "call start first"
         self.written(wait=True)
         with self._failing():
-            heartbeat.enter("save: seal")
+            heartbeat.enter("save: manifest")
             digests = ranks.on_every_rank(self._results.digests)
             described = {name: entry for share in digests for name, entry in share.items()}
             manifest.write_manifest(self._temporary, self._notes, described)

@@ -155,7 +155,7 @@ def save_rollouts(
     Collective. Raises SaveFailed, on every rank: a user who asked for saved rollouts should not
     learn after a kill that there are none.
     """
-    heartbeat.enter("keep rollouts")
+    heartbeat.enter("save rollouts")
     final = _folder(config) / f"step_{key.step:07d}_{stage}"
     temporary = final.with_name(f".saving_{final.name}_{groups.broadcast_object(this_process())}")
     try:

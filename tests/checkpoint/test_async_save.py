@@ -70,7 +70,7 @@ def test_the_run_continues_and_the_checkpoint_is_of_its_step(base, monkeypatch, 
         assert tensors(base / "meanwhile", step) == tensors(base / "whole", step) != {}
     start = entered.index("save: write")
     assert entered[start + 1 : start + 3] == ["rollout", "reward"]  # of the next step
-    assert entered.count("save: rename") == 3 and entered.index("save: seal") > start + 2
+    assert entered.count("save: rename") == 3 and entered.index("save: manifest") > start + 2
 
 
 def test_a_stop_waits_for_the_writer(base, monkeypatch):

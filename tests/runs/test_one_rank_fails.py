@@ -71,7 +71,7 @@ def on_two_ranks(rank: int, base: Path) -> dict[str, dict]:
     halves, replicas = {"parallel__tensor": 2}, {"checkpoint__save_rollouts": "true"}
     return {
         "checkpoint": failing(base, "checkpoint", rank, "save: write", 2, **halves),
-        "rollouts": failing(base, "rollouts", rank, "keep rollouts", 3, **replicas),
+        "rollouts": failing(base, "rollouts", rank, "save rollouts", 3, **replicas),
     }
 
 
