@@ -136,9 +136,12 @@ class Decoding:
         for owner, mark in self.marked:
             setattr(owner, mark, value)
 
-    def set_positions(self, positions: torch.Tensor) -> None:
-        """Makes the next forward call take one token per sequence, at `positions` [b]."""
-        attended = int(positions.max()) + 1
+    def set_positions(self, positions: torch.Tensor, attended: int) -> None:
+        """Makes the next forward call take one token per sequence, at `positions` [b].
+
+        attended: the tokens of the longest sequence, with the new one. The host knows it without
+            waiting for `positions`.
+        """
         steps = torch.arange(attended, device=positions.device)
         mask = (steps <= positions[:, None])[:, None, None]
         for attention in self.attentions:

@@ -58,6 +58,9 @@ class _VocabParallelLogProbs(torch.autograd.Function):
         first = group.rank() * weight.shape[0]
         local_targets = targets - first
         local_mask = (local_targets >= 0) & (local_targets < valid_rows)
+        # Any valid column stands for a target that another rank holds. To select rows by a mask
+        # instead, the host would have to wait for their number.
+        columns = torch.where(local_mask, local_targets, 0)
         logprobs = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         log_sums, mean_logits = torch.empty_like(logprobs), torch.zeros_like(logprobs)
         for rows in _chunks(len(hidden), len(weight)):
@@ -65,9 +68,10 @@ class _VocabParallelLogProbs(torch.autograd.Function):
             peak = logits.amax(-1) if valid_rows else logprobs.new_full((len(logits),), -torch.inf)
             if group.size() > 1:
                 dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=group)
-            held = local_mask[rows]
             target = logits.new_zeros(len(logits))
-            target[held] = logits[held].gather(1, local_targets[rows][held, None]).squeeze(1)
+            if valid_rows:
+                own = logits.gather(1, columns[rows, None]).squeeze(1)
+                target = torch.where(local_mask[rows], own, target)
             exponentials = torch.exp(logits - peak[:, None])
             terms = [exponentials.sum(-1), target]
             if with_entropy:
@@ -77,14 +81,14 @@ class _VocabParallelLogProbs(torch.autograd.Function):
             logprobs[rows] = sums[1] - log_sums[rows]
             if with_entropy:
                 mean_logits[rows] = sums[2] / sums[0]
-        ctx.save_for_backward(hidden, weight, local_targets, local_mask, log_sums, mean_logits)
+        ctx.save_for_backward(hidden, weight, columns, local_mask, log_sums, mean_logits)
         ctx.valid_rows, ctx.temperature, ctx.group = valid_rows, temperature, group
         ctx.set_materialize_grads(False)  # no entropy backward if the entropy is only reported
         return logprobs, log_sums - mean_logits if with_entropy else mean_logits
 
     @staticmethod
     def backward(ctx, grad_logprobs, grad_entropy):
-        hidden, weight, local_targets, local_mask, log_sums, mean_logits = ctx.saved_tensors
+        hidden, weight, columns, local_mask, log_sums, mean_logits = ctx.saved_tensors
         valid_rows, temperature = ctx.valid_rows, ctx.temperature
         if grad_logprobs is None:
             grad_logprobs = torch.zeros_like(log_sums)
@@ -98,8 +102,10 @@ class _VocabParallelLogProbs(torch.autograd.Function):
             else:
                 spread = (logits - mean_logits[rows, None]).mul_(grad_entropy[rows, None])
                 grad_logits = probabilities.mul_(-(spread + grad_logprobs[rows, None]))
-            held = local_mask[rows].nonzero().squeeze(1)
-            grad_logits[held, local_targets[rows][held]] += grad_logprobs[rows][held]
+            if valid_rows:
+                own = torch.where(local_mask[rows], grad_logprobs[rows], 0.0)
+                steps = torch.arange(len(own), device=own.device)
+                grad_logits[steps, columns[rows]] += own
             grad_logits = grad_logits.div_(temperature).to(hidden.dtype)
             grad_hidden[rows] = grad_logits @ weight[:valid_rows]
             _add_product(grad_weight[:valid_rows], grad_logits.t(), hidden[rows])

@@ -52,6 +52,16 @@ def set_up(local_rank: int, local_world_size: int) -> None:
     torch.cuda.set_device(local_rank)
 
 
+def upload(values: torch.Tensor, target: torch.device) -> torch.Tensor:
+    """Copies a tensor of the host to `target`. The host does not wait for the GPU.
+
+    A copy from pageable memory would wait until the GPU has done all its queued work.
+    """
+    if target.type == "cpu":
+        return values
+    return values.pin_memory().to(target, non_blocking=True)
+
+
 def peak_memory_gb() -> float:
     """This rank's peak memory so far in GB (1e9 bytes): GPU memory, or the resident set on a CPU."""
     if ON_CPU:

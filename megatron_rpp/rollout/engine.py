@@ -144,11 +144,12 @@ class MegatronEngine:
                     break
                 tokens = tokens[0].long()
                 if (~running).mean() >= COMPACT_SHARE:
-                    rows = torch.from_numpy(running.nonzero()[0]).to(tokens.device)
+                    rows = devices.upload(torch.from_numpy(running.nonzero()[0]), tokens.device)
                     state.select(rows)
                     alive, tokens = alive[running], tokens[rows]
-                positions = torch.from_numpy(lengths[alive] + position).to(tokens.device)
-                state.set_positions(positions)
+                places = lengths[alive] + position
+                positions = devices.upload(torch.from_numpy(places), tokens.device)
+                state.set_positions(positions, attended=int(places.max()) + 1)
                 hidden = pipeline.stage_forward(self.model, tokens[:, None], positions)[0]
 
     def _read_prompts(self, requests: list[Request], state: Decoding) -> torch.Tensor:

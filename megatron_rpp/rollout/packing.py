@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron_rpp.parallel import device as devices
 from megatron_rpp.records import MicroBatch, Packing
 from megatron_rpp.rollout.buffer import RolloutBuffer
 
@@ -78,8 +79,8 @@ def pack(
     local[own] = torch.arange(len(own))
     here = local[before] >= 0
     return MicroBatch(
-        tokens=tokens[own][None].to(device),
-        positions=position[own].to(device),
+        tokens=devices.upload(tokens[own][None], device),
+        positions=devices.upload(position[own], device),
         packing=_packing(
             pieces,
             starts,
@@ -89,8 +90,8 @@ def pack(
             rank=split.context_rank,
             device=device,
         ),
-        rows=local[before][here].to(device),
-        targets=tokens[place[answered]][here].to(device),
+        rows=devices.upload(local[before][here], device),
+        targets=devices.upload(tokens[place[answered]][here], device),
         column=column[here],
     )
 
@@ -144,4 +145,5 @@ def _packing(
         asked[query_cells] = position[own]
         visible = torch.arange(longest) <= asked.view(len(pieces), 1, -1, 1)
         arguments |= {"query_cells": query_cells, "gathered": gathered, "visible": visible}
-    return Packing(longest=longest, **{name: x.to(device) for name, x in arguments.items()})
+    uploaded = {name: devices.upload(values, device) for name, values in arguments.items()}
+    return Packing(longest=longest, **uploaded)

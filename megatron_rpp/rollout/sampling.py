@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from megatron_rpp.parallel import device as devices
 from megatron_rpp.records import Sampling
 
 
@@ -53,14 +54,16 @@ def choose(
     allowed = scaled
     if forbid:
         allowed = allowed.clone()
-        allowed[:, list(forbid)] = -torch.inf
+        for token in forbid:  # a list of tokens would be copied to the GPU
+            allowed[:, token] = -torch.inf
     if greedy:
         tokens = allowed.argmax(-1)
     else:
         allowed = truncate(allowed, sampling.top_k, sampling.top_p)
         weights = torch.exp(allowed - allowed.amax(-1, keepdim=True))
         cumulative = weights.cumsum(-1, dtype=torch.float64)
-        draw = torch.from_numpy(uniform).to(logits.device)[:, None] * cumulative[:, -1:]
+        random = devices.upload(torch.from_numpy(uniform), logits.device)
+        draw = random[:, None] * cumulative[:, -1:]
         tokens = torch.searchsorted(cumulative, draw, right=True).squeeze(1)
     logprobs = torch.gather(scaled, 1, tokens[:, None]).squeeze(1) - scaled.logsumexp(-1)
     return tokens, logprobs

@@ -86,7 +86,7 @@ def response_logprobs(
 
     column = torch.zeros(len(buffer.mask), dtype=torch.float32, device=devices.device())
     for batch, logprobs in zip(batches, pipeline.forward(model, batches, head)):
-        column[batch.column.to(column.device)] = logprobs
+        column[devices.upload(batch.column, column.device)] = logprobs
     if groups.context_group().size() > 1:  # each rank has filled in its own tokens
         dist.all_reduce(column, group=groups.context_group())
     return groups.broadcast_from_last_stage(column).cpu()

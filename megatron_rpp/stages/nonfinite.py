@@ -30,7 +30,7 @@ def skip_reason(backward: Backward) -> str | None:
     text then names the loss alone.
     """
     found = torch.zeros(dist.get_world_size(), dtype=torch.int32, device=devices.device())
-    found[dist.get_rank()] = _local_code(backward)
+    found[dist.get_rank()] = _local_code(backward, found)
     dist.all_reduce(found)
     codes = found.tolist()
     for code, what in ((_LOSS, "the loss"), (_GRADIENT, "the gradient")):
@@ -40,12 +40,16 @@ def skip_reason(backward: Backward) -> str | None:
     return None
 
 
-def _local_code(backward: Backward) -> int:
-    if not all(bool(report.isfinite().all()) for report in backward.reports):
-        return _LOSS
-    if not all(bool(norm.isfinite()) for norm in backward.local_grad_norms):
-        return _GRADIENT
-    return 0
+def _local_code(backward: Backward, like: torch.Tensor) -> torch.Tensor:
+    """What this rank found, in the dtype and on the device of `like`: the host need not wait."""
+    sound = like.new_zeros(())
+    wrong_gradient = torch.where(_all_finite(backward.local_grad_norms, like), sound, _GRADIENT)
+    return torch.where(_all_finite(backward.reports, like), wrong_gradient, _LOSS)
+
+
+def _all_finite(values: list[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
+    finite = [like.new_ones((), dtype=torch.bool), *(value.isfinite().all() for value in values)]
+    return torch.stack(finite).all()
 
 
 def check_columns(buffer: RolloutBuffer, columns: dict[str, torch.Tensor | None]) -> None:

@@ -67,7 +67,7 @@ def _loss(
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         def column(values: torch.Tensor) -> torch.Tensor:
             """[1, n]: a response may be split over ranks, so each token counts for itself."""
-            return values[batch.column].to(hidden.device)[None]
+            return devices.upload(values[batch.column], hidden.device)[None]
 
         logprobs, entropy = token_logprobs(
             model, batch, hidden, temperature=temperature, with_entropy=True

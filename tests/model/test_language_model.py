@@ -169,7 +169,7 @@ def decode_all(stage, steps):
         found = [hidden[lengths - 1, rows]]
         for step in range(steps):
             positions = lengths + step
-            state.set_positions(positions)
+            state.set_positions(positions, int(positions.max()) + 1)
             hidden = pipeline.stage_forward(stage, SEQUENCES[rows, positions, None], positions)
             found.append(hidden[0])
     return torch.stack(found, 1)
@@ -191,7 +191,7 @@ def test_sequences_leave_and_repeat_in_the_cache(model):
     with decoding(model, 20) as state:
         model(ragged_prompts())
         state.select(order)
-        state.set_positions(positions)
+        state.set_positions(positions, int(positions.max()) + 1)
         found = model(SEQUENCES[order, positions, None], positions)[0]
     torch.testing.assert_close(found, full[order, positions], rtol=0, atol=TOLERANCE)
 
@@ -201,7 +201,7 @@ def test_caches_are_gone_afterwards_also_after_an_error(model):
     before = model(BATCHES[0])
     with pytest.raises(RuntimeError, match="stop here"), decoding(model, 20) as state:
         model(BATCHES[0])
-        state.set_positions(torch.full((3,), 8))
+        state.set_positions(torch.full((3,), 8), 9)
         raise RuntimeError("stop here")
     attentions = [m for m in model.modules() if isinstance(m, CoreAttention)]
     assert len(attentions) == LAYERS
