@@ -1,5 +1,5 @@
-# Sourced by torchrun.sh and slurm_task.sh: the interpreter, in `python`, and what ranks inherit.
-# `repository` is set. The working directory stays the caller's: relative paths are his.
+# Sourced by torchrun.sh and slurm_task.sh: sets the interpreter, `python`, and the ranks' variables.
+# `repository` must be set. The working directory stays, so relative paths are the caller's.
 # shellcheck shell=bash disable=SC2034,SC2154  # what the two scripts read and have set
 python=python3
 if [[ -n ${VENV:-} ]]; then
@@ -15,5 +15,5 @@ fi
 export PYTHONPATH=$repository${PYTHONPATH:+:$PYTHONPATH}
 # Megatron orders communication before computation on the GPU's one queue.
 export CUDA_DEVICE_MAX_CONNECTIONS=1
-# Each rank takes its share of the host's cores by itself.
+# Each rank chooses its own number of threads: its share of the host's cores.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes .venv with the pinned requirements; quick where they have not changed.
+# Makes .venv with the pinned requirements; quick if they have not changed.
 #
 #   bash launch/install.sh [--gpu | --cpu] [--dry-run] [REQUIREMENTS FILE ...]
 #

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# From a fresh clone to a model trained by REINFORCE++, on two CPU cores and without a GPU.
+# Trains a model with REINFORCE++ from a fresh clone, on two CPU cores and without a GPU.
 #
 #   bash launch/quickstart.sh [--section.key value ...]
 #
-#   RUN=runs/quickstart   where everything is written; a finished run is kept, an interrupted one
-#                         goes on
+#   RUN=runs/quickstart   where everything is written; a finished run stays as it is, an interrupted
+#                         one resumes
 #   NPROC=2               processes; the layout is the recipe's parallel section, so for example
 #                         NPROC=1 RUN=runs/tp1 bash launch/quickstart.sh --parallel.tensor 1
 #
-# Relative paths are those of the directory where it is called.
+# Relative paths are relative to the directory where it is called.
 set -euo pipefail
 repository=$(dirname -- "$(dirname -- "$(readlink -f -- "$0")")")
 python=$repository/.venv/bin/python

@@ -1,18 +1,18 @@
-# Sourced by slurm.sbatch and slurm_per_gpu.sbatch: settings, what runs, and when it runs again.
-# `launch` is the directory of this file. Relative paths are those of the job's working directory:
-# where sbatch was called, or its --chdir.
+# Sourced by slurm.sbatch and slurm_per_gpu.sbatch: settings, the command, and requeuing.
+# `launch` is the directory of this file. Relative paths are relative to the job's working
+# directory: the directory where sbatch was called, or its --chdir.
 # shellcheck shell=bash disable=SC2034,SC2154  # what the two scripts read and have set
 #
-# From the environment (sbatch hands it on), all optional:
+# Variables of the environment (sbatch passes them on), all optional:
 #   RUN=DIR               checkpoints, logs and this script's notes (default runs/<job name>)
 #   NPROC_PER_NODE=N      ranks a node (default: the node's GPUs, else 1)
 #   MODULES="A B"         modules to load
 #   VENV=DIR              virtual environment (default .venv of the repository, else python3)
 #   CONTAINER_IMAGE=IMG   runs in this image (needs SLURM's pyxis plugin)
-#   CONTAINER_MOUNTS=A:B  further mounts; working directory and repository are where they are
+#   CONTAINER_MOUNTS=A:B  further mounts; working directory and repository keep their paths
 #   SECRETS="A B"         names of variables that must be set and reach the ranks; never printed
 #   MAX_STALLED=3         requeues without a newer checkpoint before the job gives up
-#   MASTER_PORT=N         (default: from the job's number)
+#   MASTER_PORT=N         port of the rendezvous (default: computed from the job's number)
 #   DRYRUN=1              print what would run, also outside SLURM
 
 refuse() {
@@ -20,7 +20,7 @@ refuse() {
   exit 2
 }
 
-# The settings above, checked, and the directories of this job (of this seed, in an array).
+# Checks the settings above, and sets the directories of this job (of this seed, in an array).
 prepare() {
   [[ $# -gt 0 && ($1 == train || $1 == sft) ]] ||
     refuse "say what to run: sbatch [SBATCH OPTIONS] SCRIPT train|sft --config FILE [...]"
@@ -36,7 +36,7 @@ prepare() {
     export "${name?}"
   done
   RUN=${RUN:-runs/${SLURM_JOB_NAME:-megatron_rpp}}
-  [[ $RUN != -* ]] || RUN=./$RUN # or it would be an option
+  [[ $RUN != -* ]] || RUN=./$RUN # otherwise it would be read as an option
   local seed=()
   if [[ -n ${SLURM_ARRAY_TASK_ID:-} ]]; then
     RUN=$RUN/seed-$SLURM_ARRAY_TASK_ID
@@ -55,7 +55,7 @@ prepare() {
   export MASTER_ADDR MASTER_PORT VENV
 }
 
-# The address of the job's first node, as SLURM itself reaches it; one node needs no network.
+# Prints the address by which SLURM reaches the job's first node; one node needs no network.
 first_node() {
   if [[ $nodes == 1 ]]; then
     echo 127.0.0.1
@@ -70,8 +70,8 @@ first_node() {
   scontrol show node "$first" | grep -o 'NodeAddr=[^ ]*' | cut -d= -f2
 }
 
-# srun's words before the command, in `step`. --wait: ranks end on their own, and what is left two
-# minutes after the first has ended is stuck. The other ranks' codes matter, so no kill-on-bad-exit.
+# Sets `step`, srun and its options. --wait=120: ranks end on their own, so a rank that still runs
+# two minutes after the first one has ended is stuck. All codes matter: no kill-on-bad-exit.
 step_options() {
   step=(srun --kill-on-bad-exit=0 --wait=120 --cpu-bind=none --export=ALL
     --output="$steplog/node%n.%N.task%t.log" "$@")
@@ -119,8 +119,9 @@ run_step() {
   finish "$code"
 }
 
-# Code 0 is done and 2 is refused. Whatever else happened (75: saved before the time limit; a crash;
-# a lost node), the job runs again from its newest checkpoint, unless that has not moved long since.
+# Codes 0 (done) and 2 (invalid configuration) end the job. After any other code (75: saved before
+# the time limit; a crash; a lost node) it is requeued, unless MAX_STALLED requeues in a row
+# brought no newer checkpoint.
 finish() {
   local code=$1
   [[ $code == 0 || $code == 2 ]] && exit "$code"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Starts a program of this package on one node or many, from whatever directory.
+# Starts a program of this package on one node or many, from any directory.
 #
 #   bash launch/torchrun.sh [TORCHRUN OPTIONS] train|sft --config FILE [--section.key value ...]
 #
@@ -7,12 +7,12 @@
 #   many nodes:  the same line on every node, with
 #                --nnodes 2 --rdzv-endpoint FIRST_NODE:29500 --rdzv-id ANY_NAME
 #
-# Exits with the code of the ranks: 0 done, 2 refused, 75 saved after SIGTERM or SIGUSR1 (run it
-# again), anything else a failure. --max-restarts N starts crashed ranks again.
+# Exits with the code of the ranks: 0 done, 2 invalid configuration, 75 saved after SIGTERM or
+# SIGUSR1 (run it again), any other code a failure. --max-restarts N restarts crashed ranks.
 set -euo pipefail
 repository=$(dirname -- "$(dirname -- "$(readlink -f -- "$0")")")
 
-# Where an option is given twice, the last one counts.
+# If an option is given twice, the last one counts.
 options=(--nnodes 1 --rdzv-backend c10d)
 while [[ $# -gt 0 && $1 != train && $1 != sft ]]; do
   options+=("$1")

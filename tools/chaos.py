@@ -106,7 +106,7 @@ def _rank(rank: int, ranks: int, port: int, argv: list[str], kill: Kill | None, 
     os.dup2(output, 2)
     if kill is not None:
         _armed(kill, rank)
-    from megatron_rpp import train  # the parent has imported it: this takes no time
+    from megatron_rpp import train  # quick: the parent has imported it
 
     train.main(argv)
 
@@ -170,7 +170,7 @@ def _rows(run: Path) -> list[dict]:
 def _content(run: Path) -> dict[str, str]:
     """Digests of what the final checkpoint holds: weights, moments, schedule, position."""
     manifest = json.loads((run / f"checkpoints/iter_{STEPS:07d}/manifest.json").read_text())
-    # `.metadata` and the archive of common.pt may order or pad alike content differently.
+    # `.metadata` and the archive of common.pt may order or pad equal content differently.
     return {
         name: entry["blake2b"]
         for name, entry in manifest["files"].items()
@@ -192,12 +192,12 @@ def main() -> int:
     def argv(run: Path) -> list[str]:
         return [*arguments(folder, run, **SETTINGS), *settings]
 
-    begun = time.monotonic()
+    started = time.monotonic()
     whole = folder / "whole"
     if any(start(options.ranks, argv(whole), None, folder / "whole.log")):
         print((folder / "whole.log").read_text())
         return 1
-    print(f"undisturbed: {time.monotonic() - begun:.1f} s; kills in {folder}")
+    print(f"undisturbed: {time.monotonic() - started:.1f} s; kills in {folder}")
     kills = plan(options.kills, options.ranks, options.seed)
     happened: Counter[str] = Counter()
     problems: list[str] = []
@@ -228,7 +228,7 @@ def main() -> int:
     print("\nkills by phase: " + ", ".join(f"{name} {happened[name]}" for name in PHASES))
     for problem in problems:
         print(f"PROBLEM {problem}")
-    seconds = time.monotonic() - begun
+    seconds = time.monotonic() - started
     verdict = "NOT equal" if problems else "bit for bit equal"
     print(f"{sum(happened.values())} kills, {round_number} runs, {seconds:.0f} s: {verdict}")
     if not problems:

@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
 
     with joined():
         try:
-            # Only the current one: nobody would notice an older one in its place.
+            # Only the current one: a silent fallback to an older one would go unnoticed.
             checkpoint = raise_on_all_ranks(lambda: current(options.megatron_path))
             store.require(checkpoint)
             convert.to_hf(

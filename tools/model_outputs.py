@@ -1,5 +1,5 @@
-"""What a model makes of the same tokens in Megatron, in transformers and in vLLM, and whether it is
-the same. tools/verify_conversion.py prints the verdict."""
+"""Computes a model's outputs for the same tokens in Megatron, transformers and vLLM, and compares
+them. tools/verify_conversion.py prints the verdict."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ VLLM_SECONDS = 900
 
 @dataclass(frozen=True)
 class Outputs:
-    """What a model makes of the same tokens."""
+    """A model's outputs for the same tokens."""
 
     logits: torch.Tensor  # [b, s, v] fp32
     answer: list[int]

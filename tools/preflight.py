@@ -3,9 +3,9 @@
     bash launch/torchrun.sh ... train --dry-run --config FILE      (checks, then builds the models)
     torchrun --nproc-per-node N tools/preflight.py --config FILE [--section.key value ...]
 
-with the options and settings of the run. A table and a verdict; exit code 0, or 2 where a check
-failed (which torchrun itself turns into 1, launch/torchrun.sh does not). It opens the data of the
-run too.
+Give it the options and settings of the run. It prints a table and a verdict. The exit code is 0, or
+2 if a check failed (plain torchrun turns it into 1, launch/torchrun.sh does not). It also opens the
+data of the run.
 """
 
 from __future__ import annotations

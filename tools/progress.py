@@ -1,4 +1,4 @@
-"""What the tools print: a progress bar and messages, on the first rank only."""
+"""Output of the tools: a progress bar and messages, on the first rank only."""
 
 from __future__ import annotations
 

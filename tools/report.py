@@ -1,4 +1,4 @@
-"""Reports what a finished run achieved: a table, answers before and after, curves, directories.
+"""Reports the results of a finished run: a table, answers before and after, curves, directories.
 
 python tools/report.py --config FILE [--section.key value ...]
 """

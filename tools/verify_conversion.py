@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def has_vllm(python: str) -> bool:
-    """Whether an interpreter has vLLM; told without importing it, which takes many seconds."""
+    """Whether an interpreter has vLLM, without importing it, which would take many seconds."""
     asked = "import importlib.util as u; raise SystemExit(u.find_spec('vllm') is None)"
     return bool(shutil.which(python)) and not subprocess.run([python, "-c", asked]).returncode
 

@@ -42,16 +42,16 @@ def measure(run: Run, saves: int) -> dict:
     stalls, steps = [], []
 
     def step() -> None:
-        begun = time.perf_counter()
+        start = time.perf_counter()
         rl_step(run)
-        steps.append(time.perf_counter() - begun)
+        steps.append(time.perf_counter() - start)
 
     for _ in range(saves):
         step()
         run.advance(run.config.rollout.prompts_per_step)
         checkpointing.save_if_due(run, {})
         checkpointing.publish_if_written(run)
-        while run.saves.pending is not None:  # a run takes its next steps meanwhile
+        while run.saves.pending is not None:  # a run takes its next steps in the meantime
             step()
             checkpointing.publish_if_written(run)
         stalls.append(run.saves.take_stall_seconds())
@@ -68,8 +68,8 @@ def worker(saves: int, settings: list[str]) -> None:
     for name, background in (("waiting", False), ("background", True)):
         settings_now = replace(waits, async_save=background)
         run.config = replace(run.config, checkpoint=settings_now)
-        with frozen_heap():  # as a run has it
-            measure(run, 1)  # the first of a kind is not counted
+        with frozen_heap():  # like a run
+            measure(run, 1)  # the first save is not counted
             result[name] = measure(run, saves)
     if groups.is_main():
         size = sum(f.stat().st_size for f in Path(directory).rglob("*") if f.is_file())

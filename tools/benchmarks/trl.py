@@ -2,7 +2,7 @@
 
 The work: a random Llama-shaped fp32 model on CPU, 64 prompts x 4 samples a step, 16 prompt tokens,
 64 new tokens at temperature 1, a KL penalty against a reference, one AdamW update over the 256
-samples. Runs in an environment of its own (tools/requirements-trl.txt), offline.
+samples. Runs offline in its own environment (tools/requirements-trl.txt).
 
 Seconds of wall clock. A step lasts from one optimizer step's end to the next; phases are disjoint:
   generate  RLOOTrainer._generate: tokenise, model.generate, decode
@@ -111,7 +111,7 @@ class StepClock(transformers.TrainerCallback):
 
 
 def run(folder: str, steps: int, micro_batch: int) -> tuple[list[dict], dict]:
-    """Train `steps` steps; return a row of seconds for each, and the settings in force."""
+    """Train `steps` steps; return a row of seconds for each, and the settings used."""
     args = trl.RLOOConfig(
         output_dir=folder,
         max_steps=steps,
