@@ -1,4 +1,4 @@
-# Sourced by torchrun.sh and slurm_task.sh: sets the interpreter, `python`, and the ranks' variables.
+# Sourced by torchrun.sh and slurm_task.sh: sets `python`, the interpreter, and the ranks' variables.
 # `repository` must be set. The working directory stays, so relative paths are the caller's.
 # shellcheck shell=bash disable=SC2034,SC2154  # what the two scripts read and have set
 python=python3
