@@ -1,4 +1,4 @@
-"""The launcher's part on one node: it starts and watches its ranks, and learns how others ended."""
+"""The launcher's agent on one node: starts and watches its ranks, and exchanges exit codes."""
 
 from __future__ import annotations
 
@@ -27,26 +27,26 @@ from megatron_rpp.launcher.ending import Signals, exit_code, with_signals
 from megatron_rpp.lifecycle.exit_codes import FAILED, PREEMPTED, REFUSED
 
 FINAL = (REFUSED, PREEMPTED)
-"""Codes after which another start would do the same, or is for the scheduler to make."""
+"""Codes after which ranks are not restarted: it would fail again, or the scheduler restarts."""
 PEER_SECONDS = 60.0
 """How long a failed node waits for the codes of the others: they have 30 seconds to stop ranks."""
 READ_SECONDS = 10.0
-"""How long it waits until they have read its own."""
+"""How long it waits until the others have read its own codes."""
 GOODBYE_SECONDS = 30.0
 """How long it may take to leave the rendezvous."""
 
 
 def _report(failed: dict[int, int]) -> None:
-    """A line per rank; refused and preempted ones have said it themselves."""
+    """Prints a line per failed rank."""
     for rank, code in failed.items():
         how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         print(f"launcher: rank {rank} failed, {how}", file=sys.stderr, flush=True)
 
 
 class Agent(LocalElasticAgent):
-    """torch's agent of one node, which starts and watches its ranks; private hooks of torch 2.11+.
+    """Extends torch's agent of one node; uses private hooks of torch 2.11+.
 
-    `run` raises SystemExit with the launcher's code where that is not 0.
+    `run` raises SystemExit with the launcher's code if that is not 0.
     """
 
     def __init__(self, signals: Signals, *args: Any, **settings: Any):
@@ -62,15 +62,15 @@ class Agent(LocalElasticAgent):
 
     @property
     def _shared_store(self) -> Store:
-        """Where the nodes meet; torch declares it as None, which it is until they have met."""
+        """The store of the rendezvous. torch declares it as None, which it is until then."""
         return cast(Store, self._worker_group.store)
 
     def _rendezvous(self, worker_group: WorkerGroup) -> None:
         self._signals.idle()
         handler = worker_group.spec.rdzv_handler
         if isinstance(handler, DynamicRendezvousHandler):
-            # torch would give ranks that it starts again the store of those before, where they
-            # read the dead ones' addresses.
+            # torch would give restarted ranks the store of their predecessors, in which they would
+            # read the addresses of dead ranks.
             handler._bootstrap_store_info = None
             handler._shared_tcp_store_server = None
         super()._rendezvous(worker_group)
@@ -84,7 +84,7 @@ class Agent(LocalElasticAgent):
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         if number := self._signals.abort():
             raise SignalException("", number)
-        failed = self._failed()  # before torch stops the other ranks, which then fail for that
+        failed = self._failed()  # before torch stops the other ranks, which makes them fail, too
         result = super()._monitor_workers(worker_group)
         if result.state == WorkerState.HEALTHY and self._shared_store.check(["failed"]):
             self._stop_workers(worker_group)
@@ -135,13 +135,13 @@ class Agent(LocalElasticAgent):
         return result
 
     def _exit_barrier(self) -> None:
-        """torch calls it where all ranks of this node succeeded."""
+        """torch calls it if all ranks of this node succeeded."""
         self._share_codes(self._exit_barrier_timeout)
 
     def _share_codes(self, seconds: float) -> None:
-        """Leaves the codes of all nodes in `_codes`; one that is silent for `seconds` is left out.
+        """Collects the codes of all nodes in `_codes`, without nodes that are silent for `seconds`.
 
-        A node that leaves early would take the rendezvous, and with it the others' news, along.
+        A node must not leave early: it may hold the store with the codes of the others.
         """
         latest = seconds + READ_SECONDS + GOODBYE_SECONDS  # torch would wait longer for a dead node
         self._signals.over(exit_code(self._codes) or PREEMPTED, latest)
@@ -159,13 +159,13 @@ class Agent(LocalElasticAgent):
             self._wait_for([f"read/{node}" for node in present], READ_SECONDS)
 
     def _wait_for(self, keys: list[str], seconds: float) -> None:
-        """Until the store has them all, or it is time to leave.
+        """Waits until the store has all keys, or until it is time to leave.
 
-        Asks again and again: what waits inside torch hears no signal.
+        It polls, because a wait inside torch would block signal handlers.
         """
         end = time.monotonic() + seconds
         while not self._shared_store.check(keys):
-            # The last second is for what is left to do.
+            # The last second is for the remaining work.
             if time.monotonic() >= min(end, self._signals.leave_at - 1):
                 return
             time.sleep(0.1)

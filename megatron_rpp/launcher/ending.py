@@ -1,8 +1,9 @@
-"""How the launcher ends: with the code of its ranks, and at once where it is told to and none runs.
+"""Signals and the exit code of the launcher. It exits with the code of its ranks; if no rank runs, a
+signal ends it at once.
 
-Python runs a signal's handler in the main thread, between two of its instructions. There, torch's
-C++ may wait for minutes for a name server or for another node. So a second thread looks after every
-signal: it passes on what ranks are to hear, and ends the process where the main thread does not.
+Python runs signal handlers in the main thread, between two of its instructions. The main thread may
+wait for minutes in torch's C++ code, for a name server or another node. So a second thread watches
+every signal: it forwards signals to the ranks, and ends the process if the main thread does not.
 """
 
 from __future__ import annotations
@@ -20,24 +21,24 @@ from contextlib import suppress
 from megatron_rpp.lifecycle.exit_codes import FAILED, PREEMPTED
 
 FORWARDED = (signal.SIGTERM, signal.SIGUSR1)
-"""Ask the ranks to save; the launcher passes them on and waits."""
+"""These ask the ranks to save; the launcher forwards them and waits."""
 ABORTING = (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
-"""End the ranks, within torch's --shutdown-timeout."""
+"""These end the ranks, within torch's --shutdown-timeout."""
 
 IDLE_SECONDS = 1.0
 """How long the main thread may take to end the launcher when a signal comes and no rank runs."""
 OVER_SECONDS = 6.0
-"""The same after the ranks have ended: other nodes may be about to hear of it from this one."""
+"""The same after the ranks have ended; this node may still have to tell other nodes."""
 UNNOTICED_SECONDS = 60.0
-"""How long it may take to notice that they have, without a signal."""
+"""How long the main thread may take to notice, without a signal, that the ranks have ended."""
 
 
 def exit_code(codes: list[int]) -> int:
     """The code of a launcher whose ranks failed with `codes` (below 0: killed by that signal).
 
-    What a rank chose to say (refused, preempted, hung) comes first, then the signal that killed
-    one, as 128 + signal; its peers fail with 1 for it. SIGTERM is last: launchers send it to stop
-    the rest.
+    The codes that ranks choose themselves (invalid configuration, preempted, hung) come first, then
+    the signal that killed a rank, as 128 + signal, then code 1, which its peers fail with. SIGTERM
+    is last, because launchers send it to stop the remaining ranks.
     """
 
     def rank(code: int) -> int:
@@ -48,33 +49,33 @@ def exit_code(codes: list[int]) -> int:
 
 
 def with_signals(codes: Sequence[int | None], came: set[int]) -> list[int]:
-    """A rank that a signal to the launcher killed was not ready to save: it had nothing to."""
+    """Counts ranks as preempted if a forwarded signal killed them: they had nothing to save yet."""
     return [PREEMPTED if -code in came & set(FORWARDED) else code for code in codes if code]
 
 
 def stopped_by(numbers: set[int]) -> int:
-    """The code of a launcher that these signals ended while no rank ran: nothing is lost."""
+    """The code of a launcher that these signals ended while no rank ran; nothing is lost."""
     return PREEMPTED if numbers & set(FORWARDED) else 128 + min(numbers)
 
 
 class Signals:
-    """The signals that came, and what the launcher does about them: no rank runs, some do, or all
-    have ended. The methods are for the main thread."""
+    """Records the signals and reacts to them. The reaction depends on the state: no rank runs, ranks
+    run, or all ranks have ended. The main thread calls the methods to set the state."""
 
     def __init__(self):
         self.came: set[int] = set()
         self.leave_at = math.inf
-        """When the process ends, by time.monotonic(), whatever the main thread waits for."""
+        """Latest end of the process, by time.monotonic(), even if the main thread still waits."""
         self._idle = True
         self._code: int | None = None  # once the ranks have ended
         self._ranks: list[subprocess.Popen] = []
-        self._untold: list[int] = []  # signals that no rank has been sent yet
+        self._untold: list[int] = []  # signals that are not forwarded yet
         self._aborted_at = math.inf
         self._kill_at = math.inf  # when to kill ranks that the main thread does not end
         self._lock = threading.Lock()
 
     def listen(self) -> None:
-        """Takes the signals from now on."""
+        """Installs the handlers and starts the second thread."""
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
@@ -91,7 +92,7 @@ class Signals:
             raise SystemExit(stopped_by(self.came))
 
     def idle(self) -> None:
-        """No rank runs: a signal, also one that came earlier, ends the launcher."""
+        """No rank runs: any signal, even an earlier one, ends the launcher."""
         with self._lock:
             self._idle, self._ranks, self.leave_at = True, [], math.inf
             if self.came:
@@ -100,18 +101,18 @@ class Signals:
             raise SystemExit(stopped_by(self.came))
 
     def starting(self) -> None:
-        """Ranks are about to run; what comes until `running` is kept for them."""
+        """Ranks are about to run; signals before `running` are stored for them."""
         with self._lock:
             self._idle, self.leave_at = False, math.inf
 
     def running(self, ranks: list[subprocess.Popen]) -> None:
-        """These run, and hear what was kept for them and what comes."""
+        """`ranks` run: forwards stored and new signals to them."""
         with self._lock:
             self._ranks = ranks
             self._tell()
 
     def abort(self) -> signal.Signals | None:
-        """The signal, where one came, with which the caller is to end the ranks."""
+        """Returns the signal with which the caller must end the ranks, or None."""
         if not (aborting := self.came & set(ABORTING)):
             return None
         with self._lock:
@@ -148,7 +149,7 @@ class Signals:
         elif number in FORWARDED:
             self._untold.append(number)
             self._tell()
-        else:  # who asks twice cannot wait; but one key press may come on two ways
+        else:  # a second request kills at once; but one key press may arrive twice
             again = time.monotonic() > self._aborted_at + IDLE_SECONDS
             self._kill_at = time.monotonic() + (0 if again else IDLE_SECONDS)
             self._aborted_at = min(self._aborted_at, time.monotonic())

@@ -1,4 +1,4 @@
-"""Hands torch's launcher over to ours: its agent, its signals, and where the nodes meet."""
+"""Runs torch's launcher with our agent, our signal handling and our rendezvous options."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from megatron_rpp.lifecycle.exit_codes import FAILED
 
 
 def launch(argv: list[str] | None, signals: Signals) -> None:
-    """Starts the ranks and returns when all have succeeded; else raises SystemExit."""
+    """Starts the ranks and returns when all have succeeded; otherwise raises SystemExit."""
     args = rendezvous.options(argv)
-    # torch fills in its own ${...} in them.
+    # torch substitutes its own ${...} in the arguments.
     args.training_script_args = [word.replace("$", "$$") for word in args.training_script_args]
-    # What torch says of failed ranks, the agent says in a line.
+    # The agent reports failed ranks in one line; torch's report is not needed.
     logging.getLogger(processes.__name__).setLevel(logging.CRITICAL)
-    # torch takes these by their names. It compares names of hosts, not addresses, asks for its own
-    # at every event, and its handler of signals raises also while ranks are being started.
+    # torch looks these up by name. Its own versions compare host names instead of addresses, resolve
+    # this host's name at every event, and raise in the signal handler even while ranks are started.
     launcher.LocalElasticAgent = partial(Agent, signals)  # type: ignore[misc, assignment]
     c10d_rendezvous_backend._matches_machine_hostname = rendezvous.is_this_machine
     agents._get_fq_hostname = socket.gethostname
     processes._terminate_process_handler = signals.receive  # type: ignore[assignment]
-    args.signals_to_handle = "SIGTERM"  # the rest, `signals` takes by itself
+    args.signals_to_handle = "SIGTERM"  # `signals` handles the others
     try:
         run_torchrun(args)
     except RendezvousError as error:

@@ -1,4 +1,4 @@
-"""One rank: the program that its first argument names, from wherever the user stands.
+"""Runs one rank of the program that its first argument names, from any working directory.
 
     python -P -m megatron_rpp.launcher.rank train --config FILE ...        (started by launch/*.sh)
 
@@ -19,7 +19,7 @@ from megatron_rpp.lifecycle.parent_death import end_with
 
 def main() -> None:
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        # If the launcher is killed, nobody else would end this rank.
+        # Nothing else would end this rank if the launcher is killed.
         end_with(os.getppid(), signal.SIGTERM)
     sys.path.append(os.getcwd())
     program = sys.argv.pop(1)

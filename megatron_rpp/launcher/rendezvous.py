@@ -1,8 +1,8 @@
-"""Where the nodes of a launch meet, and the address under which ranks find this one.
+"""The rendezvous of a launch: its endpoint, and the address by which ranks reach this node.
 
-Neither asks for this machine's own name, which may resolve to nothing, or to another machine. One
-node meets at the loopback address. Of several nodes, the one where they meet is called as the
-command line calls it, and another one by its address on the way there.
+Both avoid this machine's own name, which may not resolve or may resolve to another machine. A single
+node uses the loopback address. With several nodes, the node of the endpoint uses the name from the
+command line, and every other node uses its own address on the route to the endpoint.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ MEETING = (
     "nnodes", "node_rank", "rdzv_backend", "rdzv_endpoint", "rdzv_id", "rdzv_conf", "standalone",
     "master_addr", "master_port", "local_addr",
 )  # fmt: skip
-"""The options that say where nodes meet."""
+"""The options of the rendezvous."""
 PROBE_SECONDS = 5.0
-"""How long what listens at the rendezvous' port may take to show that it is one."""
+"""How long a listener on the rendezvous port may take to answer as a store."""
 
 
 def refuse(message: str) -> NoReturn:
@@ -49,7 +49,7 @@ def refuse(message: str) -> NoReturn:
 
 
 def options(argv: list[str] | None) -> Namespace:
-    """torchrun's options, with the meeting place filled in. Refuses what cannot be one."""
+    """Parses torchrun's options and fills in the rendezvous. Invalid options end the program."""
     args = _read(argv)
     try:
         where = f"--nnodes {args.nnodes}"
@@ -70,9 +70,9 @@ def options(argv: list[str] | None) -> Namespace:
 
 
 def _read(argv: list[str] | None) -> Namespace:
-    """What the command line says. What it does not, torch takes from variables PET_...
+    """Parses the command line. torch takes absent options from variables PET_...
 
-    On one node those that say where to meet are left alone: they are for another job.
+    On one node the variables of the rendezvous are ignored: they are for another job.
     """
     names = {f"PET_{option.upper()}" for option in MEETING}
     present = {name: os.environ.pop(name) for name in sorted(names & os.environ.keys())}
@@ -126,14 +126,14 @@ def _meet_others(args: Namespace) -> None:
 
 
 def _addresses(host: str, port: int = 0) -> list[tuple]:
-    """What `host` resolves to, as socket.getaddrinfo says it; nothing where it does not."""
+    """The results of socket.getaddrinfo for `host`; empty if it does not resolve."""
     with suppress(socket.gaierror, UnicodeError):
         return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     return []
 
 
 def is_this_machine(host: str) -> bool:
-    """Whether `host` is an address of this machine, on whatever network card."""
+    """Whether `host` is an address of this machine, on any network interface."""
     for family, kind, protocol, _, address in _addresses(host):
         with socket.socket(family, kind, protocol) as probe, suppress(OSError):
             probe.bind(address)
@@ -142,7 +142,7 @@ def is_this_machine(host: str) -> bool:
 
 
 def _address_towards(host: str, port: int) -> str | None:
-    """This machine's address on the way to `host`; None where there is no way."""
+    """This machine's address on the route to `host`; None if there is no route."""
     for family, _, _, _, address in _addresses(host, port):
         with socket.socket(family, socket.SOCK_DGRAM) as probe, suppress(OSError):
             probe.connect(address)  # chooses a route and sends nothing
@@ -151,16 +151,16 @@ def _address_towards(host: str, port: int) -> str | None:
 
 
 def _own_name_will_do() -> bool:
-    """Whether gloo finds by this machine's name an address that may be one for other nodes."""
+    """Whether this machine's name, which gloo resolves, gives an address that others can reach."""
     name = socket.gethostname()
     found = [ipaddress.ip_address(address[0]) for *_, address in _addresses(name)]
     return is_this_machine(name) and not any(address.is_loopback for address in found)
 
 
 def _choose_interface(address: str | None) -> None:
-    """The network card with `address` is gloo's, which would look for one by this machine's name.
+    """Makes gloo use the network interface with `address` instead of resolving this machine's name.
 
-    Ranks inherit the choice; one that the user made stands.
+    Ranks inherit the choice. The user's own choice is not changed.
     """
     for interface, entries in psutil.net_if_addrs().items():
         if any(entry.address == address for entry in entries):
@@ -168,9 +168,9 @@ def _choose_interface(address: str | None) -> None:
 
 
 def _check_port(endpoint: str) -> None:
-    """Refuses where the rendezvous is to be here, on a port that another program has.
+    """Ends the program if the endpoint is on this machine and another program has its port.
 
-    torch would take that program for the rendezvous, and wait.
+    torch would take that program for the rendezvous and wait.
     """
     host, port = parse_rendezvous_endpoint(endpoint, DEFAULT_PORT)
     if not port or not is_this_machine(host):
@@ -190,7 +190,7 @@ def _check_port(endpoint: str) -> None:
 
 
 def _answers_as_a_store(host: str, port: int) -> bool:
-    """Whether a rendezvous is there already, such as another node's on this machine."""
+    """Whether a rendezvous already listens there, for example of another node on this machine."""
 
     def ask() -> None:
         with suppress(DistError):
@@ -198,6 +198,6 @@ def _answers_as_a_store(host: str, port: int) -> bool:
             answered.set()
 
     answered = threading.Event()
-    # In a thread of its own: torch waits for ever for a program that accepts and says nothing.
+    # In a separate thread, because torch waits forever for a program that accepts but never answers.
     threading.Thread(target=ask, daemon=True).start()
     return answered.wait(PROBE_SECONDS)
