@@ -69,7 +69,9 @@ def train(config: Config, inputs: Inputs, dry_run: bool = False) -> None:
                 checkpointing.stop_if_requested(run)
                 row, buffer = rl_step(run)
                 run.advance(config.rollout.prompts_per_step)
-                kl_control.adapt(run.state, row, config.algorithm, config.rollout.samples_per_step)
+                kl_control.adapt(
+                    run.state, row, config.algorithm, samples=config.rollout.samples_per_step
+                )
                 run.metrics.histograms(run.state.step, buffer)
                 checkpointing.finish_step(run, row)
                 _log_step(run, row)
@@ -151,7 +153,9 @@ def _recomputes(config: Config) -> bool:
 def _flops(run: Run, buffer: RolloutBuffer) -> float:
     """Floating-point operations of the step for this replica's samples."""
     config, passes = run.config, _recomputes(run.config) + (run.reference is not None)
-    return step_flops(config.model, run.inputs.vocab_size, buffer, config.train.epochs, passes)
+    return step_flops(
+        config.model, run.inputs.vocab_size, buffer, epochs=config.train.epochs, passes=passes
+    )
 
 
 def _log_start(run: Run) -> None:

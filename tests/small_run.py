@@ -17,7 +17,9 @@ PARAMS = {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 1}
 
 def make_data(folder: Path) -> None:
     """Writes train.jsonl, eval.jsonl and tokenizer.model into `folder`."""
-    train, held_out = make_task("chain_sum", PARAMS, 200, 16, 1, 2)
+    train, held_out = make_task(
+        "chain_sum", PARAMS, train_size=200, eval_size=16, train_seed=1, eval_seed=2
+    )
     write_jsonl(folder / "train.jsonl", train)
     write_jsonl(folder / "eval.jsonl", held_out)
     texts = [text for row in train for text in (row["prompt"], row["label"])]

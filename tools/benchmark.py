@@ -44,7 +44,7 @@ def last_json(command: list[str], environment: dict[str, str] | None = None) -> 
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def run_ours(benchmark: str, nproc: int, steps: int, settings: list[str]) -> dict:
+def run_ours(benchmark: str, *, nproc: int, steps: int, settings: list[str]) -> dict:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", str(nproc), __file__, benchmark, "--worker"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -63,13 +63,13 @@ def trl_python() -> Path:
     return python
 
 
-def versus_trl(nproc: int, steps: int, rounds: int, settings: list[str]) -> dict:
+def versus_trl(*, nproc: int, steps: int, rounds: int, settings: list[str]) -> dict:
     """Runs the two trainers in turn; returns their results and the ratios of the medians."""
     theirs_command = [str(trl_python()), str(ROOT / "tools" / "benchmarks" / "trl.py")]
     ours, theirs = [], []
     for _ in range(rounds):
         theirs.append(last_json([*theirs_command, "--steps", str(steps)]))
-        ours.append(run_ours("rl-step", nproc, steps, settings))
+        ours.append(run_ours("rl-step", nproc=nproc, steps=steps, settings=settings))
 
     def middle(runs: list[dict], pick) -> float:
         return statistics.median(pick(run) for run in runs)
@@ -104,9 +104,13 @@ def main() -> None:
 
         result = logprobs.run(options.nproc, options.vocabularies, options.rows)
     elif options.versus:
-        result = versus_trl(options.nproc, options.steps, options.rounds, settings)
+        result = versus_trl(
+            nproc=options.nproc, steps=options.steps, rounds=options.rounds, settings=settings
+        )
     else:
-        result = run_ours(options.benchmark, options.nproc, options.steps, settings)
+        result = run_ours(
+            options.benchmark, nproc=options.nproc, steps=options.steps, settings=settings
+        )
     print(json.dumps(result))
 
 

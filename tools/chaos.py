@@ -28,8 +28,10 @@ import threading
 import time
 import traceback
 from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -95,7 +97,9 @@ def _armed(kill: Kill, rank: int) -> None:
     heartbeat.current.listeners.append(listen)
 
 
-def _rank(rank: int, ranks: int, port: int, argv: list[str], kill: Kill | None, log: Path) -> None:
+def _rank(
+    rank: int, ranks: int, *, port: int, argv: list[str], kill: Kill | None, log: Path
+) -> None:
     """Runs one rank of the program; in a forked process."""
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
@@ -111,14 +115,14 @@ def _rank(rank: int, ranks: int, port: int, argv: list[str], kill: Kill | None, 
     train.main(argv)
 
 
-def _fork(group: int, *arguments) -> int:
+def _fork(group: int, run: Callable[[], None]) -> int:
     child = os.fork()
     if child:
         return child
     code = 1
     try:
         os.setpgid(0, group)
-        _rank(*arguments)
+        run()
         code = 0
     except BaseException:
         traceback.print_exc()
@@ -126,7 +130,7 @@ def _fork(group: int, *arguments) -> int:
         os._exit(code)  # skips the clean-up of the parent
 
 
-def start(ranks: int, argv: list[str], kill: Kill | None, log: Path) -> list[int]:
+def start(ranks: int, argv: list[str], *, kill: Kill | None, log: Path) -> list[int]:
     """Runs all ranks to their end; returns their exit codes (below 0: the signal).
 
     Like a launcher, it ends the other ranks when one has failed.
@@ -137,7 +141,8 @@ def start(ranks: int, argv: list[str], kill: Kill | None, log: Path) -> list[int
     children: list[int] = []
     for rank in range(ranks):
         group = children[0] if children else 0
-        child = _fork(group, rank, ranks, port, argv, kill, log)
+        run = partial(_rank, rank, ranks, port=port, argv=argv, kill=kill, log=log)
+        child = _fork(group, run)
         with suppress(ProcessLookupError):
             os.setpgid(child, group or child)  # here too: the child may not have done it yet
         children.append(child)
@@ -194,7 +199,7 @@ def main() -> int:
 
     started = time.monotonic()
     whole = folder / "whole"
-    if any(start(options.ranks, argv(whole), None, folder / "whole.log")):
+    if any(start(options.ranks, argv(whole), kill=None, log=folder / "whole.log")):
         print((folder / "whole.log").read_text())
         return 1
     print(f"undisturbed: {time.monotonic() - started:.1f} s; kills in {folder}")
@@ -209,7 +214,7 @@ def main() -> int:
         done = False
         while not done:
             kill = kills[0] if kills else None
-            codes = start(options.ranks, [*argv(run), background], kill, log)
+            codes = start(options.ranks, [*argv(run), background], kill=kill, log=log)
             if -signal.SIGKILL in codes and kill is not None:
                 happened[kill.phase] += 1
                 kills.pop(0)

@@ -45,8 +45,8 @@ def main(argv: list[str] | None = None) -> int:
             checkpoint = raise_on_all_ranks(lambda: current(options.megatron_path))
             store.require(checkpoint)
             convert.to_hf(
-                options.megatron_path, options.hf_path, options.dtype, options.max_shard_size,
-                options.overwrite, counting_tensors,
+                options.megatron_path, options.hf_path, dtype=options.dtype, max_shard_size=options.max_shard_size,
+                overwrite=options.overwrite, counting=counting_tensors,
             )  # fmt: skip
         except ConfigError as error:
             log_error(error)

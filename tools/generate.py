@@ -68,7 +68,9 @@ def main(argv: list[str] | None = None) -> None:
     encoded = [form.checked_tokens(prompt, limit) for prompt in prompts]
     answering = samplings(config.rollout, tokenizer)[1 if options.greedy else 0]
     groups.start(**config.parallel.sizes(), seed=config.seed)
-    generations = generate(config, vocab_size, encoded, tokenizer, answering)
+    generations = generate(
+        config, vocab_size, prompts=encoded, tokenizer=tokenizer, sampling=answering
+    )
     responses = response_format(config, tokenizer, answering)
     for prompt, generation in zip(prompts, generations, strict=True):
         answer = {
@@ -95,6 +97,7 @@ def lines_of(file: Path) -> list[str]:
 def generate(
     config: Config,
     vocab_size: int,
+    *,
     prompts: list[tuple[int, ...]],
     tokenizer: Tokenizer,
     sampling: Sampling,

@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
         file = smollm2_file() if options.smollm2 else options.gguf_path
         if not file.is_file():
             raise ConfigError(f"{file} is not a file: correct --gguf-path")
-        check_output(options.hf_path, [file], CONFIG, options.overwrite)
+        check_output(options.hf_path, [file], marker=CONFIG, overwrite=options.overwrite)
         convert(file, options.hf_path, options.dtype)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)

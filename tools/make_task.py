@@ -57,7 +57,7 @@ def main(argv: list[str]) -> int:
                 console.print(f"unchanged, kept {escape(str(path))}", soft_wrap=True)
         else:
             contents = make(config)
-            replace(paths, contents, settings_path, settings)
+            replace(paths, contents, settings_path=settings_path, settings=settings)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -117,6 +117,7 @@ def is_made(paths: Sequence[Path], settings_path: Path, settings: dict[str, Any]
 def replace(
     paths: Sequence[Path],
     contents: Sequence[bytes],
+    *,
     settings_path: Path,
     settings: dict[str, Any],
 ) -> None:
@@ -173,7 +174,12 @@ def make(config: Config) -> tuple[bytes, ...]:
     task = config.task
     with console.status(f"drawing {task.train_size} + {task.eval_size} problems of {task.name}"):
         train, held_out = make_task(
-            task.name, task.params, task.train_size, task.eval_size, task.train_seed, task.eval_seed
+            task.name,
+            task.params,
+            train_size=task.train_size,
+            eval_size=task.eval_size,
+            train_seed=task.train_seed,
+            eval_seed=task.eval_seed,
         )
     for kind, rows in (("training", train), ("held-out", held_out)):
         different = len({row["prompt"] for row in rows})

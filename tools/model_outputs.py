@@ -68,7 +68,7 @@ def compare_weights(source: HfModel, checkpoint: MegatronModel, console: Console
 
 
 def compare_outputs(
-    ours: Outputs, theirs: Outputs, tolerance: float, exact: bool, console: Console
+    ours: Outputs, theirs: Outputs, *, tolerance: float, exact: bool, console: Console
 ) -> bool:
     """Whether logits agree within `tolerance` of the largest and, if `exact`, answers are equal."""
     largest = float(theirs.logits.abs().max())
@@ -78,11 +78,13 @@ def compare_outputs(
         f"logits: largest difference {share:.2e} of the largest logit {largest:.3g}, tolerance "
         f"{tolerance:.0e}: {'within' if near else 'OUTSIDE'}"
     )
-    return near & compare_answers("Megatron", ours.answer, theirs.answer, exact, console)
+    return near & compare_answers(
+        "Megatron", ours.answer, theirs.answer, exact=exact, console=console
+    )
 
 
 def compare_answers(
-    name: str, ours: list[int], theirs: list[int], exact: bool, console: Console
+    name: str, ours: list[int], theirs: list[int], *, exact: bool, console: Console
 ) -> bool:
     """Whether the answer equals that of transformers; if not `exact`, it is only printed."""
     same = sum(a == b for a, b in zip(ours, theirs, strict=True))
@@ -96,7 +98,7 @@ def sample_tokens(vocab_size: int) -> torch.Tensor:
     return torch.randint(vocab_size, (SEQUENCES, LENGTH), generator=generator)
 
 
-def on_ranks(path: str, settings: dict, parallel: ParallelConfig, dtype: str) -> Outputs:
+def on_ranks(path: str, settings: dict, parallel: ParallelConfig, *, dtype: str) -> Outputs:
     """The checkpoint's outputs, computed by tensor × pipeline processes."""
     world = parallel.tensor * parallel.pipeline
     with socket.socket() as free, tempfile.TemporaryDirectory() as folder:
@@ -109,14 +111,16 @@ def on_ranks(path: str, settings: dict, parallel: ParallelConfig, dtype: str) ->
     return Outputs(logits, answer)
 
 
-def _rank(rank, world, port, path, settings, parallel, dtype, result) -> None:
+def _rank(  # noqa: PLR0917 (spawn calls it by position)
+    rank, world, port, path, settings, parallel, dtype, result
+) -> None:
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
     place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in place.items()})
     from megatron_rpp.parallel import groups
 
     groups.start(**parallel.sizes(), seed=0)
-    outputs = megatron_outputs(path, settings, parallel, dtype)
+    outputs = megatron_outputs(path, settings, parallel, dtype=dtype)
     if rank == world - 1:
         torch.save((outputs.logits.cpu(), outputs.answer), result)
     groups.stop()
@@ -130,7 +134,7 @@ def model_config(settings: dict, dtype: str) -> ModelConfig:
 
 
 @torch.no_grad()
-def megatron_outputs(path: str, settings: dict, parallel: ParallelConfig, dtype: str) -> Outputs:
+def megatron_outputs(path: str, settings: dict, parallel: ParallelConfig, *, dtype: str) -> Outputs:
     """The outputs on the last pipeline stage; the other stages have no logits. Collective."""
     from megatron_rpp.checkpoint import state as checkpoint
     from megatron_rpp.model import build, pipeline
@@ -140,7 +144,7 @@ def megatron_outputs(path: str, settings: dict, parallel: ParallelConfig, dtype:
     from megatron_rpp.rollout.engine import MegatronEngine
 
     model = model_config(settings, dtype)
-    stage = build.build_model(model, parallel, model.vocab_size, seed=0)
+    stage = build.build_model(model, parallel, vocab_size=model.vocab_size, seed=0)
     checkpoint.load_weights(stage, path)
     stage.requires_grad_(False).eval()
     tokens = sample_tokens(model.vocab_size)
@@ -174,7 +178,7 @@ def transformers_outputs(path: str, vocab_size: int, dtype: str) -> Outputs:
     return Outputs(logits, answer)
 
 
-def vllm_answer(python: str, path: str, vocab_size: int, dtype: str) -> list[int]:
+def vllm_answer(python: str, path: str, *, vocab_size: int, dtype: str) -> list[int]:
     """The greedy tokens of `python`'s vLLM (tools/vllm_answer.py) after the same prompt.
 
     Raises SystemExit if vLLM fails or takes longer than VLLM_SECONDS.

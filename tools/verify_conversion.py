@@ -82,16 +82,24 @@ def main(argv: list[str] | None = None) -> int:
         vocab_size = source.settings["vocab_size"]
         with reading(f"{source.directory}", "transformers has to load it, to be compared with"):
             theirs = outputs.transformers_outputs(options.hf_path, vocab_size, options.dtype)
-        ours = outputs.on_ranks(options.megatron_path, source.settings, parallel, options.dtype)
+        ours = outputs.on_ranks(
+            options.megatron_path, source.settings, parallel, dtype=options.dtype
+        )
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     tolerance = options.tolerance or TOLERANCES[options.dtype]
     exact = options.dtype == "fp32"
-    sound &= outputs.compare_outputs(ours, theirs, tolerance, exact, console)
+    sound &= outputs.compare_outputs(
+        ours, theirs, tolerance=tolerance, exact=exact, console=console
+    )
     if options.vllm:
-        answer = outputs.vllm_answer(options.vllm, options.hf_path, vocab_size, options.dtype)
-        sound &= outputs.compare_answers("vLLM", answer, theirs.answer, exact, console)
+        answer = outputs.vllm_answer(
+            options.vllm, options.hf_path, vocab_size=vocab_size, dtype=options.dtype
+        )
+        sound &= outputs.compare_answers(
+            "vLLM", answer, theirs.answer, exact=exact, console=console
+        )
     console.print("verdict: the same model" if sound else "verdict: NOT the same model")
     return 0 if sound else 1
 

@@ -58,7 +58,9 @@ def _k3(k1: Tensor) -> Tensor:
     return (torch.expm1(-wide) + wide).to(k1.dtype)
 
 
-def adapted_kl_factor(factor: float, kl: float, target: float, samples: int, horizon: int) -> float:
+def adapted_kl_factor(
+    factor: float, kl: float, *, target: float, samples: int, horizon: int
+) -> float:
     """Returns the factor on the KL coefficient for the next step.
 
         e = clip((KL - target) / target, -0.2, 0.2)

@@ -28,7 +28,7 @@ from megatron_rpp.algorithms.numerics import (
 AGGREGATIONS = ("token_mean", "sequence_mean")
 
 
-def policy_loss(
+def policy_loss(  # noqa: PLR0917 (others call it by position)
     logprobs: Tensor,
     old_logprobs: Tensor,
     advantages: Tensor,
@@ -133,6 +133,7 @@ def policy_stats(
     logprobs: Tensor,
     old_logprobs: Tensor,
     advantages: Tensor,
+    *,
     mask: Tensor,
     clip_low: float,
     clip_high: float,

@@ -16,7 +16,9 @@ from torch import Tensor
 from megatron_rpp.algorithms.numerics import check_mask, select
 
 
-def token_rewards(scores: Tensor, kl: Tensor | None, mask: Tensor, kl_coef: float) -> Tensor:
+def token_rewards(  # noqa: PLR0917 (others call it by position)
+    scores: Tensor, kl: Tensor | None, mask: Tensor, kl_coef: float
+) -> Tensor:
     """Returns each token's reward: minus the KL penalty, plus the score on the last generated one.
 
     Args:

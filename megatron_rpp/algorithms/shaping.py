@@ -31,6 +31,7 @@ class ShapingStats:
 
 def shape_scores(
     scores: Tensor,
+    *,
     normalize: bool,
     scale: float,
     clip: float | None,

@@ -197,7 +197,7 @@ def publish(temporary: Path, final: Path, *, keep: int, keep_best: bool) -> Path
         SaveFailed: on every rank, if the file system fails.
     """
     try:
-        ranks.on_main_rank(partial(_make_current, temporary, final, keep, keep_best))
+        ranks.on_main_rank(partial(_make_current, temporary, final, keep=keep, keep_best=keep_best))
     except OSError as error:
         raise SaveFailed(
             f"the checkpoint {final} is written and could not be made current: {error}. "
@@ -206,7 +206,7 @@ def publish(temporary: Path, final: Path, *, keep: int, keep_best: bool) -> Path
     return final
 
 
-def _make_current(temporary: Path, final: Path, keep: int, keep_best: bool) -> None:
+def _make_current(temporary: Path, final: Path, *, keep: int, keep_best: bool) -> None:
     heartbeat.enter("save: rename")
     if final.exists():
         _delete(final)

@@ -71,7 +71,7 @@ class _Results:
         return found
 
 
-def _write_own(write: Callable, directory: Path, trainer: int, rank: int, *arguments: Any) -> None:
+def _write_own(rank: int, *arguments: Any, write: Callable, directory: Path, trainer: int) -> None:
     """Writes this rank's files with Megatron's function, then digests them while they are cached.
 
     trainer: the process that trains. If this is another process, it ends with the trainer.
@@ -104,7 +104,9 @@ def _request(content: dict, directory: Path, results: _Results) -> AsyncRequest:
         results.put({})
         results.put({})
         return request
-    write_own = partial(_write_own, request.async_fn, directory, os.getpid())
+    write_own = partial(
+        _write_own, write=request.async_fn, directory=directory, trainer=os.getpid()
+    )
     return request._replace(async_fn=write_own)
 
 

@@ -76,8 +76,10 @@ def _parse(argv: list[str], program: str) -> tuple[Arguments, bool]:
     values = parser.get_defaults()
     for file in options.config:
         content = _checked(read_yaml(file), Config, file)
-        values = _converted(f"config file '{file}': ", parser.parse_object, content, values)
-    values = _converted("", parser.parse_args, words, values)
+        values = _converted(
+            f"config file '{file}': ", parser.parse_object, source=content, below=values
+        )
+    values = _converted("", parser.parse_args, source=words, below=values)
     if options.micro_batch_size is not None:
         _set_microbatch(values, options.micro_batch_size, words)
     settings = values.as_dict()
@@ -149,7 +151,7 @@ def _add_program_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_settings(
-    parser: jsonargparse.ArgumentParser, section: object, about: str, prefix: str = ""
+    parser: jsonargparse.ArgumentParser, section: object, about: str, *, prefix: str = ""
 ) -> None:
     """Adds one group per section; nested sections follow the fields of their parent."""
     hints, nested = get_type_hints(type(section)), []
@@ -163,7 +165,7 @@ def _add_settings(
         else:
             group.add_argument(f"--{name}", type=hints[text.arg_name], default=value, help=about)
     for value, about, name in nested:
-        _add_settings(parser, value, about, name)
+        _add_settings(parser, value, about, prefix=name)
 
 
 def _settings(words: list[str], aliases: dict[str, str]) -> Iterator[str]:
@@ -210,7 +212,7 @@ def _unknown_key(name: str, where: str, known: list[str]) -> str:
     return f"unknown key '{name}' {where}: {hint}"
 
 
-def _checked(content: dict, section: type, file: str, prefix: str = "") -> dict[str, Any]:
+def _checked(content: dict, section: type, file: str, *, prefix: str = "") -> dict[str, Any]:
     """The ``content`` of a file after its keys were checked; empty sections are left out."""
     hints, checked = get_type_hints(section), {}
     for key, value in content.items():
@@ -221,7 +223,7 @@ def _checked(content: dict, section: type, file: str, prefix: str = "") -> dict[
         if not is_dataclass(hints[key]):
             checked[key] = value
         elif isinstance(value, dict):
-            checked[key] = _checked(value, hints[key], file, f"{name}.")
+            checked[key] = _checked(value, hints[key], file, prefix=f"{name}.")
         elif value is not None:
             raise ConfigError(
                 f"config file '{file}': '{name}' is a section, write its keys on indented lines "
@@ -230,7 +232,7 @@ def _checked(content: dict, section: type, file: str, prefix: str = "") -> dict[
     return checked
 
 
-def _converted(where: str, read: Any, source: Any, below: jsonargparse.Namespace) -> Any:
+def _converted(where: str, read: Any, *, source: Any, below: jsonargparse.Namespace) -> Any:
     """Reads ``source`` over the values ``below``; a value of the wrong type is a ConfigError."""
     try:
         values = read(source, namespace=below)

@@ -106,7 +106,9 @@ class ModelConfig:
         check_choices("model", self)
         if self.head_dim is None:
             remedy = "change one of them or set model.head_dim"
-            check_divides("model.hidden", self.hidden, "model.heads", self.heads, remedy)
+            check_divides(
+                "model.hidden", self.hidden, "model.heads", divisor=self.heads, remedy=remedy
+            )
         head_dim = self.head_dim or self.hidden // self.heads
         if head_dim % 2:
             raise ConfigError(
@@ -119,7 +121,7 @@ class ModelConfig:
                 f"the weights come from only one of them, remove the other"
             )
         if self.kv_heads is not None:
-            check_divides("model.heads", self.heads, "model.kv_heads", self.kv_heads)
+            check_divides("model.heads", self.heads, "model.kv_heads", divisor=self.kv_heads)
 
     def architecture(self, vocab_size: int) -> dict[str, Any]:
         """The settings that define the function the weights compute, by name; none of them is

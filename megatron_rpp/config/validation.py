@@ -71,7 +71,7 @@ def check_characters(setting: str, *texts: str) -> None:
 
 
 def check_divides(
-    whole: str, count: int, part: str, divisor: int, remedy: str = "change one of them"
+    whole: str, count: int, part: str, *, divisor: int, remedy: str = "change one of them"
 ) -> None:
     """Checks that ``count`` (setting ``whole``) is a multiple of ``divisor`` (setting ``part``)."""
     if count % divisor:
@@ -80,14 +80,14 @@ def check_divides(
 
 def check_layout(model: ModelConfig, parallel: ParallelConfig) -> None:
     """Checks that every rank gets the same number of heads, feed-forward channels and layers."""
-    tensor = "parallel.tensor", parallel.tensor
-    check_divides("model.heads", model.heads, *tensor)
+    tensor = parallel.tensor
+    check_divides("model.heads", model.heads, "parallel.tensor", divisor=tensor)
     if model.kv_heads is not None:
-        check_divides("model.kv_heads", model.kv_heads, *tensor)
-    check_divides("model.ffn_hidden", model.ffn_hidden, *tensor)
+        check_divides("model.kv_heads", model.kv_heads, "parallel.tensor", divisor=tensor)
+    check_divides("model.ffn_hidden", model.ffn_hidden, "parallel.tensor", divisor=tensor)
     parts = parallel.pipeline * parallel.virtual_pipeline
     setting = "parallel.pipeline" + " x parallel.virtual_pipeline" * (parts > parallel.pipeline)
-    check_divides("model.layers", model.layers, setting, parts)
+    check_divides("model.layers", model.layers, setting, divisor=parts)
 
 
 def check_rollout(config: Config) -> None:
@@ -103,7 +103,7 @@ def check_rollout(config: Config) -> None:
         "rollout.prompts_per_step x rollout.samples_per_prompt",
         samples,
         "train.minibatches",
-        config.train.minibatches,
+        divisor=config.train.minibatches,
     )
     horizon = config.algorithm.kl_horizon
     if config.algorithm.kl_controller == "adaptive" and horizon < samples:

@@ -68,7 +68,9 @@ def to_megatron(
     must not be written.
     """
     source, output = raise_on_all_ranks(lambda: HfModel(hf_path)), Path(megatron_path)
-    raise_on_all_ranks(lambda: check_output(output, [source.directory], POINTER, overwrite))
+    raise_on_all_ranks(
+        lambda: check_output(output, [source.directory], marker=POINTER, overwrite=overwrite)
+    )
     for note in source.notes:
         log(note)
     rows = source.rows[rank() :: world_size()]
@@ -97,12 +99,18 @@ class _Export:
 
     @classmethod
     def of(
-        cls, path: str | Path, output: Path, dtype: str | None, max_shard_size: str, overwrite: bool
+        cls,
+        path: str | Path,
+        output: Path,
+        *,
+        dtype: str | None,
+        max_shard_size: str,
+        overwrite: bool,
     ) -> _Export:
         """Raises ConfigError if there is nothing to convert or `output` must not be written."""
         limit = safetensors_out.parse_size(max_shard_size)
         model = MegatronModel.open(path)
-        check_output(output, [Path(path)], CONFIG, overwrite)
+        check_output(output, [Path(path)], marker=CONFIG, overwrite=overwrite)
         cast = DTYPES[dtype] if dtype else None
         stored = model.checkpoint.dtype
         kinds = {row.megatron: cast or stored(model.place(row)) for row in model.rows}
@@ -113,7 +121,7 @@ class _Export:
         }
         return cls(model, kinds, sizes, safetensors_out.plan(sizes, limit))
 
-    def write(self, directory: Path, rank: int, ranks: int, counting: Counting) -> None:
+    def write(self, directory: Path, *, rank: int, ranks: int, counting: Counting) -> None:
         """Writes the files of this rank, and on the first rank also the index and the side
         files."""
         with counting(sum(map(len, self.files[rank::ranks]))) as advance:
@@ -137,6 +145,7 @@ class _Export:
 def to_hf(
     megatron_path: str | Path,
     hf_path: str | Path,
+    *,
     dtype: str | None = None,
     max_shard_size: str = "5GB",
     overwrite: bool = False,
@@ -154,19 +163,21 @@ def to_hf(
     """
     output = Path(hf_path)
     export = raise_on_all_ranks(
-        lambda: _Export.of(megatron_path, output, dtype, max_shard_size, overwrite)
+        lambda: _Export.of(
+            megatron_path, output, dtype=dtype, max_shard_size=max_shard_size, overwrite=overwrite
+        )
     )
     with atomic_directory_for_all(output) as partial:
-        export.write(partial, rank(), world_size(), counting)
+        export.write(partial, rank=rank(), ranks=world_size(), counting=counting)
 
 
 def to_hf_alone(megatron_path: str | Path, hf_path: str | Path) -> None:
     """Does the same as `to_hf` on this rank alone, with its defaults, and replaces an older
     export."""
     output = Path(hf_path)
-    export = _Export.of(megatron_path, output, None, "5GB", overwrite=True)
+    export = _Export.of(megatron_path, output, dtype=None, max_shard_size="5GB", overwrite=True)
     with atomic_directory(output) as partial:
-        export.write(partial, 0, 1, uncounted)
+        export.write(partial, rank=0, ranks=1, counting=uncounted)
 
 
 def _write_side_files(model: MegatronModel, output: Path, kinds: dict[str, torch.dtype]) -> None:

@@ -21,7 +21,7 @@ _SIDE_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "LICENSE*"
 _LEFT_BEHIND = ("*.index.json", ADAPTER)
 
 
-def check_output(output: Path, sources: list[Path], marker: str, overwrite: bool) -> None:
+def check_output(output: Path, sources: list[Path], *, marker: str, overwrite: bool) -> None:
     """Raises ConfigError if writing `output` could destroy something of the user's.
 
     Args:

@@ -89,6 +89,7 @@ def open_examples(
     source: str,
     prompt_key: str,
     label_key: str,
+    *,
     cache_dir: str | None = None,
     log: Callable[[str], None] = print,
 ) -> Examples:

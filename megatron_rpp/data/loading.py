@@ -46,10 +46,10 @@ class Data:
 def open_data(
     data: DataConfig,
     form: PromptFormat,
+    *,
     limit: int,
     seed: int,
     bar: ProgressBar,
-    *,
     held_out_check: RowCheck = ANY_ROW,
     train_check: RowCheck = ANY_ROW,
     log: Callable[[str], None] = print,
@@ -69,15 +69,19 @@ def open_data(
 
     def open_file(source: str, check: RowCheck) -> PromptFile:
         nonlocal dropped
-        examples = open_examples(source, data.prompt_key, data.label_key, data.cache_dir, log)
+        examples = open_examples(
+            source, data.prompt_key, data.label_key, cache_dir=data.cache_dir, log=log
+        )
         drop = data.overlong_prompts == "drop"
 
         def find() -> Pass:
             with bar(f"reading {source}", len(examples)) as advance:
-                return fitting_rows(examples, form, limit, drop, check.problem, advance)
+                return fitting_rows(
+                    examples, form, limit=limit, drop=drop, check=check.problem, advance=advance
+                )
 
         key = pass_key(data, examples.rows.identity, limit, check.name)
-        found = cached(cache_dir(data), key, find, log)
+        found = cached(cache_dir(data), key, find, log=log)
         if not len(found.rows):
             raise ConfigError(
                 f"data set {source} has no prompt of at most {limit} tokens: raise "

@@ -108,7 +108,7 @@ class PromptSet(Sequence[Prompt]):
     def order(self, cursor: int, count: int, seed: int) -> list[int]:
         """The prompts to train on at the global positions ``cursor .. cursor + count - 1``."""
         if not self._weights:
-            return prompt_indices(cursor, count, len(self), seed)
+            return prompt_indices(cursor, count, size=len(self), seed=seed)
         if seed not in self._mixtures:
             sizes = [len(part) for part in self.parts]
             self._mixtures[seed] = Mixture(sizes, self._weights, seed)
@@ -119,6 +119,7 @@ class PromptSet(Sequence[Prompt]):
 def fitting_rows(
     examples: Examples,
     form: PromptFormat,
+    *,
     limit: int,
     drop: bool,
     check: Callable[[Example], str | None] = lambda example: None,
@@ -142,7 +143,7 @@ def fitting_rows(
     for start in range(0, len(examples), _CHUNK):
         chunk = range(start, min(start + _CHUNK, len(examples)))
         read = [examples[row] for row in chunk]
-        for row, example, tokens in zip(chunk, read, _encoded(examples, chunk, read, form)):
+        for row, example, tokens in zip(chunk, read, _encoded(examples, chunk, read, form=form)):
             where = examples.rows.where(row)
             prompts.update(json.dumps(example.messages or example.prompt, default=str).encode())
             labels.update(json.dumps(example.label).encode())
@@ -171,17 +172,17 @@ def _remedy(tokens: int) -> str:
 
 
 def _encoded(
-    examples: Examples, chunk: Sequence[int], read: Sequence[Example], form: PromptFormat
+    examples: Examples, chunk: Sequence[int], read: Sequence[Example], *, form: PromptFormat
 ) -> list[int]:
     """The number of tokens of each prompt in a chunk."""
-    rendered = [_render(examples, row, example, form) for row, example in zip(chunk, read)]
+    rendered = [_render(examples, row, example, form=form) for row, example in zip(chunk, read)]
     try:
         return list(map(len, form.encode_many(rendered)))
     except Exception:  # a tokenizer may raise anything: encode one by one to find the row
-        return [_encode(examples, row, prompt, form) for row, prompt in zip(chunk, rendered)]
+        return [_encode(examples, row, prompt, form=form) for row, prompt in zip(chunk, rendered)]
 
 
-def _encode(examples: Examples, row: int, prompt: Rendered, form: PromptFormat) -> int:
+def _encode(examples: Examples, row: int, prompt: Rendered, *, form: PromptFormat) -> int:
     with reading(f"{examples.rows.where(row)}: the prompt", "correct it"):
         return len(form.encode_many([prompt])[0])
 
@@ -209,7 +210,7 @@ def split_held_out(
     return training, held
 
 
-def _render(examples: Examples, row: int, example: Example, form: PromptFormat) -> Rendered:
+def _render(examples: Examples, row: int, example: Example, *, form: PromptFormat) -> Rendered:
     where = examples.rows.where(row)
     with reading(f"{where}: the prompt", "correct it"):
         try:

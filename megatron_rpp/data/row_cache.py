@@ -36,7 +36,7 @@ class Pass:
 
 
 def cached(
-    folder: Path, key: list[Any], find: Callable[[], Pass], log: Callable[[str], None] = print
+    folder: Path, key: list[Any], find: Callable[[], Pass], *, log: Callable[[str], None] = print
 ) -> Pass:
     """The entry ``key`` of the cache in ``folder``; if there is none, ``find`` makes it.
 

@@ -18,7 +18,7 @@ _MIXTURE = -2
 """Stands for the step in the key of the random numbers: no real step is negative."""
 
 
-def prompt_indices(cursor: int, count: int, size: int, seed: int) -> list[int]:
+def prompt_indices(cursor: int, count: int, *, size: int, seed: int) -> list[int]:
     """Rows to train on at the global positions ``cursor .. cursor + count - 1``.
 
     Position p lies in epoch p // size; every epoch is a permutation of ``range(size)`` drawn from
@@ -78,7 +78,7 @@ class Mixture:
 def _draw_sources(block: int, bounds: tuple[float, ...], seed: int) -> np.ndarray:
     """[_BLOCK] the source of each position of a block."""
     positions = np.arange(block * _BLOCK, (block + 1) * _BLOCK)
-    return np.searchsorted(bounds, uniforms(seed, _MIXTURE, positions, 0), side="right")
+    return np.searchsorted(bounds, uniforms(seed, _MIXTURE, positions, position=0), side="right")
 
 
 @lru_cache(maxsize=16)

@@ -42,13 +42,20 @@ def open_rows(
     with reading(f"data set {source[:200]!r}", "correct the path"):
         path, split = _place(source)
     if not path.exists() and source.startswith(HUB):
-        return _opened(source, lambda folder: _hub(source, folder), cache_dir, log)
+        return _opened(source, lambda folder: _hub(source, folder), cache_dir=cache_dir, log=log)
     name = str(path.absolute())
     if path.is_dir():
         name += split and f"@{split}"
-        return _opened(name, lambda folder: _directory(path, split, name, folder), cache_dir, log)
+        return _opened(
+            name,
+            lambda folder: _directory(path, split, name, cache_dir=folder),
+            cache_dir=cache_dir,
+            log=log,
+        )
     if path.suffix.lower() in tables.FORMATS and path.is_file():
-        return _opened(name, lambda folder: _table(path, name, folder), cache_dir, log)
+        return _opened(
+            name, lambda folder: _table(path, name, folder), cache_dir=cache_dir, log=log
+        )
     return JsonLines(path)
 
 
@@ -74,13 +81,14 @@ def _place(source: str) -> tuple[Path, str]:
 def _opened(
     name: str,
     read: Callable[[str | None], Rows],
+    *,
     cache_dir: str | None,
     log: Callable[[str], None],
 ) -> Rows:
     require_extra("data", f"data set {name}")
     what, remedy = f"data set {name}", "correct the name or the files, or convert them to JSONL"
     with reading(what, remedy, "opened"):
-        return tables.with_copies(read, what, cache_dir, log)
+        return tables.with_copies(read, what, cache_dir=cache_dir, log=log)
 
 
 def _table(path: Path, name: str, cache_dir: str | None) -> Rows:
@@ -88,7 +96,7 @@ def _table(path: Path, name: str, cache_dir: str | None) -> Rows:
     return tables.open_files(files, "train", path.suffix.lower(), name=name, cache_dir=cache_dir)
 
 
-def _directory(path: Path, split: str, name: str, cache_dir: str | None) -> Rows:
+def _directory(path: Path, split: str, name: str, *, cache_dir: str | None) -> Rows:
     import datasets  # imported here: runs on JSON Lines do not need it
 
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():

@@ -118,7 +118,11 @@ def open_files(
 
 
 def with_copies(
-    read: Callable[[str | None], Rows], name: str, cache_dir: str | None, log: Callable[[str], None]
+    read: Callable[[str | None], Rows],
+    name: str,
+    *,
+    cache_dir: str | None,
+    log: Callable[[str], None],
 ) -> Rows:
     """Calls `read` with a directory for the library's copies: `cache_dir` or, if nothing can be
     written there, a temporary one."""

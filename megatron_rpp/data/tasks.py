@@ -31,6 +31,7 @@ _LIST_TASKS = "python -c 'import reasoning_gym.factory as f; print(*sorted(f.DAT
 def make_task(
     name: str,
     params: dict[str, Any],
+    *,
     train_size: int,
     eval_size: int,
     train_seed: int,
@@ -55,7 +56,7 @@ def make_task(
         raise ConfigError(f"task.train_seed and task.eval_seed are both {eval_seed}: change one")
     params = _json_params(name, params)
     held_out: dict[str, Row] = {}
-    for row in _draws(name, params, eval_size, eval_seed):
+    for row in _draws(name, params, wanted=eval_size, seed=eval_seed):
         held_out.setdefault(row["prompt"], row)
         if len(held_out) == eval_size:
             break
@@ -64,7 +65,7 @@ def make_task(
             f"task {name} with {params} gives only {len(held_out)} different problems: lower "
             f"task.eval_size {eval_size} or widen task.params"
         )
-    draws = _draws(name, params, train_size, train_seed)
+    draws = _draws(name, params, wanted=train_size, seed=train_seed)
     train = list(islice((row for row in draws if row["prompt"] not in held_out), train_size))
     if len(train) < train_size:
         raise ConfigError(
@@ -74,7 +75,7 @@ def make_task(
     return train, list(held_out.values())
 
 
-def create_task(name: str, params: dict[str, Any], size: int, seed: int) -> Any:
+def create_task(name: str, params: dict[str, Any], *, size: int, seed: int) -> Any:
     """The reasoning-gym data set of a task.
 
     Raises ConfigError if the name is unknown or the parameters are invalid.
@@ -121,7 +122,7 @@ def jsonl(rows: Iterable[Row]) -> bytes:
     return "".join(json_line(row) + "\n" for row in rows).encode()
 
 
-def _draws(name: str, params: dict[str, Any], wanted: int, seed: int) -> Iterator[Row]:
+def _draws(name: str, params: dict[str, Any], *, wanted: int, seed: int) -> Iterator[Row]:
     """Rows of seed, seed + 1, ...; gives up after many more than the ``wanted`` rows."""
     limit = 20 * wanted + _CHUNK
     return islice(_endless_draws(name, params, seed), limit)
@@ -129,7 +130,7 @@ def _draws(name: str, params: dict[str, Any], wanted: int, seed: int) -> Iterato
 
 def _endless_draws(name: str, params: dict[str, Any], seed: int) -> Iterator[Row]:
     for start in count(seed, _CHUNK):
-        task = create_task(name, params, _CHUNK, start)
+        task = create_task(name, params, size=_CHUNK, seed=start)
         for index in range(_CHUNK):
             yield _row(name, params, task[index])
 

@@ -176,7 +176,7 @@ def _settings(name: str, config: JsonObject) -> dict[str, Any]:
         "ffn_hidden": config.integer("intermediate_size"),
         "heads": heads,
         "kv_heads": _kv_heads(_CLASSES[name], config, heads),
-        "head_dim": _head_dim(_CLASSES[name], config, hidden, heads),
+        "head_dim": _head_dim(_CLASSES[name], config, hidden=hidden, heads=heads),
         "qkv_bias": "linear_qkv.bias" in rows,
         "qk_norm": "q_layernorm" in rows,
         "norm_eps": float(config.number("rms_norm_eps", _NORM_EPS)),
@@ -197,7 +197,7 @@ def _kv_heads(family: _Class, config: JsonObject, heads: int) -> int:
     return found
 
 
-def _head_dim(family: _Class, config: JsonObject, hidden: int, heads: int) -> int:
+def _head_dim(family: _Class, config: JsonObject, *, hidden: int, heads: int) -> int:
     if config.get("head_dim") is not None or ("head_dim" in config and not family.head_dim_null):
         found = config.integer("head_dim")
     elif family.head_dim is not None:

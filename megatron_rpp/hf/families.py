@@ -183,6 +183,7 @@ def check_tensors(
     rows: list[Row],
     settings: dict[str, Any],
     shapes: Mapping[str, tuple[int, ...]],
+    *,
     directory: str | Path,
 ) -> None:
     """Raises ConfigError if a tensor is missing, has another shape, or belongs to no row.

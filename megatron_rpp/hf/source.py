@@ -49,7 +49,7 @@ def check_source(directory: str | Path) -> Source:
         read_json(folder / GENERATION)
     weights = Weights(folder)
     rows = rows_of(architecture.name, architecture.settings)
-    check_tensors(rows, architecture.settings, weights.shapes, folder)
+    check_tensors(rows, architecture.settings, weights.shapes, directory=folder)
     if architecture.settings["tied_embeddings"]:
         _check_tied(weights, folder)
     return Source(architecture.settings, rows, weights, _notes(architecture.dtype, weights))

@@ -35,7 +35,7 @@ LONGEST_INTERVAL = 10.0
 class Watchdog:
     """The watchdog of one rank."""
 
-    def __init__(self, directory: str, rank: int, world: int, minutes: float):
+    def __init__(self, directory: str, *, rank: int, world: int, minutes: float):
         """
         Args:
             directory: logging.dir.

@@ -90,7 +90,7 @@ class KeyValueCache:
 class CoreAttention(MegatronModule):
     """softmax(q·kᵀ/√d)·v, causal, with grouped-query heads (Ainslie et al., arXiv 2305.13245)."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0917 (Megatron's signature)
         self,
         config,
         layer_number,
@@ -124,7 +124,7 @@ class CoreAttention(MegatronModule):
                 )
             )
 
-    def forward(
+    def forward(  # noqa: PLR0917 (Megatron's signature)
         self,
         query: torch.Tensor,
         key: torch.Tensor,
@@ -140,10 +140,10 @@ class CoreAttention(MegatronModule):
         """
         assert attention_bias is None
         if packed_seq_params is not None and self.fused:
-            return self._transformer_engine(query, key, value, packed_seq_params)
+            return self._transformer_engine(query, key, value, row=packed_seq_params)
         if packed_seq_params is not None:
             assert packed_seq_params.packing is not None
-            return self._packed(query, key, value, packed_seq_params.packing)
+            return self._packed(query, key, value, packing=packed_seq_params.packing)
         if self.decode_positions is not None:
             return self._decode(query, key, value)
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [b, heads, s, d]
@@ -156,6 +156,7 @@ class CoreAttention(MegatronModule):
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
+        *,
         visible: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Attention over [b, heads, s, d] each: causal, or limited to `visible` [b, 1, s, s']."""
@@ -173,7 +174,7 @@ class CoreAttention(MegatronModule):
         )
 
     def _packed(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packing: Packing
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, packing: Packing
     ) -> torch.Tensor:
         """Attention over a packed row, laid out as padded sequences for this operation."""
         count = len(packing.boundaries) - 1
@@ -181,10 +182,10 @@ class CoreAttention(MegatronModule):
             key, value = self._gather(torch.cat([key, value], -1), packing).chunk(2, -1)
         width = packing.longest // self.context_group.size()
         context = self._attend(
-            _side_by_side(query, packing.query_cells, count, width),
-            _side_by_side(key, packing.key_cells, count, packing.longest),
-            _side_by_side(value, packing.key_cells, count, packing.longest),
-            packing.visible,
+            _side_by_side(query, packing.query_cells, count=count, width=width),
+            _side_by_side(key, packing.key_cells, count=count, width=packing.longest),
+            _side_by_side(value, packing.key_cells, count=count, width=packing.longest),
+            visible=packing.visible,
         )
         return context.transpose(1, 2).flatten(0, 1)[packing.query_cells].flatten(1)[:, None]
 
@@ -194,7 +195,7 @@ class CoreAttention(MegatronModule):
         return ranks[packing.gathered]
 
     def _transformer_engine(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, row: PackedRow
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, row: PackedRow
     ) -> torch.Tensor:
         query, key, value = (x.squeeze(1) for x in (query, key, value))
         context = self.fused[0](
@@ -230,7 +231,7 @@ class CoreAttention(MegatronModule):
 
 
 def _side_by_side(
-    values: torch.Tensor, cells: torch.Tensor, count: int, width: int
+    values: torch.Tensor, cells: torch.Tensor, *, count: int, width: int
 ) -> torch.Tensor:
     """Lays [t, 1, heads, d] out as [count, heads, width, d]; cells without a token are zero."""
     flat = values.new_zeros(count * width, *values.shape[2:])

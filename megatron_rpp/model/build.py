@@ -101,7 +101,7 @@ def layer_spec(qk_norm: bool) -> ModuleSpec:
 
 
 def build_model(
-    model: ModelConfig, parallel: ParallelConfig, vocab_size: int, seed: int
+    model: ModelConfig, parallel: ParallelConfig, *, vocab_size: int, seed: int
 ) -> torch.nn.ModuleList:
     """Builds this rank's chunks on its device, with weights drawn from `seed`.
 
@@ -110,7 +110,8 @@ def build_model(
     config = transformer_config(model, parallel)
     count = parallel.virtual_pipeline
     stage = torch.nn.ModuleList(
-        _build_chunk(model, parallel, config, vocab_size, chunk, count) for chunk in range(count)
+        _build_chunk(model, parallel, config, vocab_size=vocab_size, chunk=chunk, count=count)
+        for chunk in range(count)
     )
     stage.to(devices.device())
     for chunk in chunks(stage):
@@ -122,6 +123,7 @@ def _build_chunk(
     model: ModelConfig,
     parallel: ParallelConfig,
     config: TransformerConfig,
+    *,
     vocab_size: int,
     chunk: int,
     count: int,

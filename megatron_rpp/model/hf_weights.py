@@ -55,17 +55,17 @@ def load_hf(stage: torch.nn.Module, directory: str | Path) -> None:
     for chunk in chunks(stage):
         for name, parameter in chunk.named_parameters():
             row = by_name[canonical(initialization.global_name(chunk, name))]
-            parameter.copy_(local_shard(chunk, row, parameter, source.weights))
+            parameter.copy_(local_shard(chunk, row, parameter, weights=source.weights))
 
 
 def local_shard(
-    model: LanguageModel, row: Row, parameter: torch.nn.Parameter, weights: Weights
+    model: LanguageModel, row: Row, parameter: torch.nn.Parameter, *, weights: Weights
 ) -> torch.Tensor:
     """Reads this rank's shard of the tensor of `row` as slices of its source tensors."""
     tensor = model.pg_collection.tp
     rank, size = tensor.rank(), tensor.size()
     if row.megatron in (EMBEDDING, OUTPUT):
-        return _vocabulary_rows(row, parameter, weights, rank * len(parameter))
+        return _vocabulary_rows(row, parameter, weights, first=rank * len(parameter))
     if not initialization.is_tensor_sharded(parameter):
         rank, size = 0, 1
     dim = vars(parameter)["partition_dim"] if size > 1 else 0
@@ -77,7 +77,7 @@ def local_shard(
 
 
 def _vocabulary_rows(
-    row: Row, parameter: torch.nn.Parameter, weights: Weights, first: int
+    row: Row, parameter: torch.nn.Parameter, weights: Weights, *, first: int
 ) -> torch.Tensor:
     """Reads the rows from `first` on; the padding rows after the vocabulary are zero."""
     (name,) = row.hf

@@ -38,7 +38,9 @@ def _generator(seed: int, name: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
 
 
-def _local_shard(whole: torch.Tensor, dim: int, blocks: int, rank: int, size: int) -> torch.Tensor:
+def _local_shard(
+    whole: torch.Tensor, *, dim: int, blocks: int, rank: int, size: int
+) -> torch.Tensor:
     """Cuts this rank's shard along `dim`; each of `blocks` stacked matrices (gate, up) is split."""
     pieces = [block.chunk(size, dim)[rank] for block in whole.chunk(blocks, dim)]
     return torch.cat(pieces, dim)
@@ -61,5 +63,7 @@ def fill(model: LanguageModel, std: float, seed: int) -> None:
         scale = residual_std if name.endswith(RESIDUAL_OUTPUTS) else std
         whole.normal_(0.0, scale, generator=_generator(seed, global_name(model, name)))
         blocks = 2 if name.endswith("linear_fc1.weight") else 1
-        shard = _local_shard(whole, dim, blocks, tensor.rank() if sharded else 0, size)
+        shard = _local_shard(
+            whole, dim=dim, blocks=blocks, rank=tensor.rank() if sharded else 0, size=size
+        )
         parameter.copy_(shard.to(parameter.dtype))

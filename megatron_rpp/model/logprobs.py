@@ -38,7 +38,7 @@ def _chunks(rows: int, columns: int) -> list[slice]:
 
 
 def _logits(
-    hidden: torch.Tensor, weight: torch.Tensor, valid_rows: int, temperature: float
+    hidden: torch.Tensor, weight: torch.Tensor, *, valid_rows: int, temperature: float
 ) -> torch.Tensor:
     """Returns fp32 logits [n, valid_rows]. Padding rows have no log-prob, so they are left out."""
     return devices.matmul_fp32(hidden, weight[:valid_rows].t()).div_(temperature)
@@ -54,7 +54,9 @@ def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -
 
 class _VocabParallelLogProbs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, targets, valid_rows, temperature, group, with_entropy):
+    def forward(  # noqa: PLR0917 (autograd calls it by position)
+        ctx, hidden, weight, targets, valid_rows, temperature, group, with_entropy
+    ):
         first = group.rank() * weight.shape[0]
         local_targets = targets - first
         local_mask = (local_targets >= 0) & (local_targets < valid_rows)
@@ -64,7 +66,7 @@ class _VocabParallelLogProbs(torch.autograd.Function):
         logprobs = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         log_sums, mean_logits = torch.empty_like(logprobs), torch.zeros_like(logprobs)
         for rows in _chunks(len(hidden), len(weight)):
-            logits = _logits(hidden[rows], weight, valid_rows, temperature)
+            logits = _logits(hidden[rows], weight, valid_rows=valid_rows, temperature=temperature)
             peak = logits.amax(-1) if valid_rows else logprobs.new_full((len(logits),), -torch.inf)
             if group.size() > 1:
                 dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=group)
@@ -95,7 +97,7 @@ class _VocabParallelLogProbs(torch.autograd.Function):
         grad_hidden = torch.zeros_like(hidden)
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         for rows in _chunks(len(hidden), len(weight)):
-            logits = _logits(hidden[rows], weight, valid_rows, temperature)
+            logits = _logits(hidden[rows], weight, valid_rows=valid_rows, temperature=temperature)
             probabilities = torch.exp(logits - log_sums[rows, None])
             if grad_entropy is None:
                 grad_logits = probabilities.mul_(-grad_logprobs[rows, None])
@@ -118,6 +120,7 @@ def vocab_parallel_logprobs(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     targets: torch.Tensor,
+    *,
     valid_rows: int,
     temperature: float,
     group: dist.ProcessGroup,

@@ -34,7 +34,7 @@ _replica: dist.ProcessGroup | None = None  # Megatron has no group of tensor × 
 
 
 def start(
-    tensor: int, pipeline: int, seed: int, context: int = 1, virtual_pipeline: int = 1
+    tensor: int, pipeline: int, *, seed: int, context: int = 1, virtual_pipeline: int = 1
 ) -> None:
     """Joins the world that torchrun prepared, unless this is done, and splits it into groups.
 

@@ -33,7 +33,7 @@ def head_flops(model: ModelConfig, vocab_size: int, rows: int) -> float:
 
 
 def step_flops(
-    model: ModelConfig, vocab_size: int, buffer: RolloutBuffer, epochs: int, passes: int
+    model: ModelConfig, vocab_size: int, buffer: RolloutBuffer, *, epochs: int, passes: int
 ) -> float:
     """The rollout, the log-probs and the update of the samples in `buffer`.
 

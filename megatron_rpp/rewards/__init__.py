@@ -47,6 +47,7 @@ class RewardSet:
     def __init__(
         self,
         names: Sequence[str],
+        *,
         weights: Sequence[float] = (),
         options: Mapping[str, dict[str, Any]] = MappingProxyType({}),
         workers: int = 0,
@@ -82,14 +83,19 @@ class RewardSet:
         self._weights = weights
         outside = [name for name in names if workers and needs_worker(name)]
         self._pool = WorkerPool(
-            [(name, options.get(name, {})) for name in outside], workers, timeout, timeout_score
+            [(name, options.get(name, {})) for name in outside],
+            workers,
+            timeout=timeout,
+            default=timeout_score,
         )
         self._outside = frozenset(outside)
 
     def row_problem(self, label: str | None, metadata: dict[str, Any]) -> str | None:
         """Why a row of the data could never be scored, to be told before the run; None if no
         function knows a reason."""
-        problems = (row_problem(*named, label, metadata) for named in self._functions.items())
+        problems = (
+            row_problem(*named, label=label, metadata=metadata) for named in self._functions.items()
+        )
         return next(filter(None, problems), None)
 
     def note_on(self, labels: Iterable[str | None]) -> str | None:
@@ -98,12 +104,13 @@ class RewardSet:
             return None
         return unread(label for label in labels if label is not None)
 
-    def score(
+    def score(  # noqa: PLR0917 (as a reward function)
         self,
         prompts: list[str],
         responses: list[str],
         labels: list[str | None],
         metadata: list[dict[str, Any]],
+        *,
         alive: Callable[[], None] = lambda: None,
     ) -> Scores:
         """Scores B responses. The functions are not called for an empty batch.
@@ -119,7 +126,7 @@ class RewardSet:
         parts, timeouts = {}, 0
         for name, function in self._functions.items():
             pool = self._pool if name in self._outside else None
-            parts[name], lost = batch.score(name, function, pool, alive)
+            parts[name], lost = batch.score(name, function, pool=pool, alive=alive)
             timeouts += lost
             alive()
         total = [
@@ -144,6 +151,7 @@ class _Batch:
         self,
         name: str,
         function: RewardFunction,
+        *,
         pool: WorkerPool | None,
         alive: Callable[[], None],
     ) -> tuple[list[float], int]:
@@ -156,12 +164,17 @@ class _Batch:
                 return pool.score(name, list(zip(*columns)), alive)
             return numbers(function(*columns), len(self.responses)), 0
         except SampleError as error:
-            self._fail(name, str(error), error.index, error)
+            self._fail(name, str(error), index=error.index, cause=error)
         except Exception as error:  # a user's code raises whatever it likes
-            self._fail(name, f"raised {type(error).__name__}: {error}", None, error)
+            self._fail(name, f"raised {type(error).__name__}: {error}", cause=error)
 
     def _fail(
-        self, name: str, problem: str, index: int | None = None, cause: Exception | None = None
+        self,
+        name: str,
+        problem: str,
+        *,
+        index: int | None = None,
+        cause: Exception | None = None,
     ) -> NoReturn:
         size = len(self.responses)
         shown = 0 if index is None else index

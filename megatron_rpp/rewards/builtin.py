@@ -20,7 +20,7 @@ from megatron_rpp.rewards.golds import gold_problem
 from megatron_rpp.rewards.validation import SampleError
 
 
-def exact_match(
+def exact_match(  # noqa: PLR0917 (the signature of a reward function)
     prompts: list[str],
     responses: list[str],
     labels: list[str | None],
@@ -35,7 +35,7 @@ def exact_match(
     return [float(response.strip() == label.strip()) for response, label in pairs]
 
 
-def reasoning_gym(
+def reasoning_gym(  # noqa: PLR0917 (the signature of a reward function)
     prompts: list[str],
     responses: list[str],
     labels: list[str | None],
@@ -50,11 +50,13 @@ def reasoning_gym(
     Raises:
         SampleError: a row does not come from tools/make_task.py, or its task cannot score it.
     """
-    rows = zip(prompts, responses, metadata)
-    return [_score(index, *row) for index, row in enumerate(rows)]
+    rows = enumerate(zip(prompts, responses, metadata))
+    return [
+        _score(index, prompt, response, metadata=row) for index, (prompt, response, row) in rows
+    ]
 
 
-def _score(index: int, prompt: str, response: str, metadata: dict[str, Any]) -> float:
+def _score(index: int, prompt: str, response: str, *, metadata: dict[str, Any]) -> float:
     require_entry(index, metadata)
     task = _task(metadata["task"], json.dumps(metadata["params"]))
     entry = restore_entry(prompt, metadata)
@@ -63,11 +65,11 @@ def _score(index: int, prompt: str, response: str, metadata: dict[str, Any]) -> 
     except Exception as error:
         # Some scorers raise on text they cannot parse (prime_factorization on "x", boxnet on a
         # list): a wrong answer. If a row's own answer cannot be scored either, the data is broken.
-        _check_scorable(index, task, entry, error)
+        _check_scorable(index, task, entry, first=error)
         return 0.0
 
 
-def _check_scorable(index: int, task: Any, entry: dict[str, Any], first: Exception) -> None:
+def _check_scorable(index: int, task: Any, entry: dict[str, Any], *, first: Exception) -> None:
     try:
         task.score_answer(entry["answer"], entry)
     except Exception as error:
@@ -101,7 +103,7 @@ class MathVerify:
         # Its own time limit is an alarm signal; switched off, it warns once per call.
         logging.getLogger(math_verify.__name__).setLevel(logging.ERROR)
 
-    def __call__(
+    def __call__(  # noqa: PLR0917 (the signature of a reward function)
         self,
         prompts: list[str],
         responses: list[str],
@@ -136,7 +138,7 @@ class Regex:
                 "could equal the label"
             )
 
-    def __call__(
+    def __call__(  # noqa: PLR0917 (the signature of a reward function)
         self,
         prompts: list[str],
         responses: list[str],
@@ -173,7 +175,7 @@ class Length:
                 f"= {self.max_tokens}, got {self.buffer_tokens}"
             )
 
-    def __call__(
+    def __call__(  # noqa: PLR0917 (the signature of a reward function)
         self,
         prompts: list[str],
         responses: list[str],

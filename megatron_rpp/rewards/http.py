@@ -89,7 +89,7 @@ class HttpReward:
                 "token_variable is not set: export it on every node"
             )
 
-    def __call__(
+    def __call__(  # noqa: PLR0917 (the signature of a reward function)
         self,
         prompts: list[str],
         responses: list[str],

@@ -50,7 +50,7 @@ _ROW_CHECKS: dict[str, Callable[[Any, str | None, dict[str, Any]], object]] = {
 
 
 def row_problem(
-    name: str, function: RewardFunction, label: str | None, metadata: dict[str, Any]
+    name: str, function: RewardFunction, *, label: str | None, metadata: dict[str, Any]
 ) -> str | None:
     """Why the function could never score this row; None if it can, or if only running it would
     tell."""

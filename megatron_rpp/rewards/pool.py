@@ -69,6 +69,7 @@ class WorkerPool:
         self,
         functions: Sequence[tuple[str, dict[str, Any]]],
         count: int,
+        *,
         timeout: float,
         default: float,
     ) -> None:
@@ -116,7 +117,12 @@ class WorkerPool:
         """Hands idle workers the next samples. False if all samples are scored."""
         for worker in self._workers:
             if worker.ready and worker.index is None and work.is_left():
-                self._give(worker, work.name, work.following, work.samples[work.following])
+                self._give(
+                    worker,
+                    name=work.name,
+                    index=work.following,
+                    sample=work.samples[work.following],
+                )
                 work.following += 1
         return work.is_left() or any(worker.index is not None for worker in self._workers)
 
@@ -162,7 +168,7 @@ class WorkerPool:
         ours.send(self._functions)
         return _Worker(process, ours, deadline=time.monotonic() + _START_SECONDS)
 
-    def _give(self, worker: _Worker, name: str, index: int, sample: Sample) -> None:
+    def _give(self, worker: _Worker, *, name: str, index: int, sample: Sample) -> None:
         worker.index, worker.deadline = index, time.monotonic() + self._timeout
         # If the worker died between two samples, `_finished` finds out.
         with suppress(BrokenPipeError, ConnectionResetError):

@@ -87,6 +87,7 @@ def from_generations(
     prompts: list[Prompt],
     requests: list[Request],
     generations: list[Generation],
+    *,
     samples_per_prompt: int,
 ) -> RolloutBuffer:
     """Makes the buffer of a replica from its generations; prompts[i] belongs to requests[i]."""

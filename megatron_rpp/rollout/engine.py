@@ -136,7 +136,7 @@ class MegatronEngine:
             hidden = self._read_prompts(wave.requests, state)
             for position in range(sampling.max_new_tokens):
                 heartbeat.current.beat()
-                random = uniforms(seed, step, ids[alive], position)
+                random = uniforms(seed, step, ids[alive], position=position)
                 tokens = self._next_tokens(hidden, random, sampling, position=position)
                 self._record(wave, alive, tokens, position=position, sampling=sampling)
                 running = ~wave.ended[alive]
@@ -170,7 +170,7 @@ class MegatronEngine:
         if groups.is_last_stage():
             forbid = self._ends(sampling) if position < sampling.min_new_tokens else ()
             logits = chunks(self.model)[-1].sampling_logits(hidden)
-            tokens, logprobs = choose(logits, random, sampling, forbid)
+            tokens, logprobs = choose(logits, random, sampling, forbid=forbid)
             chosen[0], chosen[1] = tokens, logprobs
         return groups.broadcast_from_last_stage(chosen)
 

@@ -50,7 +50,12 @@ class Split:
 
 
 def pack(
-    buffer: RolloutBuffer, samples: list[int], split: Split, row_length: int, device: torch.device
+    buffer: RolloutBuffer,
+    samples: list[int],
+    split: Split,
+    *,
+    row_length: int,
+    device: torch.device,
 ) -> MicroBatch:
     """Packs `samples` into a row and returns this rank's part; no samples give a row of padding.
 

@@ -77,4 +77,7 @@ def micro_batches(
     ]
     if same_length:
         rows = [max(rows)] * len(rows)
-    return [pack(buffer, group, split, row, device) for group, row in zip(planned, rows)]
+    return [
+        pack(buffer, group, split, row_length=row, device=device)
+        for group, row in zip(planned, rows)
+    ]

@@ -37,7 +37,7 @@ def truncate(logits: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
 
 
 def choose(
-    logits: torch.Tensor, uniform: np.ndarray, sampling: Sampling, forbid: Sequence[int] = ()
+    logits: torch.Tensor, uniform: np.ndarray, sampling: Sampling, *, forbid: Sequence[int] = ()
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Samples one token per row.
 

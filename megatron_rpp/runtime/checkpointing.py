@@ -47,7 +47,7 @@ def resume(run: Run, *, repair: bool) -> None:
     else:
         return
     state = checkpoint.resume(run.policy, path)
-    run.state = identity.carry_over(state, now, path, log)
+    run.state = identity.carry_over(state, now, path, log=log)
     content = ranks.gathered(manifest.read_manifest(path))[0]
     if content is not None and _PROGRESS in content["notes"]:
         notes, prompts = content["notes"][_PROGRESS], run.inputs.train

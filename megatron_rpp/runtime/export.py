@@ -26,7 +26,9 @@ def check_export(config: Config, checkpoints: str) -> None:
             family_of(config.model.architecture(config.model.vocab_size or 0))
         else:
             sources.append(source)
-        output_dir.check_output(Path(config.checkpoint.export_hf), sources, CONFIG, overwrite=True)
+        output_dir.check_output(
+            Path(config.checkpoint.export_hf), sources, marker=CONFIG, overwrite=True
+        )
 
 
 def copy_side_files(config: Config, checkpoints: str) -> None:

@@ -58,7 +58,7 @@ def identities(config: Config, inputs: Inputs) -> dict[str, Identity]:
 
 
 def carry_over(
-    state: RunState, now: dict[str, Identity], place: Path, log: Callable[[str], None]
+    state: RunState, now: dict[str, Identity], place: Path, *, log: Callable[[str], None]
 ) -> RunState:
     """Adapts the state of the checkpoint at `place` to a run whose inputs are `now`.
 

@@ -103,7 +103,7 @@ def load_inputs(config: Config, train_is_scored: bool = True) -> Inputs:
         lambda example: rewards.row_problem(example.label, example.metadata),
     )
     data = open_data(
-        config.data, form, limit, config.seed, Console(main=True).stage,
+        config.data, form, limit=limit, seed=config.seed, bar=Console(main=True).stage,
         held_out_check=scorable, train_check=scorable if train_is_scored else ANY_ROW,
         log=once_a_node(),
     )  # fmt: skip
@@ -141,7 +141,7 @@ def with_fitting_rows(config: Config, inputs: Inputs) -> Inputs:
 
         used = hashlib.sha256(part.rows.tobytes()).hexdigest()
         key = pass_key(config.data, part.examples.rows.identity, used, "lessons", context)
-        found = cached(cache_dir(config.data), key, find, once_a_node())
+        found = cached(cache_dir(config.data), key, find, log=once_a_node())
         parts.append(replace(part, rows=found.rows))
         if not len(parts[-1]):
             raise ConfigError(
@@ -195,11 +195,11 @@ def open_rewards(reward: RewardConfig) -> RewardSet:
     """Loads the reward functions; their worker processes start with the first sample."""
     return RewardSet(
         reward.functions,
-        reward.weights,
-        reward.options,
-        reward.workers,
-        reward.timeout,
-        reward.timeout_score,
+        weights=reward.weights,
+        options=reward.options,
+        workers=reward.workers,
+        timeout=reward.timeout,
+        timeout_score=reward.timeout_score,
     )
 
 

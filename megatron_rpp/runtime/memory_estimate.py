@@ -57,7 +57,7 @@ def _layer(model: ModelConfig, tensor: int) -> int:
 
 
 def stage_parameters(
-    model: ModelConfig, parallel: ParallelConfig, vocab_size: int, stage: int
+    model: ModelConfig, parallel: ParallelConfig, *, vocab_size: int, stage: int
 ) -> int:
     """Parameters of pipeline stage `stage` on one tensor-parallel rank."""
     embedding = padded_vocab_size(vocab_size, parallel.tensor) // parallel.tensor * model.hidden
@@ -107,7 +107,9 @@ def estimate(config: Config, vocab_size: int, replicas: int) -> Memory:
     """Bytes of the rank that holds the most; `replicas`: the data-parallel size."""
     model, parallel, rollout = config.model, config.parallel, config.rollout
     stages = range(parallel.pipeline)
-    count = max(stage_parameters(model, parallel, vocab_size, stage) for stage in stages)
+    count = max(
+        stage_parameters(model, parallel, vocab_size=vocab_size, stage=stage) for stage in stages
+    )
     layers = model.layers // parallel.pipeline
     _, kv_heads, size = _heads(model)
     row = max(config.train.max_tokens_per_microbatch, model.max_length) // parallel.context
@@ -134,5 +136,5 @@ def rows_in_flight(parallel: ParallelConfig) -> int:
 def checkpoint_bytes(config: Config, vocab_size: int) -> int:
     """Bytes of one checkpoint: weights and Adam's state, once, whatever the layout."""
     model = config.model
-    count = stage_parameters(model, ParallelConfig(), vocab_size, 0)
+    count = stage_parameters(model, ParallelConfig(), vocab_size=vocab_size, stage=0)
     return count * (weight_bytes(model) + optimizer_bytes(model))

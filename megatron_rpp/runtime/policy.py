@@ -16,7 +16,9 @@ from megatron_rpp.model.reference import OffloadedReference, Reference, Resident
 
 def build_start(config: Config, vocab_size: int) -> torch.nn.ModuleList:
     """The model with the weights of model.init_path or model.hf_path, else random ones."""
-    stage = build.build_model(config.model, config.parallel, vocab_size, config.seed)
+    stage = build.build_model(
+        config.model, config.parallel, vocab_size=vocab_size, seed=config.seed
+    )
     if config.model.init_path is not None:
         checkpoint.load_weights(stage, config.model.init_path)
     if config.model.hf_path is not None:
@@ -40,7 +42,9 @@ def build_reference(config: Config, policy: Policy, vocab_size: int) -> Referenc
         return None
     if config.reference.placement == "offload":
         return OffloadedReference(policy.model)
-    stage = build.build_model(config.model, config.parallel, vocab_size, config.seed)
+    stage = build.build_model(
+        config.model, config.parallel, vocab_size=vocab_size, seed=config.seed
+    )
     for chunk, trained in zip(chunks(stage), chunks(policy.model), strict=True):
         chunk.load_state_dict(trained.state_dict())
     return ResidentReference(stage)

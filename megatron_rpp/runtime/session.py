@@ -52,7 +52,9 @@ def _watching(config: Config) -> AbstractContextManager[None]:
     if minutes is None:
         return nullcontext()
     world = dist.get_world_size()
-    return Watchdog(config.logging.dir, dist.get_rank(), world, minutes).watching()
+    return Watchdog(
+        config.logging.dir, rank=dist.get_rank(), world=world, minutes=minutes
+    ).watching()
 
 
 @contextmanager

@@ -42,7 +42,7 @@ def compute_advantages(
     """
     assert buffer.scores is not None and buffer.old_logprobs is not None
     scores, score_stats = shape_scores(
-        buffer.scores, reward.normalize, reward.scale, reward.clip, group
+        buffer.scores, normalize=reward.normalize, scale=reward.scale, clip=reward.clip, group=group
     )
     kl = None
     if buffer.ref_logprobs is not None:

@@ -57,7 +57,7 @@ def evaluate(
     requests = [Request(prompt.tokens, sample_id=0) for prompt in own]
     generations = engine.generate(requests, sampling, seed=0, step=0)
     responses = [generation.tokens for generation in generations]
-    scores = score_responses(rewards, form, own, responses)
+    scores = score_responses(rewards, form, prompts=own, responses=responses)
     first = next(iter(scores.parts.values()))
     sums = [float(len(own)), float(sum(value >= 1.0 for value in first)), sum(scores.total)]
     count, correct, reward = groups.reduce_sums(sums, groups.data_group())

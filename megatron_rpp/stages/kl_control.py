@@ -18,7 +18,9 @@ def scaled(algorithm: AlgorithmConfig, factor: float) -> AlgorithmConfig:
     )
 
 
-def adapt(state: RunState, row: dict[str, float], algorithm: AlgorithmConfig, samples: int) -> None:
+def adapt(
+    state: RunState, row: dict[str, float], algorithm: AlgorithmConfig, *, samples: int
+) -> None:
     """Sets `state.kl_factor` for the next step, from the KL of this step over `samples` responses.
 
     The fixed controller leaves it at 1. The metrics `row` is the same on every rank, so the factor
@@ -27,5 +29,9 @@ def adapt(state: RunState, row: dict[str, float], algorithm: AlgorithmConfig, sa
     if algorithm.kl_controller == "adaptive":
         kl = row[f"kl/{algorithm.kl_estimator}"]
         state.kl_factor = adapted_kl_factor(
-            state.kl_factor, kl, algorithm.kl_target, samples, algorithm.kl_horizon
+            state.kl_factor,
+            kl,
+            target=algorithm.kl_target,
+            samples=samples,
+            horizon=algorithm.kl_horizon,
         )

@@ -65,10 +65,10 @@ def token_logprobs(
         hidden[batch.rows, 0],
         stage.output_weight,
         batch.targets,
-        stage.valid_vocab_rows,
-        temperature,
-        groups.tensor_group(),
-        with_entropy,
+        valid_rows=stage.valid_vocab_rows,
+        temperature=temperature,
+        group=groups.tensor_group(),
+        with_entropy=with_entropy,
     )
 
 

@@ -18,7 +18,7 @@ from megatron_rpp.rollout.buffer import RolloutBuffer
 
 
 def score_responses(
-    rewards: RewardSet, form: ResponseFormat, prompts: list[Prompt], responses: list[list[int]]
+    rewards: RewardSet, form: ResponseFormat, *, prompts: list[Prompt], responses: list[list[int]]
 ) -> Scores:
     """The scores of this replica's responses, on each of its ranks.
 
@@ -36,7 +36,7 @@ def score_responses(
                     [form.text(response) for response in responses],
                     [example.label for example in examples],
                     [_metadata(*pair) for pair in zip(examples, responses)],
-                    report_progress,
+                    alive=report_progress,
                 )
             except RewardError as error:
                 failure = str(error)
@@ -56,6 +56,6 @@ def _metadata(example: Example, response: list[int]) -> dict[str, Any]:
 def score(buffer: RolloutBuffer, rewards: RewardSet, form: ResponseFormat) -> Scores:
     """Fills `buffer.scores` [n]; returns them with the scores of each reward function."""
     responses = [buffer.response(index) for index in range(len(buffer))]
-    scores = score_responses(rewards, form, buffer.prompts, responses)
+    scores = score_responses(rewards, form, prompts=buffer.prompts, responses=responses)
     buffer.scores = torch.tensor(scores.total, dtype=torch.float32)
     return scores

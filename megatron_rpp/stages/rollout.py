@@ -47,4 +47,6 @@ def collect(
     generations = engine.generate(
         requests, sampling, seed=key.seed, step=key.step, progress=progress
     )
-    return from_generations(chosen, requests, generations, rollout.samples_per_prompt)
+    return from_generations(
+        chosen, requests, generations, samples_per_prompt=rollout.samples_per_prompt
+    )

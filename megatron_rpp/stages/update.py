@@ -56,7 +56,6 @@ def _loss(
     temperature: float,
 ) -> pipeline.LossFunction:
     """The loss function of a mini-batch for `pipeline.train`."""
-    clip = (algorithm.clip_low, algorithm.clip_high)
     weights, counts = (
         buffer.flat(values)
         for values in aggregation_weights(buffer.padded(buffer.mask), algorithm.aggregation)
@@ -78,7 +77,14 @@ def _loss(
         old, advantages, mask = (
             column(values) for values in (buffer.old_logprobs, buffer.advantages, buffer.mask)
         )
-        per_token = policy_loss(logprobs, old, advantages, *clip, algorithm.dual_clip)
+        per_token = policy_loss(
+            logprobs,
+            old,
+            advantages,
+            clip_low=algorithm.clip_low,
+            clip_high=algorithm.clip_high,
+            dual_clip=algorithm.dual_clip,
+        )
         if buffer.rollout_weights is not None:
             per_token = per_token * column(buffer.rollout_weights)
         if algorithm.entropy_coef:
@@ -89,7 +95,14 @@ def _loss(
             per_token = per_token + algorithm.kl_loss_coef * kl
         total = (torch.where(mask, per_token, 0.0) * column(weights).to(per_token)).sum()
         count = column(counts).sum()
-        stats = policy_stats(logprobs.detach(), old, advantages, mask, *clip)
+        stats = policy_stats(
+            logprobs.detach(),
+            old,
+            advantages,
+            mask=mask,
+            clip_low=algorithm.clip_low,
+            clip_high=algorithm.clip_high,
+        )
         entropy_sum = torch.where(mask, entropy.detach(), 0.0).sum()
         report = (total.detach(), count, *stats[:3], entropy_sum, stats.ratio_max)
         return total, count.int(), torch.stack([value.double() for value in report])

@@ -30,16 +30,20 @@ def test_adaptive_factor_by_its_equation(factor, kl, target, samples):
     """Ziegler et al. 2019, section 2.2, with K = samples / horizon."""
     error = float(np.clip((kl - target) / target, -0.2, 0.2))
     expected = factor * (1 + error * samples / 1000)
-    got = adapted_kl_factor(factor, kl, target, samples, 1000)
+    got = adapted_kl_factor(factor, kl, target=target, samples=samples, horizon=1000)
     assert got == pytest.approx(expected, rel=1e-12)
 
 
 def test_adaptive_factor_by_hand():
     """At twice the target e is clipped to 0.2, so 100 of 1000 responses add 2%."""
-    assert adapted_kl_factor(0.5, 0.2, 0.1, 100, 1000) == pytest.approx(0.5 * 1.02)
-    assert adapted_kl_factor(0.5, 0.11, 0.1, 100, 1000) == pytest.approx(0.5 * 1.01)
-    assert adapted_kl_factor(0.5, 0.0, 0.1, 1000, 1000) == pytest.approx(0.4)
-    assert adapted_kl_factor(0.5, 0.1, 0.1, 100, 1000) == 0.5
+    assert adapted_kl_factor(0.5, 0.2, target=0.1, samples=100, horizon=1000) == pytest.approx(
+        0.5 * 1.02
+    )
+    assert adapted_kl_factor(0.5, 0.11, target=0.1, samples=100, horizon=1000) == pytest.approx(
+        0.5 * 1.01
+    )
+    assert adapted_kl_factor(0.5, 0.0, target=0.1, samples=1000, horizon=1000) == pytest.approx(0.4)
+    assert adapted_kl_factor(0.5, 0.1, target=0.1, samples=100, horizon=1000) == 0.5
 
 
 def test_by_hand():

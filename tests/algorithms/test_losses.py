@@ -101,7 +101,7 @@ def test_masked_out_values_leak_nowhere(kind, name, undefined):
         loss = policy_loss(logprobs, old, advantages, 0.2, 0.2, dual_clip=3.0)
         total, count = aggregate(loss, mask, kind)
         total.backward()
-        stats = policy_stats(logprobs, old, advantages, mask, 0.2, 0.2)
+        stats = policy_stats(logprobs, old, advantages, mask=mask, clip_low=0.2, clip_high=0.2)
         results.append((total.detach(), count, logprobs.grad, *stats))
     for expected, got in zip(*results, strict=True):
         assert torch.equal(expected, got)
@@ -168,7 +168,9 @@ def test_stats_by_hand():
     logprobs = one(ln2, ln2, -ln2, -ln2, ln2, 9.0)
     advantages = one(1.0, -1.0, -1.0, 1.0, 0.0, 1.0)
     mask = torch.tensor([[True] * 5 + [False]])
-    stats = policy_stats(logprobs, torch.zeros_like(logprobs), advantages, mask, 0.2, 0.2)
+    stats = policy_stats(
+        logprobs, torch.zeros_like(logprobs), advantages, mask=mask, clip_low=0.2, clip_high=0.2
+    )
     assert (stats.tokens.item(), stats.clipped.item()) == (5, 2)
     assert stats.ratio_max.item() == pytest.approx(2.0)
     assert stats.approx_kl.item() == pytest.approx(3 * (2 - 1 - ln2) + 2 * (0.5 - 1 + ln2))
@@ -183,7 +185,7 @@ def test_clipped_tokens_are_those_without_gradient(batch):
     total, _ = aggregate(policy_loss(logprobs, old, advantages, 0.2, 0.2), mask, "token_mean")
     total.backward()
     frozen = (logprobs.grad == 0) & mask & (advantages != 0)
-    stats = policy_stats(logprobs, old, advantages, mask, 0.2, 0.2)
+    stats = policy_stats(logprobs, old, advantages, mask=mask, clip_low=0.2, clip_high=0.2)
     assert stats.clipped == frozen.sum() and stats.tokens == mask.sum()
 
 
@@ -191,7 +193,10 @@ def test_clipped_tokens_are_those_without_gradient(batch):
 def test_stats_of_nothing(shape):
     rubbish = torch.full(shape, NAN)
     mask = torch.zeros(shape, dtype=torch.bool)
-    assert [x.item() for x in policy_stats(rubbish, rubbish, rubbish, mask, 0.2, 0.2)] == [0] * 4
+    assert [
+        x.item()
+        for x in policy_stats(rubbish, rubbish, rubbish, mask=mask, clip_low=0.2, clip_high=0.2)
+    ] == [0] * 4
 
 
 @pytest.mark.parametrize(

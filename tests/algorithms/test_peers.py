@@ -179,7 +179,9 @@ def test_verl_controller(kl, samples):
     core = pytest.importorskip("verl.trainer.ppo.core_algos")
     theirs = core.AdaptiveKLController(0.3, 0.1, 100)
     theirs.update(kl, samples)
-    assert 0.3 * adapted_kl_factor(1.0, kl, 0.1, samples, 100) == pytest.approx(theirs.value)
+    assert 0.3 * adapted_kl_factor(
+        1.0, kl, target=0.1, samples=samples, horizon=100
+    ) == pytest.approx(theirs.value)
 
 
 def trl_loss(trl, logprobs, old, advantage, mask, kind):

@@ -23,7 +23,9 @@ from tests.algorithms.strategies import PRECISIONS, assert_close, numbers, quick
     st.sampled_from([*PRECISIONS]),
 )
 def test_matches_oracle(scores, normalize, scale, clip, dtype):
-    shaped, stats = shape_scores(torch.tensor(scores, dtype=dtype), normalize, scale, clip)
+    shaped, stats = shape_scores(
+        torch.tensor(scores, dtype=dtype), normalize=normalize, scale=scale, clip=clip
+    )
     expected, unclipped = oracle.shape(scores, normalize, scale, clip)
     assert_close(shaped, expected, dtype, size=scale)
     everything = np.ones(scores.shape, dtype=bool)
@@ -55,12 +57,14 @@ def test_normalised_then_scaled_then_clipped():
 
 def test_clipping_is_counted_where_it_changes_something():
     """1.0 lies on the bound, and 1.5 and -3 beyond it."""
-    _, stats = shape_scores(torch.tensor([1.0, 1.5, -3.0, 0.0]), False, 1.0, 1.0)
+    _, stats = shape_scores(
+        torch.tensor([1.0, 1.5, -3.0, 0.0]), normalize=False, scale=1.0, clip=1.0
+    )
     assert stats.clipped_share == 0.5 and (stats.low, stats.high) == (-1.0, 1.0)
 
 
 def test_no_scores():
-    shaped, stats = shape_scores(torch.zeros(0), True, 2.0, 1.0)
+    shaped, stats = shape_scores(torch.zeros(0), normalize=True, scale=2.0, clip=1.0)
     assert shaped.shape == (0,)
     assert stats == ShapingStats(Moments(0, 0, 0), Moments(0, 0, 0), 0.0, 0.0, 0.0)
 

@@ -133,7 +133,9 @@ def run_everything(rank):
             results[kind, size, str(split)] = global_whiten(values, mask, group)
         inputs = [x[rows] for x in reinforce_inputs()]
         results["reinforce++", size, str(split)] = reinforce(*inputs, group)
-        results["scores", size, str(split)] = shape_scores(inputs[0], True, 2.0, 1.0, group)
+        results["scores", size, str(split)] = shape_scores(
+            inputs[0], normalize=True, scale=2.0, clip=1.0, group=group
+        )
     values, mask = batch("noise")
     results["pair"] = global_whiten(values * 10.0 ** (rank // 2), mask, pairs[rank // 2])
     results["alone"] = global_whiten(values + rank, mask)
@@ -196,7 +198,9 @@ def test_reinforce_is_the_same_on_any_layout(ranks, size, split):
 
 @pytest.mark.parametrize(("size", "split"), CASES)
 def test_scores_are_normalised_over_the_global_batch(ranks, size, split):
-    expected, expected_stats = shape_scores(reinforce_inputs()[0], True, 2.0, 1.0)
+    expected, expected_stats = shape_scores(
+        reinforce_inputs()[0], normalize=True, scale=2.0, clip=1.0
+    )
     parts = [ranks[r]["scores", size, str(split)] for r in range(size)]
     np.testing.assert_allclose(torch.cat([part for part, _ in parts]), expected, rtol=1e-6)
     for _, stats in parts:

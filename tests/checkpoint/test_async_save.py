@@ -44,13 +44,13 @@ def in_the_writer(monkeypatch, action) -> None:
     """Makes every background writer call `action` before it writes."""
     trainer, real = os.getpid(), writer._write_own
 
-    def write_own(write, *arguments):
+    def write_own(*arguments, write, **place):
         def after_act(*inner):
             if os.getpid() != trainer:
                 action()
             write(*inner)
 
-        real(after_act, *arguments)
+        real(*arguments, write=after_act, **place)
 
     monkeypatch.setattr(writer, "_write_own", write_own)
 

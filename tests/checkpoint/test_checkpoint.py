@@ -89,7 +89,7 @@ def test_another_save_of_the_same_process_stands_alone(base, tmp_path):
     def content(values: torch.Tensor) -> dict:
         return {"other": ShardedTensor.from_rank_offsets("other", values)}
 
-    groups.start(1, 1, 1)
+    groups.start(1, 1, seed=1)
     try:
         (tmp_path / "other").mkdir()
         dist_checkpointing.save(content(torch.arange(5.0)), str(tmp_path / "other"))

@@ -14,7 +14,7 @@ from megatron_rpp.data.examples import Example, open_examples
 
 
 def read_examples(source, prompt_key: str, label_key: str, cache=None) -> list[Example]:
-    return list(open_examples(str(source), prompt_key, label_key, cache))
+    return list(open_examples(str(source), prompt_key, label_key, cache_dir=cache))
 
 
 def write(tmp_path, *lines: str):
@@ -129,12 +129,14 @@ def test_sources_that_cannot_be_opened_say_so(tmp_path):
     with pytest.raises(ValueError, match=r"splits has the splits \['test'\]: add '@' and one"):
         open_examples(str(tmp_path / "splits"), "prompt", "label")
     with pytest.raises(ValueError, match="folder@absent cannot be opened .*: correct the name"):
-        open_examples(f"{tmp_path}/folder@absent", "prompt", "label", tmp_path / "cache")
+        open_examples(f"{tmp_path}/folder@absent", "prompt", "label", cache_dir=tmp_path / "cache")
     with pytest.raises(ValueError, match="gone.parquet is not a file: correct the path"):
         open_examples(str(tmp_path / "gone.parquet"), "prompt", "label")
     (tmp_path / "bad.parquet").write_text("not Parquet")
     with pytest.raises(ValueError, match="bad.parquet cannot be opened"):
-        open_examples(str(tmp_path / "bad.parquet"), "prompt", "label", tmp_path / "cache")
+        open_examples(
+            str(tmp_path / "bad.parquet"), "prompt", "label", cache_dir=tmp_path / "cache"
+        )
     with pytest.raises(ValueError, match="a.parquet, row 1 has no field 'question'"):
         read_examples(tmp_path / "a.parquet", "question", "label", tmp_path / "cache")
 

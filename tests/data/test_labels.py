@@ -15,7 +15,7 @@ from megatron_rpp.data.examples import Example, open_examples
 
 
 def labels(path: Path, key: str = "label") -> list[str | None]:
-    examples = open_examples(str(path), "prompt", key, str(path.parent / "cache"))
+    examples = open_examples(str(path), "prompt", key, cache_dir=str(path.parent / "cache"))
     return [example.label for example in examples]
 
 
@@ -69,7 +69,9 @@ def test_csv_cells_arrive_as_they_are_written(tmp_path, source):
     path = tmp_path / source / "train.csv" if source == "folder" else tmp_path / source
     path.parent.mkdir(exist_ok=True)
     path.write_text("\ufeffprompt,label,level\n" + "".join(rows) + "no label,,1\n")
-    examples = open_examples(str(tmp_path / source), "prompt", "label", str(tmp_path / "cache"))
+    examples = open_examples(
+        str(tmp_path / source), "prompt", "label", cache_dir=str(tmp_path / "cache")
+    )
     assert [example.label for example in examples] == [*CELLS, None]
     assert examples[7] == Example("What, 7?", "TRUE", {"level": "007"})
 

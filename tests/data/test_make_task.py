@@ -57,7 +57,7 @@ def test_a_trainer_can_use_what_it_writes(recipe):
     tokenizer = load_tokenizer(out / "sums.model")
     for path, size in ((out / "train.jsonl", 300), (out / "held" / "eval.jsonl", 20)):
         examples, form = open_examples(path, "prompt", "label"), PromptFormat(tokenizer)
-        assert len(fitting_rows(examples, form, 11, drop=False).rows) == size
+        assert len(fitting_rows(examples, form, limit=11, drop=False).rows) == size
         prompts = [form.tokens(example.prompt) for example in examples]
         answers = [tokenizer.decode(tokenizer.encode(e.label)) for e in examples]
         scores = RewardSet(["exact_match", "reasoning_gym"]).score(

@@ -35,7 +35,7 @@ def opened(tmp_path):
     def run(seed=1234, bos_id=2, **settings):
         settings = {"tokenizer": __file__, "cache_dir": str(tmp_path / "cache")} | settings
         form = PromptFormat(CodePoints(bos_id))
-        return open_data(DataConfig(**settings), form, 10, seed, progress)
+        return open_data(DataConfig(**settings), form, limit=10, seed=seed, bar=progress)
 
     run.seen = seen
     return run
@@ -55,10 +55,10 @@ def test_prompts_start_with_begin_of_sequence_where_there_is_one(opened, tmp_pat
 def test_prompt_over_the_limit_is_an_error_with_the_remedies(tmp_path):
     path = write(tmp_path / "a.jsonl", ["ab", "abc"])
     examples, form = open_examples(path, "prompt", "label"), PromptFormat(CodePoints(2))
-    assert fitting_rows(examples, form, 4, drop=False).rows.tolist() == [0, 1]
-    assert fitting_rows(examples, form, 3, drop=True).rows.tolist() == [0]
+    assert fitting_rows(examples, form, limit=4, drop=False).rows.tolist() == [0, 1]
+    assert fitting_rows(examples, form, limit=3, drop=True).rows.tolist() == [0]
     with pytest.raises(ValueError) as error:
-        fitting_rows(examples, form, 3, drop=False)
+        fitting_rows(examples, form, limit=3, drop=False)
     assert str(error.value).startswith(
         f"{path}, line 2: the prompt has 4 tokens, the limit is 3: raise it (the lower of "
     )

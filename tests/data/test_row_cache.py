@@ -18,7 +18,7 @@ def asked(folder, times: int = 1) -> tuple[int, list[str]]:
         return FOUND
 
     for _ in range(times):
-        found = cached(folder, ["key"], find, said.append)
+        found = cached(folder, ["key"], find, log=said.append)
         assert found.rows.tolist() == [0, 2]
         assert (found.prompts, found.labels) == (FOUND.prompts, FOUND.labels)
     return len(made), said

@@ -19,35 +19,37 @@ from megatron_rpp.data.sampler import Mixture, prompt_indices
 def test_order_is_the_same_however_it_is_cut(cursor, counts, size, seed):
     parts, position = [], cursor
     for count in counts:
-        parts += prompt_indices(position, count, size, seed)
+        parts += prompt_indices(position, count, size=size, seed=seed)
         position += count
-    assert parts == prompt_indices(cursor, sum(counts), size, seed)
+    assert parts == prompt_indices(cursor, sum(counts), size=size, seed=seed)
 
 
 @settings(deadline=None)
 @given(epoch=st.integers(0, 50), size=st.integers(1, 50), seed=st.integers(0, 2**32))
 def test_every_epoch_is_a_permutation(epoch, size, seed):
-    assert sorted(prompt_indices(epoch * size, size, size, seed)) == list(range(size))
+    assert sorted(prompt_indices(epoch * size, size, size=size, seed=seed)) == list(range(size))
 
 
 def test_epochs_and_seeds_differ_and_every_first_row_is_possible():
-    orders = {tuple(prompt_indices(epoch * 20, 20, 20, 7)) for epoch in range(10)}
-    orders |= {tuple(prompt_indices(0, 20, 20, seed)) for seed in range(8, 18)}
+    orders = {tuple(prompt_indices(epoch * 20, 20, size=20, seed=7)) for epoch in range(10)}
+    orders |= {tuple(prompt_indices(0, 20, size=20, seed=seed)) for seed in range(8, 18)}
     assert len(orders) == 20
-    first = [prompt_indices(epoch * 4, 1, 4, 0)[0] for epoch in range(400)]
+    first = [prompt_indices(epoch * 4, 1, size=4, seed=0)[0] for epoch in range(400)]
     # Binomial(400, 1/4): 100 expected, 60 and 140 are 4.6 standard deviations away.
     assert all(60 < first.count(row) < 140 for row in range(4))
 
 
 def test_order_is_pinned():
     # A change of this order breaks the resume of every run in flight.
-    assert prompt_indices(3, 12, 8, 1234) == [5, 2, 7, 3, 1, 0, 4, 5, 6, 3, 1, 7]
+    assert prompt_indices(3, 12, size=8, seed=1234) == [5, 2, 7, 3, 1, 0, 4, 5, 6, 3, 1, 7]
 
 
-@pytest.mark.parametrize("arguments", [(-1, 1, 1, 0), (0, -1, 1, 0), (0, 1, 0, 0), (0, 1, 1, -1)])
-def test_impossible_positions_are_errors(arguments):
+@pytest.mark.parametrize(
+    ("cursor", "count", "size", "seed"), [(-1, 1, 1, 0), (0, -1, 1, 0), (0, 1, 0, 0), (0, 1, 1, -1)]
+)
+def test_impossible_positions_are_errors(cursor, count, size, seed):
     with pytest.raises(ValueError, match="must be at least 0"):
-        prompt_indices(*arguments)
+        prompt_indices(cursor, count, size=size, seed=seed)
 
 
 SIZES, WEIGHTS = [7, 1000, 40], [2.0, 1.0, 1.0]

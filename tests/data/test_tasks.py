@@ -18,20 +18,28 @@ def prompts(rows) -> list[str]:
 
 
 def test_the_same_arguments_give_the_same_rows():
-    first = make_task("chain_sum", SUMS, 50, 10, 1, 2)
-    assert first == make_task("chain_sum", SUMS, 50, 10, 1, 2)
-    assert first != make_task("chain_sum", SUMS, 50, 10, 3, 4)
+    first = make_task("chain_sum", SUMS, train_size=50, eval_size=10, train_seed=1, eval_seed=2)
+    assert first == make_task(
+        "chain_sum", SUMS, train_size=50, eval_size=10, train_seed=1, eval_seed=2
+    )
+    assert first != make_task(
+        "chain_sum", SUMS, train_size=50, eval_size=10, train_seed=3, eval_seed=4
+    )
 
 
 def test_labels_are_the_sums():
-    for row in make_task("chain_sum", SUMS, 50, 10, 1, 2)[0]:
+    for row in make_task("chain_sum", SUMS, train_size=50, eval_size=10, train_seed=1, eval_seed=2)[
+        0
+    ]:
         left, operator, right = row["prompt"].removesuffix(" =").split()[-3:]
         sign = {"+": 1, "-": -1}[operator]
         assert row["label"] == str(int(left) + sign * int(right))
 
 
 def test_held_out_prompts_are_distinct_and_never_trained_on():
-    train, held_out = make_task("chain_sum", SUMS, 2500, 120, 1, 2)
+    train, held_out = make_task(
+        "chain_sum", SUMS, train_size=2500, eval_size=120, train_seed=1, eval_seed=2
+    )
     assert len(train) == 2500 and len(held_out) == 120
     assert len(set(prompts(held_out))) == 120
     assert not set(prompts(train)) & set(prompts(held_out))
@@ -42,10 +50,12 @@ def test_held_out_prompts_are_distinct_and_never_trained_on():
 def test_neighbouring_seeds_share_entries_and_only_the_filter_keeps_them_apart():
     # The reason why seeds alone do not suffice: entry 1 of seed 1 is entry 0 of seed 2.
     assert (
-        create_task("chain_sum", SUMS, 2, 1)[1]["question"]
-        == create_task("chain_sum", SUMS, 2, 2)[0]["question"]
+        create_task("chain_sum", SUMS, size=2, seed=1)[1]["question"]
+        == create_task("chain_sum", SUMS, size=2, seed=2)[0]["question"]
     )
-    train, held_out = make_task("chain_sum", {"max_digits": 6}, 100, 50, 1, 2)
+    train, held_out = make_task(
+        "chain_sum", {"max_digits": 6}, train_size=100, eval_size=50, train_seed=1, eval_seed=2
+    )
     assert not set(prompts(train)) & set(prompts(held_out))
 
 
@@ -70,13 +80,13 @@ def test_neighbouring_seeds_share_entries_and_only_the_filter_keeps_them_apart()
     ],
 )
 def test_rows_score_as_the_entries_after_a_file(tmp_path, name, params):
-    train, held_out = make_task(name, params, 5, 3, 1, 2)
+    train, held_out = make_task(name, params, train_size=5, eval_size=3, train_seed=1, eval_seed=2)
     write_jsonl(tmp_path / "rows.jsonl", train + held_out)
     examples = open_examples(tmp_path / "rows.jsonl", "prompt", "label")
     assert len(examples) == 8
     for example, row in zip(examples, train + held_out):
         assert example.prompt == row["prompt"] and example.label == row["label"]
-        task = create_task(example.metadata["task"], example.metadata["params"], 10, 0)
+        task = create_task(example.metadata["task"], example.metadata["params"], size=10, seed=0)
         entry = restore_entry(example.prompt, example.metadata)
         if entry["answer"] is not None:
             assert task.score_answer(entry["answer"], entry) == 1.0
@@ -85,12 +95,12 @@ def test_rows_score_as_the_entries_after_a_file(tmp_path, name, params):
 
 def test_equal_seeds_are_errors():
     with pytest.raises(ValueError, match="task.eval_seed are both 5"):
-        make_task("chain_sum", SUMS, 5, 5, 5, 5)
+        make_task("chain_sum", SUMS, train_size=5, eval_size=5, train_seed=5, eval_seed=5)
 
 
 def test_unknown_task_names_the_nearest_and_the_list():
     with pytest.raises(ValueError, match="unknown task 'chian_sum': did you mean chain_sum.*List"):
-        make_task("chian_sum", {}, 5, 5, 1, 2)
+        make_task("chian_sum", {}, train_size=5, eval_size=5, train_seed=1, eval_seed=2)
 
 
 @pytest.mark.parametrize(
@@ -107,16 +117,16 @@ def test_unknown_task_names_the_nearest_and_the_list():
 )
 def test_bad_params_are_named(name, params, problem):
     with pytest.raises(ValueError, match=f"(?s)task {name}.*{problem}"):
-        make_task(name, params, 5, 5, 1, 2)
+        make_task(name, params, train_size=5, eval_size=5, train_seed=1, eval_seed=2)
 
 
 def test_too_few_different_problems():
     with pytest.raises(ValueError, match="only 200 different problems: lower task.eval_size 201"):
-        make_task("chain_sum", SUMS, 10, 201, 1, 2)
+        make_task("chain_sum", SUMS, train_size=10, eval_size=201, train_seed=1, eval_seed=2)
     with pytest.raises(ValueError, match="besides the 200 held out"):
-        make_task("chain_sum", SUMS, 10, 200, 1, 2)
+        make_task("chain_sum", SUMS, train_size=10, eval_size=200, train_seed=1, eval_seed=2)
     with pytest.raises(ValueError, match="must be at least 1"):
-        make_task("chain_sum", SUMS, 0, 5, 1, 2)
+        make_task("chain_sum", SUMS, train_size=0, eval_size=5, train_seed=1, eval_seed=2)
 
 
 def test_written_rows_are_one_json_object_a_line(tmp_path):

@@ -15,7 +15,9 @@ PARAMS = {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 2, "all
 
 @pytest.fixture(scope="module")
 def sums():
-    train, held_out = make_task("chain_sum", PARAMS, 600, 200, 1, 2)
+    train, held_out = make_task(
+        "chain_sum", PARAMS, train_size=600, eval_size=200, train_seed=1, eval_seed=2
+    )
     return train, held_out
 
 

@@ -40,7 +40,7 @@ def source(tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def one_rank():
-    groups.start(1, 1, 1)
+    groups.start(1, 1, seed=1)
     yield
     groups.stop()
 
@@ -107,8 +107,8 @@ def test_a_checkpoint_of_either_naming_becomes_the_same_bits(source, tmp_path, n
 
 def test_a_model_with_fused_names_is_filled_from_hugging_face(source):
     model = model_config(source)
-    stage = build.build_model(model, ParallelConfig(), model.vocab_size, seed=8)
-    expected = build.build_model(model, ParallelConfig(), model.vocab_size, seed=9)
+    stage = build.build_model(model, ParallelConfig(), vocab_size=model.vocab_size, seed=8)
+    expected = build.build_model(model, ParallelConfig(), vocab_size=model.vocab_size, seed=9)
     load_hf(expected, source)
     for block in stage[0].decoder.layers:
         for linear, norm in (

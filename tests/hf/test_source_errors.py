@@ -31,8 +31,8 @@ LATE_NORM = "model.layers.3.input_layernorm.weight"
 def stage(tmp_path_factory):
     """A model on one rank, to load weights into."""
     model = model_config(save(tmp_path_factory.mktemp("plain"), "llama2"))
-    groups.start(1, 1, 1)
-    yield build.build_model(model, ParallelConfig(), model.vocab_size, seed=8)
+    groups.start(1, 1, seed=1)
+    yield build.build_model(model, ParallelConfig(), vocab_size=model.vocab_size, seed=8)
     groups.stop()
 
 

@@ -38,7 +38,7 @@ def test_reasoning_gym_names_its_extra(monkeypatch):
     text += "pip install -e '.[tasks]' in the repository"
     found = message_without(monkeypatch, "reasoning_gym", lambda: RewardSet(["reasoning_gym"]))
     assert found == f"reward function 'reasoning_gym' {text}"
-    use = lambda: make_task("chain_sum", {}, 2, 2, 1, 2)  # noqa: E731
+    use = lambda: make_task("chain_sum", {}, train_size=2, eval_size=2, train_seed=1, eval_seed=2)  # noqa: E731
     assert message_without(monkeypatch, "reasoning_gym", use) == f"task 'chain_sum' {text}"
 
 

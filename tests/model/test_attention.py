@@ -31,7 +31,9 @@ def row_on(rank, context):
     buffer = make_buffer([([1], [2] * (length - 1)) for length in LENGTHS])
     split = Split(context, rank)
     row = split.row_length(buffer.lengths)
-    batch = pack(buffer, list(range(len(LENGTHS))), split, row, torch.device("cpu"))
+    batch = pack(
+        buffer, list(range(len(LENGTHS))), split, row_length=row, device=torch.device("cpu")
+    )
     pieces = batch.packing.boundaries.diff().long()
     return batch.packing, zigzag(pieces, context)[rank], pieces.tolist()
 
@@ -61,7 +63,7 @@ def oracle(pieces):
 
 def attend(rank, context):
     """Returns this rank's output and gradients, its tokens' indices in the row, and the lengths."""
-    groups.start(1, 1, 0, context)
+    groups.start(1, 1, seed=0, context=context)
     config = transformer_config(MODEL, ParallelConfig(context=context))
 
     class Groups:

@@ -71,11 +71,11 @@ def loaded(directory, parallel):
     Only CHECKPOINTS are compared, because Megatron's loading is slow on shared cores.
     """
     model = model_config(directory)
-    stage = build.build_model(model, parallel, model.vocab_size, seed=8)
+    stage = build.build_model(model, parallel, vocab_size=model.vocab_size, seed=8)
     load_hf(stage, directory)
     if directory.name not in CHECKPOINTS:
         return stage
-    other = build.build_model(model, parallel, model.vocab_size, seed=9)
+    other = build.build_model(model, parallel, vocab_size=model.vocab_size, seed=9)
     checkpoint.load_weights(other, megatron_path(directory))
     theirs = dict(other.named_parameters())
     assert all(torch.equal(value, theirs[name]) for name, value in stage.named_parameters())
@@ -148,7 +148,7 @@ def elements_read(stage, directory):
 
 @pytest.fixture(scope="module")
 def found(directories, tmp_path_factory):
-    groups.start(1, 1, 1)
+    groups.start(1, 1, seed=1)
     alone = {}
     for name, path in directories.items():
         stage = loaded(path, ParallelConfig()).requires_grad_(False)

@@ -57,7 +57,7 @@ def build_on_every_layout(rank):
         groups.start(**parallel.sizes(), seed=1)
         for tied in (False, True):
             for seed in (7, 8) if layout == "TP1" else (7,):
-                stage = build.build_model(model_config(tied), parallel, VOCAB, seed)
+                stage = build.build_model(model_config(tied), parallel, vocab_size=VOCAB, seed=seed)
                 built[layout, tied, seed] = {
                     "place": (groups.tensor_group().rank(), groups.pipeline_group().rank()),
                     "count": build.parameter_count(stage),

@@ -53,7 +53,9 @@ def model_config(tied):
 
 def make_model(tied=False, parallel=ParallelConfig()):
     """Builds this rank's chunks with weights from seed 5 and norm weights that are not all one."""
-    stage = build.build_model(model_config(tied), parallel, VOCAB, 5).requires_grad_(False)
+    stage = build.build_model(
+        model_config(tied), parallel, vocab_size=VOCAB, seed=5
+    ).requires_grad_(False)
     for parameter in stage.parameters():
         if parameter.dim() == 1:
             parameter.copy_(torch.linspace(0.5, 1.5, len(parameter)))
@@ -69,7 +71,7 @@ def all_logprobs(stage, hidden):
 
 @pytest.fixture(scope="module", autouse=True)
 def world():
-    groups.start(1, 1, 7)
+    groups.start(1, 1, seed=7)
     torch.set_num_threads(1)  # the matrices are tiny
     yield
     groups.stop()
@@ -225,7 +227,7 @@ def packed_buffer():
     prompts = [Prompt(Example("?"), tuple(row[:1])) for row in rows]
     requests = [Request(prompt.tokens, i) for i, prompt in enumerate(prompts)]
     generations = [Generation(row[1:], [0.0] * (len(row) - 1), False) for row in rows]
-    return from_generations(prompts, requests, generations, 1)
+    return from_generations(prompts, requests, generations, samples_per_prompt=1)
 
 
 def response_logprobs(model):

@@ -92,7 +92,13 @@ def compute(case, group):
     shard[valid_rows:] = torch.nan
     hidden.requires_grad_(), shard.requires_grad_()
     values, entropies = vocab_parallel_logprobs(
-        hidden, shard, targets, valid_rows, case.temperature, group, case.loss != "logprobs"
+        hidden,
+        shard,
+        targets,
+        valid_rows=valid_rows,
+        temperature=case.temperature,
+        group=group,
+        with_entropy=case.loss != "logprobs",
     )
     assert (entropies is None) == (case.loss == "logprobs")
     loss_of(case, values, entropies, upstream).backward()
@@ -188,7 +194,13 @@ def test_entropy_of_equal_logits_is_the_logarithm_of_the_vocabulary_size(tmp_pat
     try:
         hidden, weight = torch.ones(2, HIDDEN), torch.ones(VOCAB_ROWS, HIDDEN)
         found = vocab_parallel_logprobs(
-            hidden, weight, torch.tensor([0, 99]), 100, 0.5, dist.group.WORLD, True
+            hidden,
+            weight,
+            torch.tensor([0, 99]),
+            valid_rows=100,
+            temperature=0.5,
+            group=dist.group.WORLD,
+            with_entropy=True,
         )
     finally:
         dist.destroy_process_group()

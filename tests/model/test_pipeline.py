@@ -37,7 +37,7 @@ def gradient_norm(layout):
     """Gradient norm of the mean log-prob of eight responses in four micro-batches."""
     parallel = LAYOUTS[layout]
     groups.start(**parallel.sizes(), seed=1)
-    model = build.wrap_for_training(build.build_model(MODEL, parallel, 50, 3), True)
+    model = build.wrap_for_training(build.build_model(MODEL, parallel, vocab_size=50, seed=3), True)
     if layout == "interleaved, batched":
         for chunk in chunks(model):
             chunk.config.overlap_p2p_comm, chunk.config.batch_p2p_comm = False, True

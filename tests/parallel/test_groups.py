@@ -77,7 +77,7 @@ def every_layout(rank):
     os.environ["LOCAL_WORLD_SIZE"] = "4"
     seen = {}
     for name, (tensor, pipeline, context) in LAYOUTS.items():
-        groups.start(tensor, pipeline, 1234, context)
+        groups.start(tensor, pipeline, seed=1234, context=context)
         seen[name] = observe(rank)
         seen[name]["threads"] = torch.get_num_threads()
         groups.destroy()
@@ -195,7 +195,7 @@ def test_a_world_of_one_needs_no_launcher(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     for _ in range(2):  # and it can be left and joined again
-        groups.start(1, 1, 0)
+        groups.start(1, 1, seed=0)
         try:
             assert launched_world_size() == 1
             assert groups.data_size() == 1 and groups.is_replica_leader() and groups.is_main()

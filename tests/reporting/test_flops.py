@@ -108,15 +108,17 @@ def test_a_step_reads_a_repeated_prompt_once(run_and_step):
     again = buffer.prompt_lengths[::2]  # the second of two samples
     words = run.inputs.vocab_size
     expected = (1 + 1 + 1 + 3 * EPOCHS) * forward - body_flops(config.model, again)
-    assert step_flops(config.model, words, buffer, EPOCHS, 2) == pytest.approx(expected)
-    without = step_flops(config.model, words, buffer, EPOCHS, 1)
+    assert step_flops(config.model, words, buffer, epochs=EPOCHS, passes=2) == pytest.approx(
+        expected
+    )
+    without = step_flops(config.model, words, buffer, epochs=EPOCHS, passes=1)
     assert expected - without == pytest.approx(forward)
 
 
 def test_utilisation_is_that_of_the_device(run_and_step):
     """With a peak of 1e12 FLOP/s. The CPU has none, and no such tag (test_metrics.py)."""
     config, run, row, buffer, _, _ = run_and_step
-    flops = step_flops(config.model, run.inputs.vocab_size, buffer, EPOCHS, 2)
+    flops = step_flops(config.model, run.inputs.vocab_size, buffer, epochs=EPOCHS, passes=2)
     assert row["throughput/mfu"] == pytest.approx(flops / (row["time/step"] * 1e12))
     assert device.peak_flops() is None
 

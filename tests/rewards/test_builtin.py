@@ -33,8 +33,10 @@ def test_exact_match_wants_a_label():
 
 
 def test_reasoning_gym_scores_each_row_by_its_own_task():
-    sums = make_task("chain_sum", {"max_digits": 2}, 4, 2, 1, 2)[0]
-    words = make_task("spell_backward", {}, 4, 2, 1, 2)[0]
+    sums = make_task(
+        "chain_sum", {"max_digits": 2}, train_size=4, eval_size=2, train_seed=1, eval_seed=2
+    )[0]
+    words = make_task("spell_backward", {}, train_size=4, eval_size=2, train_seed=1, eval_seed=2)[0]
     rows = [row for pair in zip(sums, words) for row in pair]
     right = [f" {row['label']}\n" for row in rows]
     assert reasoning_gym(*columns(rows, right)) == [1.0] * 8
@@ -43,7 +45,14 @@ def test_reasoning_gym_scores_each_row_by_its_own_task():
 
 
 def test_reasoning_gym_keeps_the_librarys_leniency_and_part_marks():
-    row = make_task("chain_sum", {"min_digits": 2, "max_digits": 2}, 1, 1, 1, 2)[0][0]
+    row = make_task(
+        "chain_sum",
+        {"min_digits": 2, "max_digits": 2},
+        train_size=1,
+        eval_size=1,
+        train_seed=1,
+        eval_seed=2,
+    )[0][0]
     answer = row["label"]
     responses = [f"{answer}.0", f"{answer} !!"]
     # Equal decimals are correct; an answer inside other text gets its share of the characters.
@@ -51,12 +60,16 @@ def test_reasoning_gym_keeps_the_librarys_leniency_and_part_marks():
 
 
 def test_a_response_the_scorer_cannot_parse_is_wrong():
-    rows = make_task("prime_factorization", {}, 2, 1, 1, 2)[0]
+    rows = make_task(
+        "prime_factorization", {}, train_size=2, eval_size=1, train_seed=1, eval_seed=2
+    )[0]
     assert reasoning_gym(*columns(rows, ["x", rows[1]["label"]])) == [0.0, 1.0]
 
 
 def test_a_row_that_no_response_can_score_is_an_error():
-    rows = make_task("prime_factorization", {}, 2, 1, 1, 2)[0]
+    rows = make_task(
+        "prime_factorization", {}, train_size=2, eval_size=1, train_seed=1, eval_seed=2
+    )[0]
     prompts, responses, labels, metadata = columns(rows, ["2", "x"])
     metadata[1]["answer"] = "two"
     with pytest.raises(SampleError, match="ValueError.*metadata is damaged") as error:

@@ -28,7 +28,7 @@ def score(name: str, responses: list[str] = RESPONSES) -> Scores:
 
 def test_weighted_sum_and_parts(user):
     short = user("return [-0.25 * len(x) for x in r]")
-    scores = RewardSet(["exact_match", short], [2.0, 1.0]).score(
+    scores = RewardSet(["exact_match", short], weights=[2.0, 1.0]).score(
         PROMPTS, RESPONSES, LABELS, METADATA
     )
     assert scores.parts == {"exact_match": [1.0, 0.0, 1.0], short: [-0.25, -0.25, -0.5]}
@@ -140,4 +140,4 @@ def test_long_texts_are_shortened(user):
 )
 def test_settings_that_cannot_be(names, weights, problem):
     with pytest.raises(ValueError, match=problem):
-        RewardSet(names, weights)
+        RewardSet(names, weights=weights)

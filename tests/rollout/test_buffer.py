@@ -22,7 +22,7 @@ def make_buffer(samples, first_id=0, samples_per_prompt=1):
         logprobs = [-0.5 - i for i in range(count, count + len(response))]
         generations.append(Generation(list(response), logprobs, index % 2 == 1))
         count += len(response)
-    return from_generations(prompts, requests, generations, samples_per_prompt)
+    return from_generations(prompts, requests, generations, samples_per_prompt=samples_per_prompt)
 
 
 @pytest.fixture

@@ -30,7 +30,7 @@ QUESTIONS = ["1 + 2 = ", "11 + 4 = ", "7", "3 + 3 + 3 = ", "10 + 10 = ", "5 + 8 
 
 @pytest.fixture(scope="module", autouse=True)
 def world():
-    groups.start(1, 1, 7)
+    groups.start(1, 1, seed=7)
     torch.set_num_threads(1)  # the matrices are tiny
     yield
     groups.stop()
@@ -54,7 +54,7 @@ def model(tokenizer):
         max_length=MAX_LENGTH,
         init_std=0.3,
     )
-    return build.build_model(config, ParallelConfig(), tokenizer.vocab_size, 5)
+    return build.build_model(config, ParallelConfig(), vocab_size=tokenizer.vocab_size, seed=5)
 
 
 @pytest.fixture(scope="module")
@@ -245,7 +245,7 @@ def test_log_probs_equal_those_of_scoring(generate, model, requests, settings):
     """fp32 through the cache agrees with whole sequences in micro-batches to 1e-4."""
     generations = generate(requests, **settings)
     prompts = [Prompt(Example("?"), request.prompt) for request in requests]
-    buffer = from_generations(prompts, requests, generations, 4)
+    buffer = from_generations(prompts, requests, generations, samples_per_prompt=4)
     temperature = settings.get("temperature", 1.0)
     scored = logprobs.response_logprobs(model, buffer, 100, temperature=temperature)
     torch.testing.assert_close(scored, buffer.rollout_logprobs, rtol=0, atol=1e-4)

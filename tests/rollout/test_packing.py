@@ -17,7 +17,7 @@ SAMPLES = [([5, 6], [7, 8]), ([9], [10, 11, 12]), ([13, 14, 15], [16])]
 def row_of(samples, order, split=Split(), length=None):
     buffer = make_buffer(samples)
     length = length or split.row_length(buffer.lengths[torch.tensor(order, dtype=int)])
-    return pack(buffer, order, split, length, CPU)
+    return pack(buffer, order, split, row_length=length, device=CPU)
 
 
 def test_a_row_by_hand():
@@ -89,7 +89,10 @@ def test_the_ranks_hold_the_row_and_every_response_token_once(samples, context, 
     split = Split(context, 0, tensor)
     length = split.row_length(buffer.lengths)
     assert length % (context * tensor) == 0
-    ranks = [pack(buffer, order, Split(context, r, tensor), length, CPU) for r in range(context)]
+    ranks = [
+        pack(buffer, order, Split(context, r, tensor), row_length=length, device=CPU)
+        for r in range(context)
+    ]
     for batch in ranks:
         assert batch.tokens.shape == (1, length // context)
     everything = torch.cat([batch.tokens[0] for batch in ranks])

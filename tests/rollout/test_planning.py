@@ -55,7 +55,7 @@ def make_buffer(lengths):
     generations = [
         Generation([i + 1] * (n - 1), [0.0] * (n - 1), False) for i, n in enumerate(lengths)
     ]
-    return from_generations(prompts, requests, generations, 1)
+    return from_generations(prompts, requests, generations, samples_per_prompt=1)
 
 
 def make_micro_batches(buffer, samples, budget, agree, split=Split(), **options):

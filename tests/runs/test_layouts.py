@@ -130,8 +130,8 @@ def train_two_ranks(rank: int, base: Path, cases: list[Case]) -> None:
     alone = [dist.new_group([member]) for member in range(2)][rank]
     compute, loss = advantage.compute_advantages, update._loss
 
-    def broken_loss(*args):
-        right = loss(*args)
+    def broken_loss(*args, temperature):
+        right = loss(*args, temperature=temperature)
 
         def wrong(batch, hidden):
             total, count, report = right(batch, hidden)

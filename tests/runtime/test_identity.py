@@ -46,7 +46,7 @@ def told(base: Path, before: dict, after: dict) -> tuple[int, list[str]]:
     state = RunState(step=3, prompts_seen=24, identity=recorded(made_with(base, **before)))
     said: list[str] = []
     now = made_with(base, **after)
-    after_all = carry_over(state, now, SAVED, said.append)
+    after_all = carry_over(state, now, SAVED, log=said.append)
     assert after_all.step == 3 and after_all.identity == recorded(now)
     start = f"changed since {SAVED}: "
     assert all(text.startswith(start) and " (then " in text for text in said)
@@ -102,13 +102,13 @@ def test_code_of_a_reward_and_files_of_a_tokenizer_count_by_content(base, tmp_pa
     other.write_bytes((base / "tokenizer.model").read_bytes())
     now = made_with(base, **given, data__tokenizer=other)
     said: list[str] = []
-    carry_over(RunState(step=1, identity=before), now, SAVED, said.append)
+    carry_over(RunState(step=1, identity=before), now, SAVED, log=said.append)
     assert len(said) == 1 and ": reward.functions (then " in said[0]
 
 
 def test_a_checkpoint_that_does_not_say_keeps_its_place(base):
     said: list[str] = []
-    state = carry_over(RunState(step=3, prompts_seen=24), made_with(base), SAVED, said.append)
+    state = carry_over(RunState(step=3, prompts_seen=24), made_with(base), SAVED, log=said.append)
     assert state.prompts_seen == 24
     assert said == [f"{SAVED} records no inputs: the run continues at its position in the data"]
 
@@ -155,5 +155,5 @@ def test_what_only_one_version_records_is_left_out(base):
     earlier = {name: value for name, value in recorded(now).items() if name != "reward.clip"}
     earlier["reward.gone"] = ["0", "of an earlier version"]
     said: list[str] = []
-    carry_over(RunState(step=1, identity=earlier), now, SAVED, said.append)
+    carry_over(RunState(step=1, identity=earlier), now, SAVED, log=said.append)
     assert said == []

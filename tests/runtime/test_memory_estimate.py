@@ -34,14 +34,20 @@ def test_a_parameter_count_by_hand(tmp_path):
     """Hidden 32, 4 heads of 8 and 2 key-value heads, 64 feed-forward channels, 4 layers."""
     layer = 32 * (32 + 2 * 16) + 32 * 32 + 3 * 32 * 64 + 2 * 32
     model = small(tmp_path).model
-    assert stage_parameters(model, ParallelConfig(), VOCAB, 0) == 2 * 128 * 32 + 4 * layer + 32
+    assert (
+        stage_parameters(model, ParallelConfig(), vocab_size=VOCAB, stage=0)
+        == 2 * 128 * 32 + 4 * layer + 32
+    )
     tied = replace(model, tied_embeddings=True)
-    assert stage_parameters(tied, ParallelConfig(), VOCAB, 0) == 128 * 32 + 4 * layer + 32
+    assert (
+        stage_parameters(tied, ParallelConfig(), vocab_size=VOCAB, stage=0)
+        == 128 * 32 + 4 * layer + 32
+    )
 
 
 def count(model, parallel, rank):
     groups.start(**parallel.sizes(), seed=1)
-    stage = unwrap(build_model(model, parallel, VOCAB, seed=1)[0])
+    stage = unwrap(build_model(model, parallel, vocab_size=VOCAB, seed=1)[0])
     groups.destroy()
     return sum(parameter.numel() for parameter in stage.parameters())
 
@@ -59,7 +65,9 @@ def test_parameters_of_two_ranks(tmp_path):
     counted = run_ranks(counts_of_two_ranks, 2, tmp_path, [plain, tied])
     for rank, found in enumerate(counted):
         expected = [
-            stage_parameters(model, parallel, VOCAB, rank if parallel.pipeline > 1 else 0)
+            stage_parameters(
+                model, parallel, vocab_size=VOCAB, stage=rank if parallel.pipeline > 1 else 0
+            )
             for model in (plain, tied)
             for parallel in LAYOUTS
         ]
@@ -111,7 +119,7 @@ def test_activations(shape, tmp_path):
     config = small(tmp_path, **shape)
     tokens = torch.zeros(1, 32, dtype=torch.int64)
     with layout(config):
-        (model,) = build_model(config.model, config.parallel, VOCAB, seed=1)
+        (model,) = build_model(config.model, config.parallel, vocab_size=VOCAB, seed=1)
         own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
         kept = {}
 
@@ -132,7 +140,7 @@ def test_the_cache(tmp_path):
     """Eight sequences of the whole context, as generation keeps them."""
     config = small(tmp_path, rollout__max_batch=8)
     with layout(config):
-        (model,) = build_model(config.model, config.parallel, VOCAB, seed=1)
+        (model,) = build_model(config.model, config.parallel, vocab_size=VOCAB, seed=1)
         with torch.no_grad(), decoding(model, config.model.max_length) as state:
             model(torch.zeros(8, 4, dtype=torch.int64))
             caches = [attention.cache for attention in state.attentions]

@@ -48,7 +48,7 @@ class Spoiler:
             pipeline.finalize_model_grads = self.finalize
         else:
             original = update.policy_loss
-            update.policy_loss = lambda *args: self.spoil(original(*args))
+            update.policy_loss = lambda *args, **clip: self.spoil(original(*args, **clip))
 
     def spoil(self, tensor: torch.Tensor) -> torch.Tensor:
         if not self.mine or not self.left:

@@ -80,7 +80,7 @@ def base(tmp_path_factory) -> Path:
     base = tmp_path_factory.mktemp("rewards")
     make_data(base)
     prompts = [row["prompt"] for row in rows(base / "train.jsonl")]
-    step = [prompts[index] for index in prompt_indices(0, PROMPTS, len(prompts), SEED)]
+    step = [prompts[index] for index in prompt_indices(0, PROMPTS, size=len(prompts), seed=SEED)]
     trigger = step[-2]  # of the second replica alone, and not held out
     assert step.count(trigger) == 1
     (base / "trigger.txt").write_text(trigger)

@@ -35,10 +35,12 @@ VARIANTS = ("ours", "unfused", "gathered")
 HIDDEN = 256
 
 
-def _logprobs(variant: str, hidden, weight, targets):
+def _logprobs(variant: str, *, hidden, weight, targets):
     if variant == "ours":
         group = groups.tensor_group()
-        return vocab_parallel_logprobs(hidden, weight, targets, len(weight), 1.0, group)[0]
+        return vocab_parallel_logprobs(
+            hidden, weight, targets, valid_rows=len(weight), temperature=1.0, group=group
+        )[0]
     logits = (hidden @ weight.t()).float()
     if variant == "unfused":
         return -vocab_parallel_cross_entropy(logits[:, None], targets[:, None])[:, 0]
@@ -46,21 +48,23 @@ def _logprobs(variant: str, hidden, weight, targets):
     return whole.log_softmax(-1).gather(1, targets[:, None])[:, 0]
 
 
-def _rank(rank: int, tensor: int, variant: str, vocabulary: int, rows: int, folder: str) -> None:
+def _rank(  # noqa: PLR0917 (spawn calls it by position)
+    rank: int, tensor: int, variant: str, vocabulary: int, rows: int, folder: str
+) -> None:
     os.environ |= {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(tensor)}
     store = dist.FileStore(f"{folder}/store", tensor)
     dist.init_process_group(devices.backend(), store=store, rank=rank, world_size=tensor)
-    groups.start(tensor, 1, 0)
+    groups.start(tensor, 1, seed=0)
     random = torch.Generator().manual_seed(0)
     hidden = torch.randn(rows, HIDDEN, generator=random).to(devices.device()).requires_grad_()
     weight = torch.randn(vocabulary // tensor, HIDDEN, generator=random) * 0.05
     weight = weight.to(devices.device()).requires_grad_()
     targets = torch.randint(vocabulary, (rows,), generator=random).to(devices.device())
     # A first, tiny call pays the one-time costs.
-    _logprobs(variant, hidden[:2], weight, targets[:2]).sum().backward()
+    _logprobs(variant, hidden=hidden[:2], weight=weight, targets=targets[:2]).sum().backward()
     hidden.grad = weight.grad = None
     before, start = devices.peak_memory_gb(), time.perf_counter()
-    _logprobs(variant, hidden, weight, targets).sum().backward()
+    _logprobs(variant, hidden=hidden, weight=weight, targets=targets).sum().backward()
     seconds, peak = time.perf_counter() - start, devices.peak_memory_gb() - before
     if rank == 0:
         result = {"megabytes": round(peak * 1e3), "seconds": round(seconds, 3)}
