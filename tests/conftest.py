@@ -1,7 +1,7 @@
-"""The tiers of the tests, and their order where several processes share them.
+"""The tiers of the tests, and their order if several processes share them.
 
-Everything in a room of SLOW starts processes, trains, or converts whole models; the rest takes under
-two minutes in all. A single slow test elsewhere has the marker itself.
+The folders and files of SLOW start processes, train, or convert whole models. All other tests take
+less than two minutes in all. A single slow test elsewhere has the marker itself.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import pytest
 hypothesis.settings.register_profile("no deadline", deadline=None)
 hypothesis.settings.load_profile("no deadline")
 
-# From the longest on, minutes to half a minute: what starts last would end alone.
+# The longest files, from minutes to half a minute, start first: a late start would end alone.
 LONGEST = (
     "test_slurm", "test_layouts", "test_torchrun", "test_hf_weights", "test_config_errors",
     "test_resume", "test_preemption", "test_sft", "test_verify_conversion", "test_chaos",

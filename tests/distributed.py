@@ -1,7 +1,7 @@
 """Run a test function on real processes that share a gloo process group.
 
-Nothing is mocked: every rank is a process of its own, forked from a server that has imported the
-package once and nothing else (importing Megatron costs each process seconds). Rank functions
+Nothing is mocked: every rank is a separate process, forked from a server that has only imported the
+package (importing Megatron would cost each process seconds). Rank functions
 must be importable (module level), because they are pickled by name. Left out: CUDA.
 """
 
@@ -25,7 +25,7 @@ PRELOADED = ["megatron_rpp.train", "torch._dynamo"]
 
 
 def fork(fn: Callable[..., Any], args: tuple, nprocs: int, join: bool = True) -> Any:
-    """torch's ``mp.spawn``, by processes that have imported everything already."""
+    """Like torch's ``mp.spawn``, but the processes have already imported everything."""
     multiprocessing.set_forkserver_preload(PRELOADED)
     return mp.start_processes(fn, args, nprocs, join, start_method="forkserver")
 
@@ -44,7 +44,7 @@ def run_ranks(
     *args: Any,
     timeout: float = 120.0,
 ) -> list[Any]:
-    """``fn(rank, *args)`` on every rank of a fresh gloo world; the results in rank order.
+    """Runs ``fn(rank, *args)`` on every rank of a new gloo world; returns the results in rank order.
 
     The default group is ready when ``fn`` starts. Arguments travel by pickle, results by
     ``torch.save``. Each rank runs one thread.
@@ -86,7 +86,7 @@ def _rank_main(
     try:
         torch.save(fn(rank, *args), folder / f"{rank}.pt")
     except BaseException:
-        # Before the connections close and the peers fail for it.
+        # Written before the connections close, because that makes the peers fail.
         (folder / f"{rank}.error").write_text(f"rank {rank}: {traceback.format_exc()}")
         raise
     finally:

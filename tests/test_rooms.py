@@ -1,4 +1,4 @@
-"""The rooms of the package: imports lead down, never up or in a circle, and few know Megatron."""
+"""The packages: imports go one way, without circles, and only a few packages import Megatron."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ KNOW_MEGATRON = {"parallel", "model", "checkpoint"}
 
 
 def imports(path: Path) -> Iterator[str]:
-    """The modules that a file imports, those for type checking alone left out."""
+    """The modules that a file imports, except those for type checking alone."""
     tree = ast.parse(path.read_text())
     unused = {
         id(node)

@@ -1,4 +1,4 @@
-"""Whole runs of `train.py` for tests, and the comparison of what two of them left behind.
+"""Whole runs of `train.py` for tests, and the comparison of two runs.
 
 Real ranks, models, generation and checkpoints; only the sizes are small (small_run.py).
 """
@@ -40,9 +40,9 @@ def varied(prompts, responses, labels, metadata) -> list[float]:
 
 @contextmanager
 def layout(config: Config) -> Iterator[None]:
-    """The groups of `config` over the ranks that there are; without any, a world of one.
+    """Starts the groups of `config` over the existing ranks; without ranks, over a world of one.
 
-    Each rank computes on one thread: the tests share the machine.
+    Each rank computes on one thread, because the tests share the machine.
     """
     alone = not dist.is_initialized()
     os.environ["LOCAL_WORLD_SIZE"] = str(len(os.sched_getaffinity(0)))
@@ -64,14 +64,14 @@ def train_run(data: Path, run: Path, **settings) -> Config:
 
 
 def with_whole_run(base: Path, **settings) -> Path:
-    """`base`, with the data of make_data and a run "whole" that nothing disturbed."""
+    """Makes the data and an uninterrupted run "whole" in `base`; returns `base`."""
     make_data(base)
     train_run(base, base / "whole", **settings)
     return base
 
 
 def run_program(main: Callable[[list[str]], None], argv: list[str]) -> None:
-    """A program's `main` in a world of one, of which nothing is left where it raises."""
+    """Runs a program's `main` in a world of one, and leaves that world even if `main` raises."""
     try:
         main(argv)
     finally:
@@ -85,19 +85,18 @@ def rows(path: Path) -> list[dict]:
 
 
 def weights(config: Config, path: str | Path) -> dict[str, torch.Tensor]:
-    """The weights of a checkpoint, read by one rank whatever layout wrote it."""
+    """The weights of a checkpoint of any layout, read by one rank."""
     alone = replace(config, parallel=ParallelConfig())
     with layout(alone):
-        # Another seed than any run's: what the checkpoint left unfilled would be seen.
-        model = build_model(
-            alone.model, alone.parallel, vocab_size=load_inputs(alone).vocab_size, seed=99
-        )
+        # No run has this seed, so weights that the checkpoint does not fill would be noticed.
+        model = build_model(alone.model, alone.parallel, load_inputs(alone).vocab_size, seed=99)
         checkpoint.load_weights(model, path)
         return {name: value.detach().clone() for name, value in model[0].named_parameters()}
 
 
 def same_bits(ours: Path, theirs: Path, config: Config, step: int, first: int = 1) -> None:
-    """Two runs' rows from step `first` on but for times and memory, and their weights at `step`."""
+    """Checks that two runs have equal weights at `step` and equal rows from step `first` on, except
+    times and memory."""
     measured = ("time/", "throughput/", "memory/")
     mine, other = (
         [
@@ -127,7 +126,7 @@ def relative(ours: float, theirs: float) -> float:
 
 
 def compare_rows(ours: list[dict], theirs: list[dict]) -> Deviation:
-    """Over all tags of all steps but those in MEASURED."""
+    """The deviation over all tags of all steps, except those in MEASURED."""
     assert [row["step"] for row in ours] == [row["step"] for row in theirs]
     assert [row.keys() for row in ours] == [row.keys() for row in theirs]
     return max(
@@ -139,7 +138,7 @@ def compare_rows(ours: list[dict], theirs: list[dict]) -> Deviation:
 
 
 def compare_weights(ours: dict, theirs: dict) -> Deviation:
-    """Per tensor, relative to its largest element."""
+    """The deviation over all tensors, relative to the largest element of each."""
     assert ours.keys() == theirs.keys()
     return max(
         Deviation(float((ours[name] - theirs[name]).abs().max() / theirs[name].abs().max()), name)

@@ -67,7 +67,7 @@ def test_effective_share_by_hand():
     assert effective_share(0.0, 0.0, 0) == 0.0
 
 
-def test_refusals():
+def test_invalid_arguments_are_errors():
     with pytest.raises(ValueError, match="'truncate'.*cap, mask"):
         correction_weights(torch.ones(1), "truncate", 2.0)
     with pytest.raises(ValueError, match="rollout weight is 0.5"):

@@ -26,7 +26,7 @@ def write(tmp_path):
 
 
 @pytest.fixture
-def refused(capsys):
+def error_line(capsys):
     """Parses a faulty command line; returns the one line printed for it."""
 
     def run(*argv, program="train"):
@@ -94,8 +94,8 @@ def refused(capsys):
         ),
     ],
 )
-def test_mistake_on_the_command_line_is_one_line(refused, argv, message):
-    assert refused(*argv.split()) == message
+def test_mistake_on_the_command_line_is_one_line(error_line, argv, message):
+    assert error_line(*argv.split()) == message
 
 
 @pytest.mark.parametrize(
@@ -143,14 +143,14 @@ def test_mistake_on_the_command_line_is_one_line(refused, argv, message):
         ("train: {steps: 0}\n", "train.steps must be at least 1, got 0"),
     ],
 )
-def test_mistake_in_a_file_is_one_line(refused, write, text, message):
+def test_mistake_in_a_file_is_one_line(error_line, write, text, message):
     file = write(text)
-    assert refused("--config", file) == message.replace("FILE", file)
+    assert error_line("--config", file) == message.replace("FILE", file)
 
 
-def test_yaml_that_does_not_parse_is_one_line(refused, write):
+def test_yaml_that_does_not_parse_is_one_line(error_line, write):
     file = write("model: [\n")
-    assert refused("--config", file).startswith(f"config file '{file}': while parsing")
+    assert error_line("--config", file).startswith(f"config file '{file}': while parsing")
 
 
 @pytest.mark.parametrize("argv", [["--zzz", "1"], ["--config", "none.yaml"], ["--train.steps=0"]])
@@ -171,14 +171,16 @@ def test_other_ranks_print_neither_help_nor_config(monkeypatch, capsys, flag):
     assert capsys.readouterr() == ("", "")
 
 
-def test_flags_that_the_warm_start_never_reads_are_errors(refused):
-    assert "unknown key 'save-interval'" in refused("--save-interval", "3", program="sft")
+def test_flags_that_the_warm_start_never_reads_are_errors(error_line):
+    assert "unknown key 'save-interval'" in error_line("--save-interval", "3", program="sft")
 
 
-def test_rank_zero_prints(monkeypatch, refused):
+def test_rank_zero_prints_the_error(monkeypatch, error_line):
     monkeypatch.setenv("RANK", "0")
-    assert refused("--train.steps=0") == "train.steps must be at least 1, got 0"
+    assert error_line("--train.steps=0") == "train.steps must be at least 1, got 0"
 
 
-def test_invalid_config_is_not_printed(refused):
-    assert refused("--print-config", "--train.steps=0") == "train.steps must be at least 1, got 0"
+def test_invalid_config_is_not_printed(error_line):
+    assert (
+        error_line("--print-config", "--train.steps=0") == "train.steps must be at least 1, got 0"
+    )

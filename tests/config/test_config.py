@@ -173,7 +173,7 @@ def test_control_of_no_kl_is_an_error(without):
     AlgorithmConfig(kl_controller="adaptive", **(without | {"kl_loss_coef": 0.1}))
 
 
-def test_the_start_up_log_says_what_becomes_of_the_kl():
+def test_the_start_up_log_describes_the_use_of_the_kl():
     said = [
         AlgorithmConfig(kl_coef=0.05, kl_loss_coef=0.1, kl_controller="adaptive").kl_summary,
         AlgorithmConfig(name="rloo", kl_coef=0.05, kl_loss_coef=0.1).kl_summary,

@@ -1,8 +1,7 @@
 """Every recipe can start: settings, layout and memory at full size, then a dry run.
 
-At full size everything is computed from the config.json of the published model, and nothing of that
-size is allocated. The dry run is the real program on one rank, with a small model of the same
-family and small data."""
+The full-size checks use the config.json of the published model and allocate nothing of that size.
+The dry run is the real program on one rank, with a small model of the same family and small data."""
 
 from __future__ import annotations
 
@@ -95,7 +94,7 @@ def test_the_full_size_fits_its_machines(tmp_path, recipe):
     config = cli.parse(words(recipe, tmp_path)).config
     replicas = check_world_size(config, processes)
     memory = estimate(config, content["vocab_size"], replicas)
-    # Leaves a tenth to the allocator and to NCCL.
+    # A tenth is left for the allocator and NCCL.
     assert memory.total < 0.9 * GPU_MEMORY, memory
 
 

@@ -124,7 +124,7 @@ def test_every_kind_of_source_gives_the_same_examples(tmp_path):
         ), name
 
 
-def test_sources_that_cannot_be_opened_say_so(tmp_path):
+def test_sources_that_cannot_be_opened_are_errors(tmp_path):
     same_rows(tmp_path)
     with pytest.raises(ValueError, match=r"splits has the splits \['test'\]: add '@' and one"):
         open_examples(str(tmp_path / "splits"), "prompt", "label")

@@ -111,7 +111,7 @@ def test_a_template_file_takes_the_place_of_the_directorys(chatml_path, tmp_path
         load_tokenizer(chatml_path, str(tmp_path / "absent.jinja"))
 
 
-def test_a_template_that_fails_says_why(chatml_path, tmp_path):
+def test_the_error_of_a_failing_template_is_shown(chatml_path, tmp_path):
     template = "{{ raise_exception('roles must alternate') }}"
     (tmp_path / "strict.jinja").write_text(template)
     tokenizer = load_tokenizer(chatml_path, str(tmp_path / "strict.jinja"))

@@ -1,4 +1,4 @@
-"""A label is the text in the file, whatever type a library would turn it into."""
+"""A label is the text in the file, even if a library would convert its type."""
 
 from __future__ import annotations
 

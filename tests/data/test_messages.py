@@ -53,7 +53,7 @@ def test_text_parts_are_one_text(tmp_path):
         ({"role": None, "content": "2 + 3?"}, "must be an object with the fields 'role' and"),
     ],
 )
-def test_what_holds_no_text_is_an_error_that_names_row_and_message(tmp_path, message, problem):
+def test_contents_without_text_are_errors_that_name_row_and_message(tmp_path, message, problem):
     with pytest.raises(ValueError) as error:
         read(tmp_path, {"prompt": [message]})
     assert str(error.value).startswith(f"{tmp_path}/a.jsonl, line 1: 'prompt'")

@@ -130,6 +130,6 @@ def test_a_held_out_split_is_disjoint_and_drawn_from_the_seed(opened, tmp_path, 
         ({"overlong_prompts": "cut"}, "data.overlong_prompts must be one of refuse, drop"),
     ],
 )
-def test_settings_that_cannot_be(settings, problem):
+def test_invalid_settings_are_errors(settings, problem):
     with pytest.raises(ValueError, match=problem):
         DataConfig(**settings)

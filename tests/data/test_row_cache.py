@@ -10,7 +10,7 @@ FOUND = Pass(np.array([0, 2]), "p" * 32, "l" * 32)
 
 
 def asked(folder, times: int = 1) -> tuple[int, list[str]]:
-    """How often the pass over the data was made in this many runs, and what was logged."""
+    """Starts `times` runs; returns the number of passes over the data and the log."""
     made, said = [], []
 
     def find() -> Pass:
@@ -24,7 +24,7 @@ def asked(folder, times: int = 1) -> tuple[int, list[str]]:
     return len(made), said
 
 
-def test_the_second_start_reads_what_the_first_found(tmp_path):
+def test_the_second_start_reads_the_result_of_the_first(tmp_path):
     assert asked(tmp_path / "new" / "cache", times=3) == (1, [])
 
 
@@ -39,7 +39,7 @@ def test_a_run_without_a_usable_cache_logs_it(tmp_path):
     )
 
 
-def test_a_cache_whose_lock_cannot_be_taken_is_done_without(tmp_path):
+def test_a_run_without_the_lock_of_the_cache_ignores_it(tmp_path):
     assert asked(tmp_path) == (1, [])
     (entry,) = tmp_path.glob("*.npz")
     entry.unlink()
@@ -49,7 +49,7 @@ def test_a_cache_whose_lock_cannot_be_taken_is_done_without(tmp_path):
     assert made == 1 and "Is a directory" in said[0]
 
 
-def test_a_damaged_entry_is_made_anew(tmp_path):
+def test_a_damaged_entry_is_rewritten(tmp_path):
     assert asked(tmp_path) == (1, [])
     (entry,) = tmp_path.glob("*.npz")
     for damage in (b"", entry.read_bytes()[:40], b"not an archive"):
@@ -57,7 +57,7 @@ def test_a_damaged_entry_is_made_anew(tmp_path):
         assert asked(tmp_path, times=2) == (1, [])
 
 
-def test_a_link_that_leads_nowhere_is_no_part_of_a_directorys_stamp(tmp_path):
+def test_a_dangling_link_does_not_change_the_stamp_of_a_directory(tmp_path):
     (tmp_path / "a").write_text("x")
     before = stamp(tmp_path)
     (tmp_path / "b").symlink_to(tmp_path / "gone")

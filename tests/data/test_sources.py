@@ -1,4 +1,4 @@
-"""A path that exists is used as it is: never as a pattern, a split or an address."""
+"""An existing path is used literally, never as a pattern, a split or an address."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_a_directory_of_several_formats_is_an_error(tmp_path):
         ("prompt,label\ncaf\udce9,1\n", "'utf-8' codec can't decode byte 0xe9"),
     ],
 )
-def test_csv_whose_cells_have_no_place_is_an_error(tmp_path, content, problem):
+def test_csv_rows_that_do_not_fit_the_header_are_errors(tmp_path, content, problem):
     (tmp_path / "a.csv").write_bytes(content.encode(errors="surrogateescape"))
     with pytest.raises(ValueError) as error:
         open_rows(str(tmp_path / "a.csv"), str(tmp_path / "cache"))
@@ -107,12 +107,12 @@ def test_csv_whose_cells_have_no_place_is_an_error(tmp_path, content, problem):
 
 
 @pytest.mark.parametrize("name", ["", "a" * 5000, "nul\0.jsonl", "file:///a.jsonl"])
-def test_what_can_be_no_path_is_an_error(name):
+def test_invalid_paths_are_errors(name):
     with pytest.raises(ValueError, match="correct"):
         open_rows(name)
 
 
-def test_a_link_that_leads_nowhere_is_an_error(tmp_path):
+def test_a_dangling_link_is_an_error(tmp_path):
     for suffix in (".jsonl", ".parquet"):
         os.symlink(tmp_path / "gone", tmp_path / f"link{suffix}")
         with pytest.raises(ValueError, match=f"link{suffix} is not a file: correct the path"):

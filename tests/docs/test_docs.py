@@ -1,5 +1,5 @@
-"""The documents are true in what a program can check: links lead somewhere, commands name files and
-settings that exist, every metric is described, the examples run."""
+"""Checks of the documents: links resolve, commands name files and settings that exist, every metric
+is described, and the examples run."""
 
 from __future__ import annotations
 
@@ -91,14 +91,14 @@ class Command(NamedTuple):
 
 
 def commands(place: str, text: str) -> Iterator[Command]:
-    """Of lines of shell; a line that ends with a backslash goes on."""
+    """The commands of shell lines; a backslash at the end of a line continues it."""
     for line in re.sub(r"\\\n\s*", "", text).splitlines():
         if line.strip():
             yield Command(f"{place}: {line.strip()}", shlex.split(line, comments=True))
 
 
 def all_commands() -> list[Command]:
-    """Of the pages, in blocks and in sentences, and of the heads of recipes."""
+    """The commands of all pages, in blocks and in sentences, and of the heads of recipes."""
     found: list[Command] = []
     for page in PAGES:
         for language, block in FENCE.findall(page.read_text()):
@@ -114,7 +114,7 @@ def all_commands() -> list[Command]:
 
 
 def is_ours(word: str) -> bool:
-    """Whether a word names something of the repository: its first part lies at the top of it."""
+    """Whether a word is a path of the repository: its first part is a top-level entry."""
     first = Path(word).parts[:1]
     return bool(first) and first[0] not in (".venv", "runs", ".") and (ROOT / first[0]).exists()
 
@@ -232,7 +232,7 @@ def test_the_reward_of_the_example():
 
 
 def run_example(folder: str, out: Path, *more: str) -> list[dict]:
-    """Runs the first command of an example's page; the rows of metrics.jsonl in `out`."""
+    """Runs the first command of an example's page; returns the rows of metrics.jsonl in `out`."""
     blocks = FENCE.findall((ROOT / "examples" / folder / "README.md").read_text())
     (command,) = commands(folder, blocks[0][1])
     done = subprocess.run(

@@ -46,7 +46,7 @@ def theirs(folder: Path):
 
 
 @pytest.mark.parametrize("kind", NAMES)
-def test_what_config_json_does_not_say_is_what_the_class_takes(tmp_path, kind):
+def test_absent_keys_have_the_defaults_of_the_class(tmp_path, kind):
     ours, config = read_architecture(write(tmp_path, kind)).settings, theirs(tmp_path)
     assert ours["kv_heads"] == config.num_key_value_heads == (8 if kind == "mistral" else 32)
     assert ours["head_dim"] == (128 if kind == "qwen3" else 8)
@@ -173,7 +173,7 @@ def rope(theta=500.0, **scaling) -> dict:
         ({"rope_theta": -1}, "rope_theta must be .* got -1"),
     ],
 )  # fmt: skip
-def test_positions_that_are_not_said_in_full_are_errors(tmp_path, values, message):
+def test_incomplete_rotary_settings_are_errors(tmp_path, values, message):
     with pytest.raises(ValueError, match=message) as refused:
         read_architecture(write(tmp_path, **values))
     assert str(refused.value).startswith(str(tmp_path / "config.json"))

@@ -27,7 +27,7 @@ from tests.model.test_hf_weights import TOKENS, model_config, our_logits
 
 @pytest.fixture(scope="module", autouse=True)
 def one_rank():
-    groups.start(1, 1, seed=1)
+    groups.start(1, 1, 1)
     yield
     groups.stop()
 
@@ -77,7 +77,7 @@ def test_an_odd_directory_is_the_function_that_transformers_makes_of_it(tmp_path
         assert torch.equal(source.weights.read(name).float(), weights[name]), name
 
     model = model_config(directory)
-    stage = build.build_model(model, ParallelConfig(), vocab_size=model.vocab_size, seed=8)
+    stage = build.build_model(model, ParallelConfig(), model.vocab_size, seed=8)
     load_hf(stage.requires_grad_(False), directory)
     bound = 1e-5 * float(expected.abs().max())
     torch.testing.assert_close(our_logits(stage), expected, rtol=0, atol=bound)
@@ -95,8 +95,8 @@ def test_large_tensors_are_compared_in_parts(tmp_path, monkeypatch):
     monkeypatch.setattr("megatron_rpp.hf.safetensors_in._COMPARED", 7 * 32 * 4)
     parts, plain = [], Weights._part
 
-    def counting(self, *args, **part):
-        parts.append(plain(self, *args, **part))
+    def counting(self, *args, **kwargs):
+        parts.append(plain(self, *args, **kwargs))
         return parts[-1]
 
     monkeypatch.setattr(Weights, "_part", counting)
@@ -106,7 +106,7 @@ def test_large_tensors_are_compared_in_parts(tmp_path, monkeypatch):
     assert not Weights(directory).same(EMBEDDING, HEAD)
 
 
-def test_what_may_surprise_is_said(tmp_path):
+def test_surprising_directories_are_logged(tmp_path):
     directory = odd.made(tmp_path, "llama2", odd.older_index)
     set_config(directory, dtype="bfloat16")
     said: list[str] = []

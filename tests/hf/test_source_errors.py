@@ -74,7 +74,7 @@ def cut(size: int) -> odd.Change:
 
 
 MANY = "30KB"  # size of a file, so that there are many
-REFUSED = {
+ERRORS = {
     # transformers 4 ties the head anyway, 5 keeps both.
     "a tied head that differs": (
         "smollm2", odd.tensors(one_value_differs),
@@ -151,9 +151,9 @@ REFUSED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", REFUSED)
-def test_what_is_ambiguous_is_an_error_that_names_it(stage, tmp_path, case):
-    family, change, message, *shards = REFUSED[case]
+@pytest.mark.parametrize("case", ERRORS)
+def test_ambiguous_directories_are_errors_that_name_the_cause(stage, tmp_path, case):
+    family, change, message, *shards = ERRORS[case]
     directory = odd.made(tmp_path, family, change, *shards)
     with pytest.raises(ValueError, match=message) as refused:
         check_source(directory)

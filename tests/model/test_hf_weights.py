@@ -116,18 +116,18 @@ def on_every_layout(rank, directories):
                 results[layout, family, "answer"] = our_answer(stage)
                 results[family, "read"] = elements_read(stage, directory)
         if layout == "TP2":
-            results["refused"] = refusals(rank, stage, directories["llama2"])
+            results["errors"] = error_messages(rank, stage, directories["llama2"])
         groups.destroy()
     return results
 
 
-def refusals(rank, stage, directory):
+def error_messages(rank, stage, directory):
     """The messages for a tied model with a different head, and a directory missing on one rank."""
     messages = []
     for folder in (directory.parent / "odd/smollm2", directory if rank else directory / "gone"):
-        with pytest.raises(ValueError) as refused:
+        with pytest.raises(ValueError) as raised:
             load_hf(stage, folder)
-        messages.append(str(refused.value))
+        messages.append(str(raised.value))
     return messages
 
 
@@ -135,8 +135,8 @@ def elements_read(stage, directory):
     """Returns how many elements this rank reads when it loads `stage`, and how many it holds."""
     read, plain = [], Weights.read
 
-    def counting(self, *args):
-        part = plain(self, *args)
+    def counting(self, *args, **kwargs):
+        part = plain(self, *args, **kwargs)
         read.append(part.numel())
         return part
 
@@ -159,7 +159,7 @@ def found(directories, tmp_path_factory):
     gathered = {
         (family, "read"): [rank[family, "read"] for rank in ranks] for family in directories
     }
-    gathered["refused"] = [rank["refused"] for rank in ranks]
+    gathered["errors"] = [rank["errors"] for rank in ranks]
     return alone | ranks[3] | gathered  # logits of the last stage on every layout
 
 
@@ -187,8 +187,8 @@ def test_a_rank_reads_what_it_holds(found, family):
         assert held - read in (0, padding, 2 * padding)
 
 
-def test_a_refusal_is_the_same_on_every_rank(found):
-    first, *others = found["refused"]
+def test_an_error_is_the_same_on_every_rank(found):
+    first, *others = found["errors"]
     assert all(messages == first for messages in others)
     assert "lm_head.weight" in first[0] and "differs from model.embed_tokens.weight" in first[0]
     assert "gone has no config.json" in first[1]

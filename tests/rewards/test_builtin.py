@@ -147,7 +147,7 @@ def test_length_is_the_soft_punishment_of_dapo():
         ("exact_match", {"case": 1}, "'exact_match' takes no reward.options"),
     ],
 )
-def test_options_that_cannot_be(name, options, problem):
+def test_invalid_options_are_errors(name, options, problem):
     with pytest.raises(ValueError, match=problem):
         RewardSet([name], options={name: options})
 

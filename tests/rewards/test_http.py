@@ -114,7 +114,7 @@ def test_a_server_that_recovers_is_asked_again(server):
         ((200, " " * ((1 << 24) + 1)), 1, "the server's answer has more than 16777216 bytes"),
     ],
 )
-def test_what_cannot_be_helped_stops_the_run(server, answer, tries, problem):
+def test_permanent_failures_stop_the_run(server, answer, tries, problem):
     server.script = [answer]
     with pytest.raises(RewardError, match=problem) as error:
         score(server, retries=2)
@@ -169,7 +169,7 @@ def test_the_token_comes_from_the_environment_and_is_never_shown(server, monkeyp
         ("http://host/score", {"token": "s3cret"}, "must be among"),
     ],
 )
-def test_settings_that_cannot_be(url, options, problem):
+def test_invalid_settings_are_errors(url, options, problem):
     with pytest.raises(ValueError, match=problem) as error:
         RewardSet([url], options={url: options})
     assert "s3cret" not in str(error.value)

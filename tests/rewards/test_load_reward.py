@@ -71,7 +71,7 @@ def test_missing_file_module_and_function(tmp_path):
     "code, problem",
     [("1 / 0", "ZeroDivisionError: division by zero"), ("def f(:", "SyntaxError: invalid syntax")],
 )
-def test_import_errors_are_told_each_time(tmp_path, code, problem):
+def test_import_errors_are_reported_each_time(tmp_path, code, problem):
     (tmp_path / "broken.py").write_text(code)
     for _ in range(2):
         with pytest.raises(ValueError, match=f"broken.py:f' cannot be imported .{problem}"):

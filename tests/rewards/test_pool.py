@@ -102,7 +102,7 @@ def test_a_large_batch_of_a_cheap_scorer_is_quick(rewards):
 
 
 @pytest.mark.parametrize("bad", ["sleep", "spin", "exit", "segfault", "child"])
-def test_a_sample_that_hangs_or_crashes_is_lost_alone(rewards, name, bad):
+def test_only_the_sample_that_hangs_or_crashes_is_lost(rewards, name, bad):
     scores = score(rewards, ["1", bad, "2", "3"])
     assert scores.parts[name] == [13.5, -9.0, 14.5, 15.5]
     assert scores.total == scores.parts[name] and scores.timeouts == 1
@@ -182,7 +182,7 @@ rewards.score(columns[0], [sys.argv[2]], *columns[1:])
 
 @pytest.mark.parametrize("ending", ["kill", "exit"])
 @pytest.mark.parametrize("act", ["spin", "child"])
-def test_nothing_is_left_of_a_parent_that_ends_at_once(name, act, ending):
+def test_no_process_is_left_if_the_parent_ends_at_once(name, act, ending):
     """Killed by SIGKILL or as by the watchdog, while a scorer spins or waits for its child."""
     words = [sys.executable, "-c", PARENT, name, act, ending]
     parent = subprocess.Popen(words, stdout=subprocess.PIPE)

@@ -138,6 +138,6 @@ def test_long_texts_are_shortened(user):
         (["exact"], [], "unknown reward function 'exact'"),
     ],
 )
-def test_settings_that_cannot_be(names, weights, problem):
+def test_invalid_settings_are_errors(names, weights, problem):
     with pytest.raises(ValueError, match=problem):
         RewardSet(names, weights=weights)

@@ -1,4 +1,5 @@
-"""A resume knows what its run was made with: other data begins at its start, the rest is said."""
+"""A resume compares its inputs with the checkpoint's: other prompts start from the beginning, all
+other changes are logged."""
 
 from __future__ import annotations
 
@@ -36,21 +37,23 @@ def base(tmp_path_factory) -> Path:
     return folder
 
 
-def made_with(base: Path, **settings):
+def recorded_identities(base: Path, **settings):
     config = config_of(base, base / "run", **settings)
     return identities(config, load_inputs(config))
 
 
-def told(base: Path, before: dict, after: dict) -> tuple[int, list[str]]:
-    """The place in the data, and what a resume says differs: 24 prompts were seen before."""
-    state = RunState(step=3, prompts_seen=24, identity=recorded(made_with(base, **before)))
-    said: list[str] = []
-    now = made_with(base, **after)
-    after_all = carry_over(state, now, SAVED, log=said.append)
+def resumed_with(base: Path, before: dict, after: dict) -> tuple[int, list[str]]:
+    """Resumes after 24 prompts; returns the position in the data and the names of the changes."""
+    state = RunState(
+        step=3, prompts_seen=24, identity=recorded(recorded_identities(base, **before))
+    )
+    logged: list[str] = []
+    now = recorded_identities(base, **after)
+    after_all = carry_over(state, now, SAVED, logged.append)
     assert after_all.step == 3 and after_all.identity == recorded(now)
     start = f"changed since {SAVED}: "
-    assert all(text.startswith(start) and " (then " in text for text in said)
-    return after_all.prompts_seen, [text[len(start) :].partition(" (")[0] for text in said]
+    assert all(text.startswith(start) and " (then " in text for text in logged)
+    return after_all.prompts_seen, [text[len(start) :].partition(" (")[0] for text in logged]
 
 
 SAME = [
@@ -80,41 +83,44 @@ OTHER = [
 
 
 @pytest.mark.parametrize(("before", "after"), SAME)
-def test_what_makes_no_difference_is_not_said(base, monkeypatch, before, after):
+def test_equal_inputs_are_not_reported(base, monkeypatch, before, after):
     monkeypatch.chdir(base)
-    assert told(base, before, after) == (24, [])
+    assert resumed_with(base, before, after) == (24, [])
 
 
 @pytest.mark.parametrize(("before", "after", "seen", "names"), OTHER)
-def test_a_difference_is_said_and_other_prompts_begin_at_their_start(
+def test_changes_are_reported_and_other_prompts_start_from_the_beginning(
     base, monkeypatch, before, after, seen, names
 ):
     monkeypatch.chdir(base)
-    place, said = told(base, before, after)
-    assert place == seen and set(said) == names
+    place, logged = resumed_with(base, before, after)
+    assert place == seen and set(logged) == names
 
 
 def test_code_of_a_reward_and_files_of_a_tokenizer_count_by_content(base, tmp_path):
     given = {"reward__functions": f"[{base}/reward.py:score]"}
-    before = recorded(made_with(base, **given))
+    before = recorded(recorded_identities(base, **given))
     (base / "reward.py").write_text("def score(prompts, *rest):\n    return [1.0] * len(prompts)\n")
     other = tmp_path / "other.model"
     other.write_bytes((base / "tokenizer.model").read_bytes())
-    now = made_with(base, **given, data__tokenizer=other)
-    said: list[str] = []
-    carry_over(RunState(step=1, identity=before), now, SAVED, log=said.append)
-    assert len(said) == 1 and ": reward.functions (then " in said[0]
+    now = recorded_identities(base, **given, data__tokenizer=other)
+    logged: list[str] = []
+    carry_over(RunState(step=1, identity=before), now, SAVED, logged.append)
+    assert len(logged) == 1 and ": reward.functions (then " in logged[0]
 
 
-def test_a_checkpoint_that_does_not_say_keeps_its_place(base):
-    said: list[str] = []
-    state = carry_over(RunState(step=3, prompts_seen=24), made_with(base), SAVED, log=said.append)
+def test_a_checkpoint_without_identities_keeps_its_position(base):
+    logged: list[str] = []
+    state = carry_over(
+        RunState(step=3, prompts_seen=24), recorded_identities(base), SAVED, logged.append
+    )
     assert state.prompts_seen == 24
-    assert said == [f"{SAVED} records no inputs: the run continues at its position in the data"]
+    assert logged == [f"{SAVED} records no inputs: the run continues at its position in the data"]
 
 
 def test_a_resume_with_other_data_trains_on_its_first_prompts(base, tmp_path, capsys):
-    """Step 3 on the other set asks what step 1 of a run on it asks; told once, before the steps."""
+    """Step 3 on the other data has the prompts of step 1 of a new run on it. The change is logged
+    once, before the steps."""
     seen = (
         "from pathlib import Path\n"
         "def score(prompts, responses, labels, metadata):\n"
@@ -126,7 +132,7 @@ def test_a_resume_with_other_data_trains_on_its_first_prompts(base, tmp_path, ca
     asked = tmp_path / "seen.txt"
 
     def run(name: str, data: str, steps: int) -> str:
-        """What the last step asked; the evaluations before and after it do not count."""
+        """Returns the prompts of the last step, without those of the evaluations around it."""
         train_run(
             base, tmp_path / name, data__train=base / data, train__steps=steps, reward__workers=0,
             reward__functions=f"[{tmp_path}/reward.py:score]", train__epochs=1, train__minibatches=1,
@@ -150,10 +156,10 @@ def test_resuming_with_a_copy_elsewhere_is_exact(base, tmp_path):
     same_bits(tmp_path / "moved", tmp_path / "whole", config, step=2, first=2)
 
 
-def test_what_only_one_version_records_is_left_out(base):
-    now = made_with(base)
+def test_inputs_that_only_one_version_records_are_left_out(base):
+    now = recorded_identities(base)
     earlier = {name: value for name, value in recorded(now).items() if name != "reward.clip"}
     earlier["reward.gone"] = ["0", "of an earlier version"]
-    said: list[str] = []
-    carry_over(RunState(step=1, identity=earlier), now, SAVED, log=said.append)
-    assert said == []
+    logged: list[str] = []
+    carry_over(RunState(step=1, identity=earlier), now, SAVED, logged.append)
+    assert logged == []

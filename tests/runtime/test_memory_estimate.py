@@ -1,4 +1,4 @@
-"""The estimate against what a real model holds: exact for state, near for activations."""
+"""The estimate equals the bytes of a real model for its state and is close for activations."""
 
 from __future__ import annotations
 
@@ -115,29 +115,29 @@ SHAPES = {"fp32": {}, "bf16": {"model__dtype": "bf16"}, "wide": WIDE}
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_activations(shape, tmp_path):
-    """What autograd keeps of a forward pass, each storage once and without the weights."""
+    """Autograd's saved tensors of a forward pass; each storage counts once, without the weights."""
     config = small(tmp_path, **shape)
     tokens = torch.zeros(1, 32, dtype=torch.int64)
     with layout(config):
         (model,) = build_model(config.model, config.parallel, vocab_size=VOCAB, seed=1)
         own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-        kept = {}
+        storages = {}
 
         def keep(tensor):
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in own:
-                kept[storage.data_ptr()] = storage.nbytes()
+                storages[storage.data_ptr()] = storage.nbytes()
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             model(tokens)
     per_token = config.model.layers * layer_activations(config.model, config.parallel)
-    expected, measured = tokens.numel() * per_token, sum(kept.values())
+    expected, measured = tokens.numel() * per_token, sum(storages.values())
     assert measured == pytest.approx(expected, rel=0.05)
 
 
 def test_the_cache(tmp_path):
-    """Eight sequences of the whole context, as generation keeps them."""
+    """The cache of generation for eight sequences of the whole context."""
     config = small(tmp_path, rollout__max_batch=8)
     with layout(config):
         (model,) = build_model(config.model, config.parallel, vocab_size=VOCAB, seed=1)
@@ -149,7 +149,7 @@ def test_the_cache(tmp_path):
 
 
 def test_what_layouts_save(tmp_path):
-    """By hand: Adam is spread over replicas and context ranks; 1F1B holds a row for each stage."""
+    """By hand: Adam is sharded over replicas and context ranks; 1F1B holds a row for each stage."""
     whole = estimate(small(tmp_path), VOCAB, replicas=1)
     assert estimate(small(tmp_path), VOCAB, replicas=4).optimizer == whole.optimizer // 4
     shared = small(tmp_path, parallel__context=2)

@@ -1,4 +1,4 @@
-"""What stands around a run's steps; locks, signals, the watchdog and exports have their own tests."""
+"""The session around a run's steps. Locks, signals, watchdog and exports have their own tests."""
 
 from __future__ import annotations
 

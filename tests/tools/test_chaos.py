@@ -1,4 +1,4 @@
-"""Twelve kills, one in every phase of a step and of a save, end bit for bit as if there were none."""
+"""A run with twelve kills, one in every phase, equals an undisturbed run bit for bit."""
 
 from __future__ import annotations
 

@@ -103,7 +103,7 @@ def test_plot_of_a_run_under_way_leaves_out_the_torn_line(logs, tmp_path):
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "evaluations.jsonl"])
 @pytest.mark.parametrize("state", ["missing", "empty"])
-def test_plot_refuses_a_run_without_rows(logs, tmp_path, name, state):
+def test_plot_of_a_run_without_rows_is_an_error(logs, tmp_path, name, state):
     (logs / name).unlink()
     if state == "empty":
         (logs / name).write_text("")
@@ -139,13 +139,13 @@ def test_report_prints_what_the_run_achieved(logs, tmp_path):
     assert (logs / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
-def test_report_of_a_run_without_kl_says_so(logs):
+def test_report_of_a_run_without_kl(logs):
     write(logs / "metrics.jsonl", [without_kl(1)])
     done = tool("report.py", "--logging.dir", logs)
     assert table_rows(done.stdout)["KL from the reference"] == ["0", "not measured"]
 
 
-def test_report_refuses_a_run_that_took_no_step(tmp_path):
+def test_report_of_a_run_without_steps_is_an_error(tmp_path):
     done = tool("report.py", "--logging.dir", tmp_path)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith(f"error: {tmp_path / 'metrics.jsonl'} is missing: give the")

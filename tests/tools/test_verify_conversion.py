@@ -95,7 +95,7 @@ def test_odd_directories_that_are_converted_are_the_same_model(
     assert "verdict: the same model" in capfd.readouterr().out
 
 
-def test_what_cannot_be_compared_is_one_line(converted, tmp_path, capfd):
+def test_invalid_inputs_are_one_line(converted, tmp_path, capfd):
     """An invalid layout, a damaged checkpoint, a directory that transformers does not load."""
     whole, megatron = converted
     lacking = shutil.copytree(whole, tmp_path / "hf")
@@ -119,7 +119,7 @@ def test_what_cannot_be_compared_is_one_line(converted, tmp_path, capfd):
 
 
 @pytest.mark.parametrize("python", ["no/such/python", "false"])
-def test_a_vllm_that_is_not_there_is_an_error_at_once(python, capfd):
+def test_a_missing_vllm_is_an_error_at_once(python, capfd):
     with pytest.raises(SystemExit, match="2"):
         verify("no/such/model", "no/such/checkpoint", "--vllm", python)
     assert f"--vllm {python}: no Python that has vLLM" in capfd.readouterr().err
