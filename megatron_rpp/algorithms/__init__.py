@@ -19,7 +19,6 @@ from megatron_rpp.algorithms.kl import KL_KINDS, adapted_kl_factor, kl_estimate
 from megatron_rpp.algorithms.losses import (
     AGGREGATIONS,
     PolicyStats,
-    aggregate,
     aggregation_weights,
     policy_loss,
     policy_stats,
@@ -37,7 +36,6 @@ __all__ = [
     "PolicyStats",
     "ShapingStats",
     "adapted_kl_factor",
-    "aggregate",
     "aggregation_weights",
     "correction_weights",
     "effective_share",

@@ -5,9 +5,9 @@
 
 This is PPO (arXiv 1707.06347) with the two bounds of DAPO (arXiv 2503.14476) and the dual clip of
 arXiv 1912.09729. Nothing here divides by a count of the whole mini-batch or communicates with other
-ranks: ``aggregate`` returns a numerator and a count, and the caller reduces both over micro-batches
-and the DP x CP ranks and divides once (Megatron's ``calculate_per_token_loss`` contract). Left out:
-sequence-level ratios (GSPO).
+ranks: the caller sums up numerators and counts with ``aggregation_weights``, reduces both over
+micro-batches and the DP x CP ranks and divides once (Megatron's ``calculate_per_token_loss``
+contract). Left out: sequence-level ratios (GSPO).
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def policy_loss(  # noqa: PLR0917 (others call it by position)
 
     Returns:
         [B, T], at least fp32. If an input is NaN (undefined values of masked-out tokens), the loss
-        is NaN and its gradient 0; ``aggregate`` leaves such tokens out.
+        is NaN and its gradient 0; select such tokens away.
 
     Raises:
         ValueError: a clip bound is outside its range.
@@ -94,24 +94,6 @@ def aggregation_weights(mask: Tensor, kind: str) -> tuple[Tensor, Tensor]:
         seen, lengths = mask.cumsum(-1), mask.sum(-1, keepdim=True)
         return mask.double() / lengths.clamp(min=1), mask & (seen == lengths)
     raise ValueError(f"unknown loss aggregation {kind!r}: choose one of {', '.join(AGGREGATIONS)}")
-
-
-def aggregate(per_token: Tensor, mask: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-    """Returns what these rows add to the numerator and the denominator of the mini-batch mean.
-
-    Both are plain sums over rows: add them up over micro-batches and ranks, then divide.
-
-    Args:
-        per_token: [B, T]; values where the mask is False are ignored.
-        mask, kind: as in ``aggregation_weights``.
-
-    Returns:
-        (sum: scalar, at least fp32, with gradient; count: scalar int64).
-    """
-    check_mask(mask, per_token)
-    weights, counts = aggregation_weights(mask, kind)
-    selected = select(at_least_fp32(per_token), mask)
-    return (selected * weights.to(selected)).sum(), counts.sum()
 
 
 class PolicyStats(NamedTuple):

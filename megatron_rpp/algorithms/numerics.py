@@ -4,7 +4,7 @@ If the mask of a tensor [B, T] is False at a position, the value there is undefi
 prompts, tool output, log-probs that were never computed. Multiplying by the mask does not remove it
 (0 * NaN = NaN), so every function of this package selects. Left out: masked means, because for a
 mean over a batch the numerator and the count must be reduced over the ranks first (see
-``losses.aggregate``).
+``losses.aggregation_weights``).
 """
 
 from __future__ import annotations

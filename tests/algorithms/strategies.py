@@ -12,6 +12,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
+from megatron_rpp.algorithms import aggregation_weights
+
 quick = settings(max_examples=80, deadline=None)
 PRECISIONS = {torch.float64: 1e-12, torch.float32: 1e-6}
 
@@ -77,3 +79,9 @@ def assert_close(ours, expected, dtype, size=0.0):
     np.testing.assert_allclose(
         ours.double(), expected, rtol=tolerance, atol=max(tolerance * size, 1e-30)
     )
+
+
+def aggregate(per_token, mask, kind):
+    """The numerator and the count of the mini-batch mean, summed up as the update stage does."""
+    weights, counts = aggregation_weights(mask, kind)
+    return (torch.where(mask, per_token, 0.0) * weights.to(per_token)).sum(), counts.sum()

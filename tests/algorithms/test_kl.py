@@ -8,9 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_rpp.algorithms import KL_KINDS, adapted_kl_factor, aggregate, kl_estimate
+from megatron_rpp.algorithms import KL_KINDS, adapted_kl_factor, kl_estimate
 from tests.algorithms import oracle
-from tests.algorithms.strategies import PRECISIONS, assert_close, batches, dirty, quick
+from tests.algorithms.strategies import PRECISIONS, aggregate, assert_close, batches, dirty, quick
 
 
 @quick

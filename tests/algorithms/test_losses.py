@@ -8,10 +8,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_rpp.algorithms import AGGREGATIONS, aggregate, policy_loss, policy_stats
+from megatron_rpp.algorithms import AGGREGATIONS, policy_loss, policy_stats
 from tests.algorithms import oracle
 from tests.algorithms.strategies import (
     PRECISIONS,
+    aggregate,
     any_batches,
     assert_close,
     batches,
@@ -157,7 +158,9 @@ def test_aggregate_does_not_depend_on_the_split(batch, kind, cut):
 
 def test_half_precision_is_summed_in_fp32():
     """4096 times 1 + 2^-7 in bf16: a bf16 sum would stall."""
-    per_token = torch.full((1, 4096), 1 + 2.0**-7, dtype=torch.bfloat16)
+    same, advantages = torch.zeros(2, 1, 4096, dtype=torch.bfloat16)
+    advantages -= 1 + 2.0**-7
+    per_token = policy_loss(same, same, advantages, 0.2, 0.2)
     total, _ = aggregate(per_token, torch.ones(1, 4096, dtype=torch.bool), "token_mean")
     assert total.dtype == torch.float32 and total.item() == 4096 + 32
 

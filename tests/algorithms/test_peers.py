@@ -36,7 +36,6 @@ from hypothesis import strategies as st
 from megatron_rpp.algorithms import (
     KL_KINDS,
     adapted_kl_factor,
-    aggregate,
     correction_weights,
     group_baseline,
     importance_ratio,
@@ -45,7 +44,7 @@ from megatron_rpp.algorithms import (
     token_rewards,
 )
 from megatron_rpp.algorithms.advantages import compute_advantages
-from tests.algorithms.strategies import batches, quick
+from tests.algorithms.strategies import aggregate, batches, quick
 
 NAMES = {"token_mean": ("token-mean", "bnpo"), "sequence_mean": ("seq-mean-token-mean", "grpo")}
 
