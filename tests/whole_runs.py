@@ -89,7 +89,9 @@ def weights(config: Config, path: str | Path) -> dict[str, torch.Tensor]:
     alone = replace(config, parallel=ParallelConfig())
     with layout(alone):
         # No run has this seed, so weights that the checkpoint does not fill would be noticed.
-        model = build_model(alone.model, alone.parallel, load_inputs(alone).vocab_size, seed=99)
+        model = build_model(
+            alone.model, alone.parallel, vocab_size=load_inputs(alone).vocab_size, seed=99
+        )
         checkpoint.load_weights(model, path)
         return {name: value.detach().clone() for name, value in model[0].named_parameters()}
 

@@ -27,7 +27,7 @@ from tests.model.test_hf_weights import TOKENS, model_config, our_logits
 
 @pytest.fixture(scope="module", autouse=True)
 def one_rank():
-    groups.start(1, 1, 1)
+    groups.start(1, 1, seed=1)
     yield
     groups.stop()
 
@@ -77,7 +77,7 @@ def test_an_odd_directory_is_the_function_that_transformers_makes_of_it(tmp_path
         assert torch.equal(source.weights.read(name).float(), weights[name]), name
 
     model = model_config(directory)
-    stage = build.build_model(model, ParallelConfig(), model.vocab_size, seed=8)
+    stage = build.build_model(model, ParallelConfig(), vocab_size=model.vocab_size, seed=8)
     load_hf(stage.requires_grad_(False), directory)
     bound = 1e-5 * float(expected.abs().max())
     torch.testing.assert_close(our_logits(stage), expected, rtol=0, atol=bound)

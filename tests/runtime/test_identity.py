@@ -49,7 +49,7 @@ def resumed_with(base: Path, before: dict, after: dict) -> tuple[int, list[str]]
     )
     logged: list[str] = []
     now = recorded_identities(base, **after)
-    after_all = carry_over(state, now, SAVED, logged.append)
+    after_all = carry_over(state, now, SAVED, log=logged.append)
     assert after_all.step == 3 and after_all.identity == recorded(now)
     start = f"changed since {SAVED}: "
     assert all(text.startswith(start) and " (then " in text for text in logged)
@@ -105,14 +105,14 @@ def test_code_of_a_reward_and_files_of_a_tokenizer_count_by_content(base, tmp_pa
     other.write_bytes((base / "tokenizer.model").read_bytes())
     now = recorded_identities(base, **given, data__tokenizer=other)
     logged: list[str] = []
-    carry_over(RunState(step=1, identity=before), now, SAVED, logged.append)
+    carry_over(RunState(step=1, identity=before), now, SAVED, log=logged.append)
     assert len(logged) == 1 and ": reward.functions (then " in logged[0]
 
 
 def test_a_checkpoint_without_identities_keeps_its_position(base):
     logged: list[str] = []
     state = carry_over(
-        RunState(step=3, prompts_seen=24), recorded_identities(base), SAVED, logged.append
+        RunState(step=3, prompts_seen=24), recorded_identities(base), SAVED, log=logged.append
     )
     assert state.prompts_seen == 24
     assert logged == [f"{SAVED} records no inputs: the run continues at its position in the data"]
@@ -161,5 +161,5 @@ def test_inputs_that_only_one_version_records_are_left_out(base):
     earlier = {name: value for name, value in recorded(now).items() if name != "reward.clip"}
     earlier["reward.gone"] = ["0", "of an earlier version"]
     logged: list[str] = []
-    carry_over(RunState(step=1, identity=earlier), now, SAVED, logged.append)
+    carry_over(RunState(step=1, identity=earlier), now, SAVED, log=logged.append)
     assert logged == []
