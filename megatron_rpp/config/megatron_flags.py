@@ -28,6 +28,7 @@ _ALIASES = {
     "norm-epsilon": "model.norm_eps",
     "init-method-std": "model.init_std",
     "bf16": "model.dtype=bf16",
+    "transformer-impl": "model.transformer_impl",
     "tokenizer-model": "data.tokenizer",
     "lr": "optimizer.lr",
     "min-lr": "optimizer.min_lr",

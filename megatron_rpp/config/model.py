@@ -91,6 +91,9 @@ class ModelConfig:
     """Standard deviation of the random initial weights."""
     dtype: Literal["fp32", "bf16"] = "fp32"
     """Precision of forward and backward; the optimizer always keeps fp32 master weights."""
+    transformer_impl: Literal["auto", "transformer_engine", "local"] = "auto"
+    """Modules of the layers: TransformerEngine's fused ones, or local, which are Megatron's own.
+    auto = TransformerEngine on a GPU if it is installed."""
     init_path: str | None = None
     """Megatron checkpoint directory that policy and reference start from; null = random weights
     drawn from the seed. If the checkpoint was converted from Hugging Face, the architecture

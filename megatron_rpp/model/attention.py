@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from megatron_rpp.parallel import device as devices
+from megatron_rpp.parallel import device as _device  # noqa: F401  (before megatron)
 from megatron_rpp.records import Packing
 
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -111,7 +111,8 @@ class CoreAttention(MegatronModule):
         # checkpoints, because they also load without TransformerEngine.
         self.fused: list[torch.nn.Module] = []
         # TransformerEngine's kernels for packed rows take 16-bit types only.
-        if devices.has_transformer_engine() and config.params_dtype != torch.float32:
+        implementation = config.transformer_impl
+        if implementation == "transformer_engine" and config.params_dtype != torch.float32:
             self.fused.append(
                 _transformer_engine()(
                     config=config,

@@ -41,6 +41,7 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig) -> Transfor
     """Returns Megatron's configuration of a Llama-like decoder: RMSNorm, SwiGLU."""
     bf16, virtual = model.dtype == "bf16", parallel.virtual_pipeline
     dtype = torch.bfloat16 if bf16 else torch.float32
+    implementation = devices.transformer_impl(model.transformer_impl)
     return TransformerConfig(
         num_layers=model.layers,
         hidden_size=model.hidden,
@@ -81,13 +82,15 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig) -> Transfor
         bias_activation_fusion=not devices.ON_CPU,
         bias_dropout_fusion=not devices.ON_CPU,
         masked_softmax_fusion=False,
-        persist_layer_norm=devices.has_transformer_engine(),
+        transformer_impl=implementation,
+        persist_layer_norm=implementation == "transformer_engine",
     )
 
 
-def layer_spec(qk_norm: bool) -> ModuleSpec:
-    """Returns TransformerEngine's layer if it is installed, else Megatron's; attention is ours."""
-    if devices.has_transformer_engine():
+def layer_spec(config: TransformerConfig) -> ModuleSpec:
+    """Returns TransformerEngine's layer or Megatron's own, as `config` says; attention is ours."""
+    qk_norm = config.qk_layernorm
+    if config.transformer_impl == "transformer_engine":
         spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_norm)
     else:
         spec = get_gpt_layer_local_spec(qk_layernorm=qk_norm, normalization="RMSNorm")
@@ -128,8 +131,8 @@ def _build_chunk(
     chunk: int,
     count: int,
 ) -> LanguageModel:
-    block = layer = layer_spec(model.qk_norm)
-    if not devices.has_transformer_engine():
+    block = layer = layer_spec(config)
+    if config.transformer_impl == "local":
         layers = [layer] * (model.layers // (parallel.pipeline * count))
         block = TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
     stage = LanguageModel(

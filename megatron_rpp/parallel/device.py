@@ -6,17 +6,17 @@ All other code calls `device()` to find out where its tensors belong. Importing 
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import os
 import resource
 import warnings
+from typing import Literal
 
 import psutil
 import torch
 
 from megatron_rpp.lifecycle.config_error import ConfigError
-from megatron_rpp.parallel import cuda_on_cpu
+from megatron_rpp.parallel import accelerators, cuda_on_cpu
 
 # Every rank of Megatron-Core warns about each missing accelerator (`describe()` lists them in one
 # line), and Megatron-Core calls collectives by names that torch has deprecated.
@@ -126,17 +126,38 @@ def matmul_fp32(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 
 
 def has_transformer_engine() -> bool:
-    """Whether TransformerEngine is installed, so that Megatron's fused modules can be used."""
-    if ON_CPU:
-        return False
-    from megatron.core.extensions.transformer_engine import HAVE_TE  # as Megatron sees it
+    """Whether TransformerEngine can be used, and with it Megatron's fused modules."""
+    return not ON_CPU and accelerators.TRANSFORMER_ENGINE.usable
 
-    return HAVE_TE
+
+def transformer_impl(setting: accelerators.Setting) -> Literal["transformer_engine", "local"]:
+    """Megatron's name of the modules that model.transformer_impl stands for on this device."""
+    if setting != "auto":
+        return setting
+    return "transformer_engine" if has_transformer_engine() else "local"
 
 
 def has_apex() -> bool:
-    """Whether NVIDIA Apex is installed; PyPI's `apex` is another package and has no `amp_C`."""
-    return not ON_CPU and importlib.util.find_spec("amp_C") is not None
+    """Whether Apex's kernel for weight gradients can be used."""
+    return not ON_CPU and accelerators.weight_gradient_kernel().usable
+
+
+def has_bf16() -> bool:
+    """Whether the device computes in bf16 by itself; a CPU does."""
+    return ON_CPU or torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def check_model(dtype: str, transformer_impl: accelerators.Setting) -> None:
+    """Raises ConfigError if models of these settings cannot be built on this device.
+
+    Args:
+        dtype: model.dtype.
+        transformer_impl: model.transformer_impl.
+    """
+    engine = accelerators.TRANSFORMER_ENGINE
+    accelerators.check_transformer_impl(transformer_impl, engine, on_gpu=not ON_CPU)
+    if not ON_CPU:
+        accelerators.check_dtype(dtype, torch.cuda.get_device_name(), has_bf16())
 
 
 def describe() -> str:

@@ -12,10 +12,17 @@ from megatron_rpp.model.language_model import chunks
 from megatron_rpp.model.optimizer import build_optimizer
 from megatron_rpp.model.policy import Policy
 from megatron_rpp.model.reference import OffloadedReference, Reference, ResidentReference
+from megatron_rpp.parallel import device as devices
+from megatron_rpp.parallel.ranks import raise_on_all_ranks
 
 
 def build_start(config: Config, vocab_size: int) -> torch.nn.ModuleList:
-    """The model with the weights of model.init_path or model.hf_path, else random ones."""
+    """The model with the weights of model.init_path or model.hf_path, else random ones. Collective.
+
+    Raises ConfigError, on every rank, if the device of any rank cannot run the model.
+    """
+    model = config.model
+    raise_on_all_ranks(lambda: devices.check_model(model.dtype, model.transformer_impl))
     stage = build.build_model(
         config.model, config.parallel, vocab_size=vocab_size, seed=config.seed
     )

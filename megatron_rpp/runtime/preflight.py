@@ -14,7 +14,7 @@ import platform
 import shutil
 import socket
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,10 @@ import torch.distributed as dist
 from megatron_rpp.config import Config, check_world_size
 from megatron_rpp.lifecycle.config_error import ConfigError
 from megatron_rpp.parallel import device as devices
-from megatron_rpp.parallel import groups
+from megatron_rpp.parallel import gpu_facts, groups
 from megatron_rpp.reporting.console import Console
 from megatron_rpp.runtime.memory_estimate import checkpoint_bytes, estimate
+from megatron_rpp.runtime.preflight_gpu import Check, judge_gpu, judge_node, merge
 
 BANDWIDTH_BYTES = 2**24
 BANDWIDTH_ROUNDS = 5
@@ -35,14 +36,6 @@ VISIBLE_SECONDS = 10.0
 """How long a shared file system may take to show a new file on another node."""
 PROCESS_BYTES = 600_000_000
 """Python and torch, in the host's memory, for each rank that computes there."""
-
-
-@dataclass(frozen=True)
-class Check:
-    name: str
-    passed: bool
-    found: str
-    """What was found and, if that is not enough, what to do."""
 
 
 def run(config: Config, vocab_size: int, console: Console) -> None:
@@ -53,6 +46,7 @@ def run(config: Config, vocab_size: int, console: Console) -> None:
     checks = [
         _versions(),
         _devices(),
+        *_gpus(config),
         _layout(config),
         _memory(config, vocab_size),
         _disk(config, vocab_size),
@@ -102,6 +96,22 @@ def _devices() -> Check:
     if len(kinds) > 1:
         return Check("devices", False, f"{text}: the slowest sets the pace, use equal nodes")
     return Check("devices", True, text)
+
+
+def _gpus(config: Config) -> list[Check]:
+    """The driver of every node and, on GPUs, the software and the links of every rank."""
+    host = socket.gethostname()
+    hosts = _gather(host)
+    gpu = gpu_facts.gpu_facts(tries_compiler=hosts.index(host) == dist.get_rank())
+    checks = [judge_node(gpu_facts.node_facts(), on_gpu=gpu is not None)]
+    if gpu is not None:
+        checks += judge_gpu(
+            gpu,
+            dtype=config.model.dtype,
+            transformer_impl=config.model.transformer_impl,
+            several_nodes=len(set(hosts)) > 1,
+        )
+    return merge(_gather((host, checks)))
 
 
 def _layout(config: Config) -> Check:

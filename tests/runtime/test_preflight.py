@@ -1,4 +1,4 @@
-"""Preflight on two real ranks: what it measures, and that a failed check refuses on every rank."""
+"""Preflight on two real ranks: its checks, and that a failed check is an error on every rank."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import io
 import sys
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch.distributed as dist
@@ -14,7 +15,7 @@ from megatron_rpp.config import Config
 from megatron_rpp.lifecycle import entrypoint
 from megatron_rpp.parallel import groups
 from megatron_rpp.reporting.console import Console
-from megatron_rpp.runtime import preflight
+from megatron_rpp.runtime import preflight, startup
 from megatron_rpp.runtime.inputs import check_writable
 from tests.distributed import run_ranks
 from tests.small_run import arguments, config_of, make_data
@@ -24,20 +25,20 @@ HUGE = {"model__layers": 96, "model__hidden": 16384, "model__ffn_hidden": 65536}
 
 
 def outcome(config: Config) -> tuple[str, str]:
-    """(what this rank printed, the refusal or "")."""
-    printed, refusal = io.StringIO(), ""
+    """Runs preflight; returns this rank's output and the error, or ""."""
+    printed, error_text = io.StringIO(), ""
     groups.start(**config.parallel.sizes(), seed=1)
     with contextlib.redirect_stdout(printed):
         try:
             preflight.run(config, 100, Console(groups.is_main()))
         except ValueError as error:
-            refusal = str(error)
+            error_text = str(error)
     groups.destroy()
-    return printed.getvalue(), refusal
+    return printed.getvalue(), error_text
 
 
 def outcomes(rank, folder):
-    """Of a good run, of one too large, and of one whose ranks see different directories."""
+    """Outcomes of a good run, of one too large, and of one whose ranks see different directories."""
     good = config_of(folder, folder / "good", parallel__tensor=2)
     apart = config_of(folder, folder / f"apart{rank}")
     for config in (good, apart):
@@ -56,18 +57,18 @@ def huge(folder):
 
 def test_two_ranks(tmp_path):
     first, second = run_ranks(outcomes, 2, tmp_path, tmp_path)
-    (table, refusal), (_, too_large), (_, unshared) = first
-    assert refusal == "" and "all 8 checks passed" in table
+    (table, error_text), (_, too_large), (_, unshared) = first
+    assert error_text == "" and "all 9 checks passed" in table
     assert "tensor 2 × pipeline 1 × context 1 × data 1" in table and "2 rank(s) on 1 host" in table
     assert "over 2 ranks: " in table and "B/s" in table and "FAILED" not in table
-    assert "2 of 8 checks failed: memory: " in too_large
+    assert "2 of 9 checks failed: memory: " in too_large
     assert "disk: 3 + 1 checkpoints of" in too_large
     assert "lower train.max_tokens_per_microbatch" in too_large
-    assert "2 of 8 checks failed: shared directory: " in unshared
+    assert "2 of 9 checks failed: shared directory: " in unshared
     assert "is not one directory on all nodes" in unshared
     # The other rank is silent and ends alike.
     assert [text for text, _ in second] == ["", "", ""]
-    assert [refusal for _, refusal in second] == ["", too_large, unshared]
+    assert [error_text for _, error_text in second] == ["", too_large, unshared]
 
 
 @pytest.mark.parametrize(("settings", "code"), [({}, None), (HUGE, 2)], ids=["ready", "too large"])
@@ -78,7 +79,7 @@ def test_the_tool(settings, code, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(entrypoint, "_leave", sys.exit)  # else it ends the test's process
     ended = None
     try:
-        entrypoint.run(tool.main)
+        entrypoint.run(partial(tool.main, startup.for_training()))
     except SystemExit as exit_:
         ended = exit_.code
         groups.stop()
