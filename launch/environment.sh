@@ -2,7 +2,9 @@
 # `repository` must be set. The working directory stays, so relative paths are the caller's.
 # shellcheck shell=bash disable=SC2034,SC2154  # what the two scripts read and have set
 python=python3
-if [[ -n ${VENV:-} ]]; then
+if [[ ${VENV:-} == none ]]; then
+  : # python3 of the PATH, as in launch/Dockerfile
+elif [[ -n ${VENV:-} ]]; then
   [[ $VENV == /* ]] || VENV=$PWD/$VENV
   python=$VENV/bin/python
   if [[ ! -x $python ]]; then

@@ -7,7 +7,8 @@
 #   RUN=DIR               checkpoints, logs and this script's notes (default runs/<job name>)
 #   NPROC_PER_NODE=N      ranks a node (default: the node's GPUs, else 1)
 #   MODULES="A B"         modules to load
-#   VENV=DIR              virtual environment (default .venv of the repository, else python3)
+#   VENV=DIR              virtual environment (default .venv of the repository, else python3; in an
+#                         image of launch/Dockerfile its python3); none = python3
 #   CONTAINER_IMAGE=IMG   runs in this image (needs SLURM's pyxis plugin)
 #   CONTAINER_MOUNTS=A:B  further mounts; working directory and repository keep their paths
 #   SECRETS="A B"         names of variables that must be set and reach the ranks; never printed
@@ -81,7 +82,7 @@ step_options() {
     [[ $repository == "$PWD" ]] || mounts+=,$repository:$repository
     step+=(--container-image="$CONTAINER_IMAGE" --container-workdir="$PWD"
       --container-mounts="$mounts${CONTAINER_MOUNTS:+,$CONTAINER_MOUNTS}")
-    local names="MASTER_ADDR MASTER_PORT ${SECRETS:-}"
+    local names="MASTER_ADDR MASTER_PORT ${VENV:+VENV} ${SECRETS:-}"
     step+=(--container-env="$(tr -s ' ' , <<<"${names% }")")
   fi
 }

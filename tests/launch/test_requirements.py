@@ -11,10 +11,12 @@ import email
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
+import tomllib
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -55,6 +57,19 @@ def required_by_the_extension(version: str) -> list[str]:
         record = archive.extractfile(f"{name}/PKG-INFO")
         assert record is not None
         return email.message_from_bytes(record.read()).get_all("Requires-Dist", [])
+
+
+def test_the_image_has_what_it_copies_and_installs():
+    """No container engine builds it here."""
+    text = (ROOT / "launch/Dockerfile").read_text()
+    copied = re.findall(r"^COPY (\S+) \S+$", text, re.MULTILINE)
+    assert copied and all((ROOT / name).exists() for name in copied)
+    (extras,) = re.findall(r'--editable "\.\[(.+)\]"', text)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert set(extras.split(",")) <= set(project["optional-dependencies"])
+    (megatron,) = re.findall(r'"(megatron-core[^"]+)"', text)
+    (pinned,) = (str(r) for r in requirements("requirements-gpu.txt") if r.name == "megatron-core")
+    assert Requirement(megatron) == Requirement(pinned)
 
 
 @pytest.mark.parametrize(("version", "fits"), [("3.11", False), ("3.12", True)])

@@ -232,3 +232,19 @@ def test_a_missing_virtual_environment_is_an_error(tmp_path):
     code, _, errors = ended(start(*command, cwd=tmp_path, env={"VENV": "none here"}))
     assert (code, errors.count("\n")) == (2, 1)
     assert f"error: VENV: there is no {tmp_path}/none here/bin/python" in errors
+
+
+@pytest.mark.parametrize("script", ["slurm.sbatch", "slurm_per_gpu.sbatch"])
+def test_the_choice_of_the_interpreter_reaches_the_container(script):
+    env = {"DRYRUN": "1", "CONTAINER_IMAGE": "image.sqsh", "VENV": "none"}
+    code, output, errors = ended(
+        start("bash", ROOT / f"launch/{script}", "train", cwd=ROOT, env=env)
+    )
+    assert (code, errors) == (0, "")
+    assert "--container-env=MASTER_ADDR\\,MASTER_PORT\\,VENV " in output
+
+
+def test_an_image_has_no_virtual_environment():
+    """The .venv of the mounted repository is not the image's (launch/Dockerfile sets VENV)."""
+    shell = f"repository={ROOT}; source {ROOT}/launch/environment.sh; echo $python"
+    assert ended(start("bash", "-c", shell, cwd=ROOT, env={"VENV": "none"}))[1] == "python3\n"
