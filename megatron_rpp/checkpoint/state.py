@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_rpp.checkpoint.optimizer_shards import optimizer_shards
 from megatron_rpp.checkpoint.run_state import RunState
 from megatron_rpp.checkpoint.store import POINTER, newest, require
 from megatron_rpp.checkpoint.writer import PendingSave
@@ -38,25 +39,25 @@ from megatron.core.dist_checkpointing.mapping import (
     ShardedTensor,
     apply_factories,
 )
+from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+    FullyParallelLoadStrategyWrapper,
+)
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 
 __all__ = ["POINTER", "SaveFailed", "load_weights", "newest", "require", "resume", "save"]
 
-# Adam's state in the model's own shapes, so that it loads on any other layout too.
-_METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
+_SHARDING = "param_state_sharding_type"
+"""Megatron's name for the format of a distributed optimizer; other optimizers have none."""
 
 
 def _model_state(model: torch.nn.Module) -> dict:
     """The sharded state by chunk. The keys of the tensors count layers in the whole model."""
     return {
-        f"chunk{number}": chunk.sharded_state_dict(metadata=dict(_METADATA))
+        f"chunk{number}": chunk.sharded_state_dict(metadata={})
         for number, chunk in enumerate(chunks(model))
     }
-
-
-def _load_model(model: torch.nn.Module, state: dict) -> None:
-    for number, chunk in enumerate(chunks(model)):
-        chunk.load_state_dict(state[f"chunk{number}"])
 
 
 def _check_fit(model: torch.nn.Module, path: Path) -> None:
@@ -93,25 +94,24 @@ def load_weights(model: torch.nn.Module, directory: str | Path) -> None:
     """Loads the weights of a checkpoint that any layout wrote into `model`. Collective."""
     path = require(directory)
     _check_fit(model, path)
-    # What modules hold besides weights (TransformerEngine's FP8 scales) is not loaded: a converted
-    # checkpoint has none.
+    _load_model(model, path)
+
+
+def _load_model(model: torch.nn.Module, path: Path) -> None:
+    """Loads the weights at `path`; the data-parallel ranks share the reading. Collective."""
+    # What modules hold besides weights (TransformerEngine's FP8 scales) is not loaded: a checkpoint
+    # that was converted, or saved without TransformerEngine, has none.
     weights, extra = {}, {}
     for number, state in _model_state(model).items():
         extra[number] = {n: None for n, entry in state.items() if isinstance(entry, ShardedObject)}
         weights[number] = {n: entry for n, entry in state.items() if n not in extra[number]}
-    loaded = dist_checkpointing.load({"model": weights}, str(path))["model"]
-    _load_model(model, {number: loaded[number] | extra[number] for number in loaded})
-
-
-def _whole_state(policy: Policy, *, loading: bool) -> dict:
-    model_state = _model_state(policy.model)
-    return {
-        "model": model_state,
-        "optimizer": policy.optimizer.sharded_state_dict(
-            model_state, is_loading=loading, metadata=dict(_METADATA)
-        ),
-        "scheduler": policy.scheduler.state_dict(),
-    }
+    reader = FullyParallelLoadStrategyWrapper(
+        get_default_load_sharded_strategy(str(path)), groups.token_group()
+    )
+    loaded = dist_checkpointing.load({"model": weights}, str(path), reader)["model"]
+    for number, chunk in enumerate(chunks(model)):
+        name = f"chunk{number}"
+        chunk.load_state_dict(loaded[name] | extra[name])
 
 
 def _allocate_moments(optimizer: MegatronOptimizer) -> None:
@@ -130,40 +130,54 @@ def _allocate_moments(optimizer: MegatronOptimizer) -> None:
                     state["exp_avg_sq"] = torch.zeros_like(parameter)
 
 
-def _load_optimizer(optimizer: MegatronOptimizer, content: dict) -> None:
-    """Loads Adam's state from the checkpoint; its settings stay those of this run.
+def _optimizer_state(policy: Policy, model_state: dict, *, loading: bool = False) -> dict:
+    """The sharded state of the optimizer, in Megatron's format."""
+    (part,) = policy.optimizer.chained_optimizers
+    if not isinstance(part, DistributedOptimizer):
+        return part.sharded_state_dict(model_state, is_loading=loading)
+    shards = optimizer_shards(part, model_state)
+    return part.state_dict() | {"param_state": shards, _SHARDING: "fully_reshardable"}
 
-    Torch's Adam counts steps beside the moments. Megatron 0.16 looks for that count among the
-    sharded moments, so it is removed while they load. Megatron also gives all parameters one
-    tensor to count in, which would count every step many times, so each gets its own here.
+
+def _load_optimizer(policy: Policy, path: Path) -> None:
+    """Loads Adam's state at `path`. Each rank reads its own part of it. Collective."""
+    (part,) = policy.optimizer.chained_optimizers
+    common = dist_checkpointing.load_common_state_dict(str(path))
+    distributed = isinstance(part, DistributedOptimizer)
+    if distributed != (_SHARDING in common["optimizer"]):
+        raise ConfigError(
+            f"checkpoint {path} was saved with optimizer.distributed {not distributed}, this run "
+            f"has {distributed}: set it to {not distributed}, or start from its weights alone with "
+            "model.init_path"
+        )
+    _allocate_moments(policy.optimizer)
+    model_state = _model_state(policy.model)
+    if distributed:  # settings first: the moments are written into the tensors that are left then
+        _load_settings(part, common["optimizer"])
+        shards = {"optimizer": {"param_state": optimizer_shards(part, model_state)}}
+        dist_checkpointing.load(shards, str(path))
+    else:
+        content = {"optimizer": _optimizer_state(policy, model_state, loading=True)}
+        _load_settings(part, dist_checkpointing.load(content, str(path))["optimizer"])
+
+
+def _load_settings(part: MegatronOptimizer, content: dict) -> None:
+    """Loads `content` into the optimizer; its settings stay those of this run.
+
+    Megatron gives all parameters one tensor to count torch's steps in, which would count every step
+    many times, so each gets its own here.
     """
-    (part,) = optimizer.chained_optimizers
     settings = ("max_lr", "min_lr", "betas", "eps")
     own = [{name: group[name] for name in settings} for group in part.optimizer.param_groups]
-    moments = content.pop("param_state", None)
     # Megatron 0.19 identifies a group by its learning rates, which this run may have changed.
     for group in content.get("optimizer", content)["param_groups"]:
         group.update({name: own[0][name] for name in ("max_lr", "min_lr") if name in group})
     part.load_state_dict(content)
-    states = list(part.optimizer.state.values())
-    steps = [state.pop("step", None) for state in states]
-    if moments is not None:
-        part.load_parameter_state_from_fully_reshardable(moments)
-    for state, step in zip(states, steps):
-        if step is not None:
-            state["step"] = step.clone()
+    for state in part.optimizer.state.values():
+        if "step" in state:
+            state["step"] = state["step"].clone()
     for group, mine in zip(part.optimizer.param_groups, own):
         group.update(mine)
-
-
-def _check_optimizer(content: dict, path: Path) -> None:
-    stored = dist_checkpointing.load_common_state_dict(str(path))["optimizer"]
-    theirs, own = ("param_state_sharding_type" in state for state in (stored, content))
-    if theirs != own:
-        raise ConfigError(
-            f"checkpoint {path} was saved with optimizer.distributed {theirs}, this run has {own}: "
-            f"set it to {theirs}, or start from its weights alone with model.init_path"
-        )
 
 
 def resume(policy: Policy, path: Path) -> RunState:
@@ -172,12 +186,9 @@ def resume(policy: Policy, path: Path) -> RunState:
     Raises ConfigError, on every rank, if it is of another model or another kind of optimizer.
     """
     _check_fit(policy.model, path)
-    _allocate_moments(policy.optimizer)
-    content = _whole_state(policy, loading=True)
-    _check_optimizer(content["optimizer"], path)
-    loaded = dist_checkpointing.load(content, str(path))
-    _load_model(policy.model, loaded["model"])
-    _load_optimizer(policy.optimizer, loaded["optimizer"])
+    _load_model(policy.model, path)
+    _load_optimizer(policy, path)
+    loaded = dist_checkpointing.load_common_state_dict(str(path))
     policy.scheduler.load_state_dict(loaded["scheduler"])
     return RunState(**loaded["run"])
 
@@ -208,8 +219,14 @@ def save(
         SaveFailed: the file system fails; the current checkpoint stays as it is.
     """
     _allocate_moments(policy.optimizer)  # before the first update there are none
-    content = _whole_state(policy, loading=False)
-    content |= {"run": asdict(state), "architecture": chunks(policy.model)[0].architecture}
+    model_state = _model_state(policy.model)
+    content = {
+        "model": model_state,
+        "optimizer": _optimizer_state(policy, model_state),
+        "scheduler": policy.scheduler.state_dict(),
+        "run": asdict(state),
+        "architecture": chunks(policy.model)[0].architecture,
+    }
     pending = PendingSave(settings, f"iter_{state.step:07d}{suffix}", state.step)
     pending.start(content, dict(notes), write_more, in_background=in_background)
     return pending

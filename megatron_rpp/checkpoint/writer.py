@@ -32,8 +32,12 @@ from megatron_rpp.parallel import device as _device  # noqa: F401  (before megat
 from megatron_rpp.parallel import groups, ranks
 
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+    FullyParallelSaveStrategyWrapper,
+)
 
 
 class _Results:
@@ -87,7 +91,10 @@ def _write_own(rank: int, *arguments: Any, write: Callable, directory: Path, tra
 
 
 def _request(content: dict, directory: Path, results: _Results) -> AsyncRequest:
-    """Returns Megatron's plan of a save; so far only common.pt is written. Collective."""
+    """Returns Megatron's plan of a save; so far only common.pt is written. Collective.
+
+    The data-parallel ranks, which hold the same weights, share the writing.
+    """
     strategy = {}
     if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters:
         strategy = {"async_strategy": "mcore"}  # else 0.19 asks for another package
@@ -95,8 +102,11 @@ def _request(content: dict, directory: Path, results: _Results) -> AsyncRequest:
     # process would take the results of this one for its own.
     before, filesystem_async._results_queue = filesystem_async._results_queue, results
     try:
+        writer = FullyParallelSaveStrategyWrapper(
+            get_default_save_sharded_strategy(), groups.token_group()
+        )
         request = dist_checkpointing.save(
-            content, str(directory), async_sharded_save=True, **strategy
+            content, str(directory), writer, async_sharded_save=True, **strategy
         )
     finally:
         filesystem_async._results_queue = before

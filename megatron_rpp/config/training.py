@@ -25,6 +25,9 @@ class ParallelConfig:
     """Context-parallel size: number of ranks that share the tokens of each sequence."""
     sequence_parallel: bool = False
     """Split activations outside the tensor-parallel regions along the sequence, to save memory."""
+    overlap_grad_reduce: bool | None = None
+    """Reduce the gradients of finished layers while the backward pass computes those of the others;
+    null = on GPUs only."""
 
     def __post_init__(self) -> None:
         check_range("parallel", self, "tensor pipeline virtual_pipeline context", at_least=1)
@@ -106,6 +109,16 @@ class TrainConfig:
     """Number of passes over each rollout batch."""
     max_tokens_per_microbatch: int = 8192
     """Most tokens in one forward and backward pass of a data-parallel replica."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activations that the backward pass computes again instead of keeping them: selective = those
+    of the feed-forward networks; full = those of whole layers, of which only the input is kept.
+    The gradients stay the same."""
+    recompute_method: Literal["uniform", "block"] = "uniform"
+    """With recompute full: uniform = keep the input of every group of recompute_layers layers; block
+    = recompute the first recompute_layers layers of each model chunk, one by one, and keep the
+    activations of the others."""
+    recompute_layers: int = 1
+    """With recompute full: the number of layers that recompute_method refers to."""
     max_skipped_updates: int = 10
     """Stop the run after this many skipped updates in a row. An update is skipped if any rank finds
     NaN or infinity in its loss or gradients."""
@@ -123,6 +136,8 @@ class TrainConfig:
         check_range("train", self, "exit_duration_minutes", at_least=0)
         check_range("train", self, "hang_timeout_minutes", above=0)
         counts = "steps minibatches epochs max_tokens_per_microbatch max_skipped_updates"
+        check_choices("train", self)
+        check_range("train", self, "recompute_layers", at_least=1)
         check_range("train", self, counts, at_least=1)
         check_range("train", self, "stop_accuracy", above=0, at_most=1)
 

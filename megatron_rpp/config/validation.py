@@ -90,6 +90,24 @@ def check_layout(model: ModelConfig, parallel: ParallelConfig) -> None:
     check_divides("model.layers", model.layers, setting, divisor=parts)
 
 
+def check_recompute(config: Config) -> None:
+    """Checks that the layers to recompute fit into a model chunk, as Megatron needs it."""
+    train, parallel = config.train, config.parallel
+    parts = parallel.pipeline * parallel.virtual_pipeline
+    layers = config.model.layers // parts
+    if train.recompute != "full":
+        return
+    if train.recompute_method == "uniform":
+        check_divides(
+            f"the layers of a model chunk ({config.model.layers} / {parts})",
+            layers,
+            "train.recompute_layers",
+            divisor=train.recompute_layers,
+            remedy="change train.recompute_layers or the layout",
+        )
+    check_range("train", train, "recompute_layers", at_most=layers)
+
+
 def check_rollout(config: Config) -> None:
     """Checks that the responses of a step suit the context, the mini-batches and the algorithm."""
     rollout, max_length = config.rollout, config.model.max_length

@@ -11,10 +11,12 @@ Left out: mixture of experts, stages of different sizes.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
-from megatron_rpp.config import ModelConfig, ParallelConfig
+from megatron_rpp.config import ModelConfig, ParallelConfig, TrainConfig
 from megatron_rpp.config.model import padded_vocab_size
 from megatron_rpp.model import initialization
 from megatron_rpp.model.attention import CoreAttention
@@ -32,12 +34,32 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
+INFERENCE = TrainConfig()
+"""For a model that is not trained: no backward pass needs activations."""
+
 
 def _no_init(parameter: torch.Tensor) -> torch.Tensor:
     return parameter
 
 
-def transformer_config(model: ModelConfig, parallel: ParallelConfig) -> TransformerConfig:
+def recompute_options(train: TrainConfig) -> dict[str, Any]:
+    """Megatron's settings for train.recompute (Chen et al., arXiv 1604.06174; selective: Korthikanti
+    et al., arXiv 2205.05198)."""
+    if train.recompute == "none":
+        return {}
+    if train.recompute == "selective":
+        # Our attention keeps no score matrix, so the feed-forward networks keep the most.
+        return {"recompute_granularity": "selective", "recompute_modules": ["mlp"]}
+    return {
+        "recompute_granularity": "full",
+        "recompute_method": train.recompute_method,
+        "recompute_num_layers": train.recompute_layers,
+    }
+
+
+def transformer_config(
+    model: ModelConfig, parallel: ParallelConfig, train: TrainConfig = INFERENCE
+) -> TransformerConfig:
     """Returns Megatron's configuration of a Llama-like decoder: RMSNorm, SwiGLU."""
     bf16, virtual = model.dtype == "bf16", parallel.virtual_pipeline
     dtype = torch.bfloat16 if bf16 else torch.float32
@@ -84,6 +106,7 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig) -> Transfor
         masked_softmax_fusion=False,
         transformer_impl=implementation,
         persist_layer_norm=implementation == "transformer_engine",
+        **recompute_options(train),
     )
 
 
@@ -104,13 +127,21 @@ def layer_spec(config: TransformerConfig) -> ModuleSpec:
 
 
 def build_model(
-    model: ModelConfig, parallel: ParallelConfig, *, vocab_size: int, seed: int
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    *,
+    vocab_size: int,
+    seed: int | None,
+    train: TrainConfig = INFERENCE,
 ) -> torch.nn.ModuleList:
-    """Builds this rank's chunks on its device, with weights drawn from `seed`.
+    """Builds this rank's chunks on its device.
 
-    The same seed gives the same whole model on every layout.
+    Args:
+        seed: weights are drawn from it; the same seed gives the same whole model on every layout.
+            None = zeros, for weights that are loaded next.
+        train: how the model will be trained (recompute).
     """
-    config = transformer_config(model, parallel)
+    config = transformer_config(model, parallel, train)
     count = parallel.virtual_pipeline
     stage = torch.nn.ModuleList(
         _build_chunk(model, parallel, config, vocab_size=vocab_size, chunk=chunk, count=count)
@@ -118,7 +149,10 @@ def build_model(
     )
     stage.to(devices.device())
     for chunk in chunks(stage):
-        initialization.fill(chunk, model.init_std, seed)
+        if seed is None:
+            initialization.clear(chunk)
+        else:
+            initialization.fill(chunk, model.init_std, seed)
     return stage
 
 
@@ -152,17 +186,25 @@ def _build_chunk(
 
 
 def wrap_for_training(
-    stage: torch.nn.ModuleList, distributed_optimizer: bool
+    stage: torch.nn.ModuleList,
+    distributed_optimizer: bool,
+    overlap_grad_reduce: bool | None = None,
 ) -> torch.nn.ModuleList:
-    """Wraps each chunk in Megatron's DDP: gradient buffers in fp32, reduced over DP × CP."""
+    """Wraps each chunk in Megatron's DDP: gradient buffers in fp32, reduced over DP × CP.
+
+    overlap_grad_reduce: reduce during the backward pass; None = on GPUs.
+    """
+    overlap = not devices.ON_CPU if overlap_grad_reduce is None else overlap_grad_reduce
     config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
-        overlap_grad_reduce=False,
+        overlap_grad_reduce=overlap,
         use_distributed_optimizer=distributed_optimizer,
     )
-    return torch.nn.ModuleList(
-        DistributedDataParallel(chunk.config, config, chunk) for chunk in stage
-    )
+    wrapped = [DistributedDataParallel(chunk.config, config, chunk) for chunk in stage]
+    if overlap:  # only the last micro-batch's backward pass completes the gradients
+        syncs = [chunk.no_sync for chunk in wrapped]
+        wrapped[0].config.no_sync_func = syncs if len(syncs) > 1 else syncs[0]
+    return torch.nn.ModuleList(wrapped)
 
 
 def parameter_count(model: torch.nn.ModuleList) -> int:

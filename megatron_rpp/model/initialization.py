@@ -47,6 +47,13 @@ def _local_shard(
 
 
 @torch.no_grad()
+def clear(model: LanguageModel) -> None:
+    """Sets all weights to zero. Drawing large ones takes minutes, and others replace them."""
+    for parameter in model.parameters():
+        parameter.zero_()
+
+
+@torch.no_grad()
 def fill(model: LanguageModel, std: float, seed: int) -> None:
     """Draws every matrix of `model` from N(0, std²); sets norm weights to one, biases to zero."""
     tensor = model.pg_collection.tp

@@ -63,7 +63,8 @@ class Backward:
     reports: list[Any]
     """The loss function's report on each micro-batch, on the last stage; [] on the others."""
     local_grad_norms: list[torch.Tensor]
-    """Norm of each gradient buffer before the gradients of other ranks are added to it."""
+    """Norm of each gradient buffer, before the gradients of other ranks are added to it unless that
+    happens during the backward pass."""
 
 
 def train(
@@ -73,10 +74,14 @@ def train(
     local_grad_norms: list[torch.Tensor] = []
 
     def finalize(wrapped, *args, **kwargs):
-        # Taken before the reduction, which spreads one rank's NaN to the buffers of all ranks.
+        # Taken before the reduction if it has not begun: it spreads one rank's NaN to all ranks.
+        overlapped = wrapped[0].ddp_config.overlap_grad_reduce
+        if overlapped:
+            finalize_model_grads(wrapped, *args, **kwargs)
         buffers = (buffer for chunk in wrapped for buffer in chunk.buffers)
         local_grad_norms.extend(buffer.grad_data.norm() for buffer in buffers)
-        finalize_model_grads(wrapped, *args, **kwargs)
+        if not overlapped:
+            finalize_model_grads(wrapped, *args, **kwargs)
 
     for chunk in chunks(model):
         chunk.config.finalize_model_grads_func = finalize

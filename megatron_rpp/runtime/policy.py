@@ -23,20 +23,24 @@ def build_start(config: Config, vocab_size: int) -> torch.nn.ModuleList:
     """
     model = config.model
     raise_on_all_ranks(lambda: devices.check_model(model.dtype, model.transformer_impl))
+    random = model.init_path is None and model.hf_path is None
     stage = build.build_model(
-        config.model, config.parallel, vocab_size=vocab_size, seed=config.seed
-    )
-    if config.model.init_path is not None:
-        checkpoint.load_weights(stage, config.model.init_path)
-    if config.model.hf_path is not None:
-        load_hf(stage, config.model.hf_path)
+        model, config.parallel, vocab_size=vocab_size, seed=config.seed if random else None,
+        train=config.train,
+    )  # fmt: skip
+    if model.init_path is not None:
+        checkpoint.load_weights(stage, model.init_path)
+    if model.hf_path is not None:
+        load_hf(stage, model.hf_path)
     return stage
 
 
 def build_policy(config: Config, optimizer: OptimizerConfig, vocab_size: int) -> Policy:
     """The policy before its first update."""
     stage = build_start(config, vocab_size)
-    model = build.wrap_for_training(stage, optimizer.distributed)
+    model = build.wrap_for_training(
+        stage, optimizer.distributed, config.parallel.overlap_grad_reduce
+    )
     return Policy(model, *build_optimizer(model, optimizer, config.model.dtype == "bf16"))
 
 
@@ -49,9 +53,7 @@ def build_reference(config: Config, policy: Policy, vocab_size: int) -> Referenc
         return None
     if config.reference.placement == "offload":
         return OffloadedReference(policy.model)
-    stage = build.build_model(
-        config.model, config.parallel, vocab_size=vocab_size, seed=config.seed
-    )
+    stage = build.build_model(config.model, config.parallel, vocab_size=vocab_size, seed=None)
     for chunk, trained in zip(chunks(stage), chunks(policy.model), strict=True):
         chunk.load_state_dict(trained.state_dict())
     return ResidentReference(stage)

@@ -122,6 +122,20 @@ def test_values_on_the_edge_are_accepted():
             "model.heads must be divisible by parallel.tensor = 3, got 4",
         ),
         (
+            {"train": TrainConfig(recompute="full", recompute_layers=3)},
+            "the layers of a model chunk (4 / 1) must be divisible by train.recompute_layers = 3, "
+            "got 4: change train.recompute_layers or the layout",
+        ),
+        (
+            {
+                "train": TrainConfig(
+                    recompute="full", recompute_method="block", recompute_layers=3
+                ),
+                "parallel": ParallelConfig(pipeline=2),
+            },
+            "train.recompute_layers must be at most 2, got 3",
+        ),
+        (
             {"model": ModelConfig(kv_heads=1), "parallel": ParallelConfig(tensor=2)},
             "model.kv_heads must be divisible by parallel.tensor = 2, got 1",
         ),
