@@ -166,8 +166,11 @@ def describe() -> str:
 
     threads = f"CPU, {torch.get_num_threads()} thread(s) a rank"
     name = threads if ON_CPU else torch.cuda.get_device_name()
-    extras = {"TransformerEngine": has_transformer_engine(), "Apex": has_apex()}
-    found = ", ".join(f"{name} {'active' if on else 'absent'}" for name, on in extras.items())
+    packages = {
+        "TransformerEngine": accelerators.TRANSFORMER_ENGINE,
+        "Apex": accelerators.weight_gradient_kernel(),
+    }
+    found = ", ".join(f"{n} {'absent' if ON_CPU else package}" for n, package in packages.items())
     return (
         f"{name}; {backend()}; torch {torch.__version__}; "
         f"megatron-core {megatron.core.__version__}; {found}"
