@@ -4,8 +4,9 @@ Shape legend: t tokens of a packed row on this rank, c context-parallel ranks, m
 s sequence, b batch, n query heads of this rank, k key-value heads of this rank, d head size.
 
 Training and log-probs: sequences lie end to end in one row (`PackedRow`), and attention is causal
-within each of them. With TransformerEngine, its kernels take the row as it is. Without it, the row
-is laid out as m padded sequences for this operation only. If the row is split over context-parallel
+within each of them. With TransformerEngine, its kernels take the row as it is. Without it, so does
+PyTorch's kernel on GPUs, for 16-bit numbers and rows that ranks do not share; otherwise the row is
+laid out as m padded sequences for this operation only. If the row is split over context-parallel
 ranks, its keys and values are gathered first (and their gradients reduce-scattered).
 
 Generation without a cache takes whole right-padded sequences: a token never attends to what follows
@@ -13,7 +14,7 @@ it, so padding needs no mask. With a cache (`KeyValueCache`, which `language_mod
 the module), the first call writes the prompts and each later call adds one token per sequence.
 
 Left out: ring attention (each context-parallel rank holds all keys and values of one layer at a
-time), torch's kernels for packed rows, attention dropout and biases.
+time), attention dropout and biases.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from megatron_rpp.parallel import device as _device  # noqa: F401  (before megatron)
+from megatron_rpp.parallel import device as devices
 from megatron_rpp.records import Packing
 
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -177,7 +178,11 @@ class CoreAttention(MegatronModule):
     def _packed(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, packing: Packing
     ) -> torch.Tensor:
-        """Attention over a packed row, laid out as padded sequences for this operation."""
+        """Attention over a packed row: by PyTorch's kernel for such rows, or else laid out as padded
+        sequences for this operation."""
+        sixteen_bit = query.dtype != torch.float32
+        if packing.gathered is None and sixteen_bit and devices.has_varlen_attention():
+            return _varlen(query, key, value, packing=packing, scale=self.softmax_scale)
         count = len(packing.boundaries) - 1
         if packing.gathered is not None:
             key, value = self._gather(torch.cat([key, value], -1), packing).chunk(2, -1)
@@ -229,6 +234,34 @@ class CoreAttention(MegatronModule):
             scale=self.softmax_scale,
         )
         return context.reshape(1, batch, heads * size)
+
+
+def _varlen(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    packing: Packing,
+    scale: float | None,
+) -> torch.Tensor:
+    """Attention over a packed row by PyTorch's FlashAttention kernel for such rows."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    bounds, longest = packing.boundaries, packing.longest
+    context = varlen_attn(
+        query[:, 0],
+        key[:, 0],
+        value[:, 0],
+        bounds,
+        bounds,
+        longest,
+        longest,
+        scale=scale,
+        window_size=(-1, 0),  # causal
+        enable_gqa=query.shape[2] != key.shape[2],
+    )
+    assert isinstance(context, torch.Tensor)
+    return context.flatten(1)[:, None]
 
 
 def _side_by_side(

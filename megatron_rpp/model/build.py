@@ -93,11 +93,10 @@ def transformer_config(
         context_parallel_size=parallel.context,
         sequence_parallel=parallel.sequence_parallel,
         # Interleaved stages send forward and backward at once. With two stages both messages go to
-        # the same rank, which mixes them up if they are batched. So each is sent separately, and
-        # all of them have the same shape.
+        # the same rank, which mixes them up if they are batched. So each is sent separately.
         overlap_p2p_comm=virtual > 1,
         batch_p2p_comm=virtual == 1,
-        variable_seq_lengths=parallel.pipeline > 1 and virtual == 1,
+        variable_seq_lengths=False,  # all rows of a pass have the same length (planning.py)
         moe_token_dispatcher_type="alltoall",  # Megatron checks it even without experts
         calculate_per_token_loss=True,
         gradient_accumulation_fusion=devices.has_apex(),

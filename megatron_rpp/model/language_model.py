@@ -120,6 +120,7 @@ class Decoding:
     """
 
     def __init__(self, model: torch.nn.Module, length: int):
+        self.length = length
         self.attentions = [m for m in model.modules() if isinstance(m, CoreAttention)]
         for attention in self.attentions:
             attention.cache = KeyValueCache(length)
@@ -142,6 +143,8 @@ class Decoding:
         attended: the tokens of the longest sequence, with the new one. The host knows it without
             waiting for `positions`.
         """
+        multiple = devices.ATTENDED_MULTIPLE
+        attended = min(-(-attended // multiple) * multiple, self.length)
         steps = torch.arange(attended, device=positions.device)
         mask = (steps <= positions[:, None])[:, None, None]
         for attention in self.attentions:

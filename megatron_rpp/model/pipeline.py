@@ -48,8 +48,7 @@ def _run(
         data_iterator=iterators if len(model) > 1 else iterators[0],
         model=list(model),
         num_microbatches=len(micro_batches),
-        # Length of the whole row; Megatron reads it only if all rows have the same shape. If they
-        # differ, the stages send each other the shapes.
+        # Length of the whole row. With several stages, all rows have the same.
         seq_length=micro_batches[0].tokens.shape[1] * groups.context_group().size(),
         micro_batch_size=1,
         **schedule,

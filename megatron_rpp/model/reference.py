@@ -36,19 +36,20 @@ class OffloadedReference:
 
     def __init__(self, policy: torch.nn.ModuleList):
         self.policy = policy
-        self.host = [self._on_host(parameter) for parameter in policy.parameters()]
-
-    @staticmethod
-    def _on_host(parameter: torch.Tensor) -> torch.Tensor:
-        copy = parameter.detach().to("cpu", copy=True)
-        return copy if devices.ON_CPU else copy.pin_memory()
+        self.host = [devices.host_copy(parameter) for parameter in policy.parameters()]
 
     @torch.no_grad()
     def _swap(self) -> None:
+        """Exchanges the weights on the device with those on the host, one parameter at a time.
+
+        The host does not wait in between: the copies of a GPU run in order on its stream, and the
+        memory on the host is pinned. Only the exchanged weights are read next, on the same stream.
+        """
         for parameter, host in zip(self.policy.parameters(), self.host, strict=True):
-            current = parameter.detach().to("cpu", copy=True)
-            parameter.copy_(host)
-            host.copy_(current)
+            current = parameter.detach().clone()
+            parameter.copy_(host, non_blocking=True)
+            host.copy_(current, non_blocking=True)
+        devices.synchronize()  # what reads the host's copies next is not on the stream
 
     @contextlib.contextmanager
     def active(self) -> Iterator[torch.nn.ModuleList]:

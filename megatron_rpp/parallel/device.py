@@ -6,10 +6,13 @@ All other code calls `device()` to find out where its tensors belong. Importing 
 
 from __future__ import annotations
 
+import importlib.util
+import inspect
 import logging
 import os
 import resource
 import warnings
+from functools import cache
 from typing import Literal
 
 import psutil
@@ -49,7 +52,38 @@ def set_up(local_rank: int, local_world_size: int) -> None:
             f"{local_world_size} processes on a host with {count} GPUs: start at most {count} "
             f"per node (--nproc-per-node)"
         )
+    _tune_cuda(local_world_size)
     torch.cuda.set_device(local_rank)
+
+
+def _tune_cuda(local_world_size: int) -> None:
+    """Sets what PyTorch reads when CUDA starts and when it compiles; the user's own values win."""
+    # Rows vary in length. Without this, the allocator keeps blocks of every size that occurred.
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        torch.cuda.memory._set_allocator_settings("expandable_segments:True")
+    # Every rank would start a compiler process per core.
+    cores = len(os.sched_getaffinity(0))
+    threads = max(1, min(8, cores // local_world_size))
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(threads))
+    # cuDNN plans attention anew for every length, and never forgets a plan. While decoding, the
+    # length grows with each token.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+ATTENDED_MULTIPLE = 1 if ON_CPU else 128
+"""Decoding attends to a multiple of this many positions, so that a GPU's kernels see few shapes."""
+
+
+@cache
+def has_varlen_attention() -> bool:
+    """Whether PyTorch has an attention kernel for packed rows of 16-bit numbers."""
+    if ON_CPU or importlib.util.find_spec("torch.nn.attention.varlen") is None:
+        return False
+    from torch.nn.attention.varlen import varlen_attn
+
+    return {"window_size", "enable_gqa", "scale"} <= inspect.signature(
+        varlen_attn
+    ).parameters.keys()
 
 
 def upload(values: torch.Tensor, target: torch.device) -> torch.Tensor:
@@ -60,6 +94,18 @@ def upload(values: torch.Tensor, target: torch.device) -> torch.Tensor:
     if target.type == "cpu":
         return values
     return values.pin_memory().to(target, non_blocking=True)
+
+
+def host_copy(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy in host memory, pinned for copies from and to a GPU that do not make the host wait."""
+    copy = tensor.detach().to("cpu", copy=True)
+    return copy if ON_CPU else copy.pin_memory()
+
+
+def synchronize() -> None:
+    """Waits until the GPU has done all its queued work."""
+    if not ON_CPU:
+        torch.cuda.synchronize()
 
 
 def peak_memory_gb() -> float:

@@ -67,7 +67,8 @@ def micro_batches(
         split: how the ranks of the replica divide a row.
         agree: collective; turns this rank's number of micro-batches into the common number of all
             data-parallel ranks.
-        same_length: pad all rows to the longest (interleaved pipeline stages need one shape).
+        same_length: pad all rows to the longest, so that pipeline stages know the shapes of their
+            messages.
     """
     planned = plan(split.padded(buffer.lengths).tolist(), samples, max_tokens)
     planned += [[]] * (agree(len(planned)) - len(planned))

@@ -44,7 +44,7 @@ def make_micro_batches(
         split=split,
         device=devices.device(),
         agree=agree,
-        same_length=interleaved,
+        same_length=stages > 1,
     )
 
 

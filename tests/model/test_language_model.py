@@ -309,7 +309,7 @@ def test_who_shares_a_sequence_holds_its_part_except_in_decoding(ranks, layout):
         rows = [54 // 2, 44 // 2]
     elif parallel.context == 2:
         rows = [(36 + 20) // 2, 44 // 2]  # each sequence a multiple of 4
-    elif parallel.virtual_pipeline == 2:
+    elif parallel.pipeline == 2:
         rows = [53, 53]  # all of the same shape
     for rank in ranks:
         assert rank[layout, False]["packed"] == rows

@@ -50,18 +50,9 @@ PER_UNIT: dict[str, Budget] = {
 }
 """Per decoded token of a batch, and per micro-batch, on one pipeline stage."""
 
-PER_HOP: dict[str, Budget] = {
-    "token": {},
-    "log-probs": {
-        f"{_P2P}_communicate_shapes": Allowance(2, "rows differ in length; one copy, one wait"),
-        f"{_P2P}_communicate": Allowance(1, "Megatron waits after batched sends and receives"),
-    },
-} | dict.fromkeys(
-    ("update", "supervised"),
-    {
-        f"{_P2P}_communicate_shapes": Allowance(3, "as in log-probs, and the gradient's shape"),
-        f"{_P2P}_communicate": Allowance(1, "Megatron waits after batched sends and receives"),
-    },
+_HOP = {f"{_P2P}_communicate": Allowance(1, "Megatron waits after batched sends and receives")}
+PER_HOP: dict[str, Budget] = {"token": {}} | dict.fromkeys(
+    ("log-probs", "update", "supervised"), _HOP
 )
 """In addition, per micro-batch, where pipeline stages send each other hidden states."""
 

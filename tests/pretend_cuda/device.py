@@ -42,6 +42,7 @@ def pretended_cuda() -> Iterator[Watch]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(heartbeat.current, "listeners", [*heartbeat.current.listeners, watch.enter])
         patch.setattr(devices, "ON_CPU", False)
+        patch.setattr(devices, "has_varlen_attention", lambda: False)  # no kernel on the CPU
         _pretend_runtime(patch, watch)
         _pretend_factories(patch, watch)
         _pretend_attributes(patch)
