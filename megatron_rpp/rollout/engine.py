@@ -1,8 +1,8 @@
 """The rollout engine in the training process: Megatron's modules with a key-value cache.
 
 Every rank of a replica runs the same loop over the same sequences. The last pipeline stage samples
-and broadcasts the tokens. Prompts are sorted by length. A prompt with several samples is read once,
-and its cache is repeated. Finished sequences leave the batch.
+and broadcasts the tokens. Prompts are sorted by length. A prompt with several samples is prefilled
+once, and its cache is repeated. Finished sequences leave the batch.
 
 Left out: refilling the batch while it runs (continuous batching), paged caches, overlap of
 pipeline stages.
@@ -34,7 +34,7 @@ COMPACT_SHARE = 0.125
 
 
 class RolloutEngine(Protocol):
-    """What a step needs of a rollout engine."""
+    """The interface of a rollout engine."""
 
     def generate(
         self,
@@ -153,7 +153,7 @@ class MegatronEngine:
                 hidden = pipeline.stage_forward(self.model, tokens[:, None], positions)[0]
 
     def _read_prompts(self, requests: list[Request], state: Decoding) -> torch.Tensor:
-        """Prefill: reads each distinct prompt once. Returns the last hidden state of each, [n, h]."""
+        """Prefills each distinct prompt once. Returns the last hidden state per request, [n, h]."""
         unique = {prompt: i for i, prompt in enumerate(dict.fromkeys(r.prompt for r in requests))}
         tokens = pad_sequence([torch.tensor(prompt) for prompt in unique], batch_first=True)
         hidden = pipeline.stage_forward(self.model, tokens.to(devices.device()))

@@ -127,7 +127,7 @@ def _reduce(reports: list[torch.Tensor], minibatch: int) -> list[float]:
 
 @dataclass
 class UpdateProgress:
-    """How far an update has come, and what its mini-batches reported; JSON values."""
+    """The progress of an update and the reports of its mini-batches, as JSON values."""
 
     done: int = 0
     """Finished mini-batches, over all epochs."""
