@@ -43,6 +43,7 @@ from megatron.core.dist_checkpointing.serialization import get_default_load_shar
 from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelLoadStrategyWrapper,
 )
+from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 
@@ -120,14 +121,22 @@ def _allocate_moments(optimizer: MegatronOptimizer) -> None:
     Torch's Adam and the fused ones allocate it in their first step; torch's counts steps in it.
     """
     for part in optimizer.chained_optimizers:
-        for group in part.optimizer.param_groups:
-            for parameter in group["params"]:
-                state = part.optimizer.state[parameter]
-                if not state:
-                    if isinstance(part.optimizer, (torch.optim.Adam, torch.optim.AdamW)):
-                        state["step"] = torch.tensor(0.0)
-                    state["exp_avg"] = torch.zeros_like(parameter)
-                    state["exp_avg_sq"] = torch.zeros_like(parameter)
+        hybrid = isinstance(part.optimizer, HybridDeviceOptimizer)
+        for adam in part.optimizer.sub_optimizers if hybrid else [part.optimizer]:
+            _allocate_moments_of(adam)
+        if hybrid:
+            part.optimizer._sync_sub_optimizers_state_to_hdo()
+
+
+def _allocate_moments_of(adam: torch.optim.Optimizer) -> None:
+    for group in adam.param_groups:
+        for parameter in group["params"]:
+            state = adam.state[parameter]
+            if not state:
+                if isinstance(adam, (torch.optim.Adam, torch.optim.AdamW)):
+                    state["step"] = torch.tensor(0.0)
+                state["exp_avg"] = torch.zeros_like(parameter)
+                state["exp_avg_sq"] = torch.zeros_like(parameter)
 
 
 def _optimizer_state(policy: Policy, model_state: dict, *, loading: bool = False) -> dict:
@@ -135,8 +144,12 @@ def _optimizer_state(policy: Policy, model_state: dict, *, loading: bool = False
     (part,) = policy.optimizer.chained_optimizers
     if not isinstance(part, DistributedOptimizer):
         return part.sharded_state_dict(model_state, is_loading=loading)
+    state = part.state_dict()
+    for group in state["optimizer"]["param_groups"]:
+        for name in [name for name, value in group.items() if isinstance(value, type)]:
+            del group[name]  # classes of the hybrid optimizer: a checkpoint holds data only
     shards = optimizer_shards(part, model_state)
-    return part.state_dict() | {"param_state": shards, _SHARDING: "fully_reshardable"}
+    return state | {"param_state": shards, _SHARDING: "fully_reshardable"}
 
 
 def _load_optimizer(policy: Policy, path: Path) -> None:
@@ -156,6 +169,8 @@ def _load_optimizer(policy: Policy, path: Path) -> None:
         _load_settings(part, common["optimizer"])
         shards = {"optimizer": {"param_state": optimizer_shards(part, model_state)}}
         dist_checkpointing.load(shards, str(path))
+        if isinstance(part.optimizer, HybridDeviceOptimizer):
+            part.optimizer._sync_hdo_state_to_sub_optimizers()
     else:
         content = {"optimizer": _optimizer_state(policy, model_state, loading=True)}
         _load_settings(part, dist_checkpointing.load(content, str(path))["optimizer"])
@@ -167,8 +182,11 @@ def _load_settings(part: MegatronOptimizer, content: dict) -> None:
     Megatron gives all parameters one tensor to count torch's steps in, which would count every step
     many times, so each gets its own here.
     """
-    settings = ("max_lr", "min_lr", "betas", "eps")
-    own = [{name: group[name] for name in settings} for group in part.optimizer.param_groups]
+    progress = ("params", "step", "lr", "weight_decay")  # the last two follow from the schedule
+    own = [
+        {name: value for name, value in group.items() if name not in progress}
+        for group in part.optimizer.param_groups
+    ]
     # Megatron 0.19 identifies a group by its learning rates, which this run may have changed.
     for group in content.get("optimizer", content)["param_groups"]:
         group.update({name: own[0][name] for name in ("max_lr", "min_lr") if name in group})

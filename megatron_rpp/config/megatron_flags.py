@@ -46,6 +46,7 @@ _ALIASES = {
     "recompute-granularity": "train.recompute",
     "recompute-method": "train.recompute_method",
     "recompute-num-layers": "train.recompute_layers",
+    "optimizer-cpu-offload": "optimizer.offload=true",
     "train-iters": "train.steps",
     "eval-interval": "evaluation.interval",
     "save": "checkpoint.dir",

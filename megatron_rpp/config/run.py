@@ -24,7 +24,12 @@ from megatron_rpp.config.training import (
     SftConfig,
     TrainConfig,
 )
-from megatron_rpp.config.validation import check_layout, check_recompute, check_rollout
+from megatron_rpp.config.validation import (
+    check_layout,
+    check_offload,
+    check_recompute,
+    check_rollout,
+)
 from megatron_rpp.lifecycle.config_error import ConfigError
 
 
@@ -69,6 +74,7 @@ class Config:
         if self.seed < 0:
             raise ConfigError(f"seed must be at least 0, got {self.seed}")
         check_layout(self.model, self.parallel)
+        check_offload(self)
         check_recompute(self)
         check_rollout(self)
 

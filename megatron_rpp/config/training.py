@@ -80,12 +80,20 @@ class OptimizerConfig:
     """Gradients are scaled down to this global norm if theirs is larger; 0 = no clipping."""
     distributed: bool = True
     """Shard the optimizer state over the data-parallel ranks."""
+    offload: bool = False
+    """Keep Adam's state and the fp32 weights in host memory and update there, on the CPU. Saves 12
+    bytes of GPU memory for each parameter that a rank owns. Needs distributed and model.dtype bf16;
+    without a GPU it changes nothing."""
 
     def __post_init__(self) -> None:
         check_choices("optimizer", self)
         check_range("optimizer", self, "lr eps", above=0)
         check_range("optimizer", self, "min_lr warmup_steps weight_decay clip_grad", at_least=0)
         check_range("optimizer", self, "beta1 beta2", at_least=0, below=1)
+        if self.offload and not self.distributed:
+            raise ConfigError(
+                "optimizer.offload needs optimizer.distributed, got false: set it to true"
+            )
         if self.min_lr > self.lr:
             raise ConfigError(
                 f"optimizer.min_lr must be at most optimizer.lr = {self.lr}, got {self.min_lr}"

@@ -90,6 +90,16 @@ def check_layout(model: ModelConfig, parallel: ParallelConfig) -> None:
     check_divides("model.layers", model.layers, setting, divisor=parts)
 
 
+def check_offload(config: Config) -> None:
+    """Checks that the optimizer that is offloaded has fp32 weights of its own."""
+    for section, optimizer in (("", config.optimizer), ("sft.", config.sft.optimizer)):
+        if optimizer.offload and config.model.dtype != "bf16":
+            raise ConfigError(
+                f"{section}optimizer.offload needs model.dtype bf16, got {config.model.dtype}: with "
+                "fp32 the weights themselves are the optimizer's"
+            )
+
+
 def check_recompute(config: Config) -> None:
     """Checks that the layers to recompute fit into a model chunk, as Megatron needs it."""
     train, parallel = config.train, config.parallel

@@ -1,6 +1,6 @@
 """Builds Megatron's AdamW and learning-rate schedule from the configuration.
 
-Left out: other optimizers, loss scaling (bf16 and fp32 need none), overlapped gradient reduction.
+Left out: other optimizers, loss scaling (bf16 and fp32 need none), offloading only a part of Adam's state.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from megatron_rpp.config import OptimizerConfig
-from megatron_rpp.parallel import device as _device  # noqa: F401  # before megatron
+from megatron_rpp.parallel import device as devices
 
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
@@ -23,23 +23,22 @@ def build_optimizer(
     model: torch.nn.ModuleList, config: OptimizerConfig, bf16: bool
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
     """Returns AdamW over DDP-wrapped chunks, and its schedule, counted in optimizer steps."""
-    optimizer = get_megatron_optimizer(
-        MegatronOptimizerConfig(
-            optimizer="adam",
-            lr=config.lr,
-            min_lr=config.min_lr,
-            weight_decay=config.weight_decay,
-            adam_beta1=config.beta1,
-            adam_beta2=config.beta2,
-            adam_eps=config.eps,
-            clip_grad=config.clip_grad,
-            bf16=bf16,
-            params_dtype=torch.bfloat16 if bf16 else torch.float32,
-            use_distributed_optimizer=config.distributed,
-        ),
-        list(model),
-        use_gloo_process_groups=False,
+    settings = MegatronOptimizerConfig(
+        optimizer="adam",
+        lr=config.lr,
+        min_lr=config.min_lr,
+        weight_decay=config.weight_decay,
+        adam_beta1=config.beta1,
+        adam_beta2=config.beta2,
+        adam_eps=config.eps,
+        clip_grad=config.clip_grad,
+        bf16=bf16,
+        params_dtype=torch.bfloat16 if bf16 else torch.float32,
+        use_distributed_optimizer=config.distributed,
     )
+    if config.offload and not devices.ON_CPU:
+        _offload(settings)
+    optimizer = get_megatron_optimizer(settings, list(model), use_gloo_process_groups=False)
     constant = config.decay_steps is None
     scheduler = OptimizerParamScheduler(
         optimizer,
@@ -58,3 +57,19 @@ def build_optimizer(
         use_checkpoint_opt_param_scheduler=False,
     )
     return optimizer, scheduler
+
+
+def _offload(settings: MegatronOptimizerConfig) -> None:
+    """Chooses Megatron's hybrid optimizer, with all of Adam's state and the fp32 weights on the host.
+
+    Gradients go to pinned host memory, Adam runs on the CPU, and the new weights come back, parameter
+    by parameter and overlapped.
+    """
+    settings.optimizer_cpu_offload = True
+    settings.optimizer_offload_fraction = 1.0
+    settings.overlap_cpu_optimizer_d2h_h2d = True
+    # Else the GPU keeps fp32 weights too. Set here, because the constructor asks TransformerEngine
+    # for its version, which the hybrid optimizer does not need.
+    settings.use_precision_aware_optimizer = True
+    settings.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = True
+    settings.store_param_remainders = False

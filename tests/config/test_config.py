@@ -53,6 +53,11 @@ def test_every_field_has_a_docstring():
 @pytest.mark.parametrize(
     ("section", "values", "message"),
     [
+        (
+            OptimizerConfig,
+            {"offload": True, "distributed": False},
+            "optimizer.offload needs optimizer.distributed, got false",
+        ),
         (ParallelConfig, {"tensor": 0}, "parallel.tensor must be at least 1, got 0"),
         (ParallelConfig, {"pipeline": -1}, "parallel.pipeline must be at least 1, got -1"),
         (ParallelConfig, {"sequence_parallel": True}, "needs parallel.tensor of at least 2, got 1"),
@@ -120,6 +125,10 @@ def test_values_on_the_edge_are_accepted():
         (
             {"parallel": ParallelConfig(tensor=3)},
             "model.heads must be divisible by parallel.tensor = 3, got 4",
+        ),
+        (
+            {"optimizer": OptimizerConfig(offload=True)},
+            "optimizer.offload needs model.dtype bf16, got fp32: with fp32 the weights themselves",
         ),
         (
             {"train": TrainConfig(recompute="full", recompute_layers=3)},

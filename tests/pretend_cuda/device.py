@@ -85,11 +85,14 @@ def _makes(function: Callable, watch: Watch) -> Callable:
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
+        pinned = kwargs.pop("pin_memory", False)  # a CPU without an accelerator refuses it
         made = function(*args, **kwargs)
         device = kwargs.get("device")
         if isinstance(made, torch.Tensor) and made.device.type != "meta":
             if device is not None:
                 put(made, Place.CUDA if names_cuda(device) else Place.HOST)
+            if pinned:
+                put(made, Place.PINNED)
             if name in _FROM_HOST and on_cuda(made) and not isinstance(args[-1], torch.Tensor):
                 watch.note(rules.TO_DEVICE)
         return made

@@ -34,6 +34,7 @@ BF16 = {"model__dtype": "bf16"}
 OFFLOAD = {"reference__placement": "offload"}
 LAYOUTS = {
     "TP1": BF16,
+    "TP1 Adam on the host": BF16 | {"optimizer__offload": "true"},
     "TP2 SP": BF16 | {"parallel__tensor": 2, "parallel__sequence_parallel": "true"},
     "CP2": OFFLOAD | {"parallel__context": 2},  # in fp32
     "PP2": BF16 | OFFLOAD | {"parallel__pipeline": 2},
@@ -53,7 +54,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_whole_steps_mix_nothing_and_keep_to_the_budget(name: str, data: Path, tmp_path: Path):
-    ranks = 1 if name == "TP1" else 2
+    ranks = 1 if name.startswith("TP1") else 2
     settings = work.SETTINGS | LAYOUTS[name]
     results = run_ranks(work.everything, ranks, tmp_path, data, tmp_path, settings, timeout=TIMEOUT)
     for rank, found in enumerate(results):
