@@ -50,6 +50,9 @@ _ELSEWHERE = ("transformers_weights", "configuration_files")
 class _Class:
     """What the configuration class of a family does in transformers; the same in 4.57 and 5."""
 
+    model_type: str
+    """Its name in config.json. It does not follow from the architecture's: DeepseekV3ForCausalLM is
+    deepseek_v3."""
     kv_heads: int | None
     """Default of num_key_value_heads; None = as many as query heads."""
     head_dim: int | None = None
@@ -66,10 +69,12 @@ class _Class:
 
 
 _CLASSES = {
-    "LlamaForCausalLM": _Class(None, head_dim_null=True, windows=True),
-    "MistralForCausalLM": _Class(8, head_dim_null=True, windows=True, window=4096),
-    "Qwen2ForCausalLM": _Class(32, ignores=("attention_bias",)),  # its biases are always there
-    "Qwen3ForCausalLM": _Class(32, head_dim=128),
+    "LlamaForCausalLM": _Class("llama", None, head_dim_null=True, windows=True),
+    "MistralForCausalLM": _Class("mistral", 8, head_dim_null=True, windows=True, window=4096),
+    "Qwen2ForCausalLM": _Class(
+        "qwen2", 32, ignores=("attention_bias",)
+    ),  # its biases are always there
+    "Qwen3ForCausalLM": _Class("qwen3", 32, head_dim=128),
 }
 
 
@@ -129,11 +134,11 @@ def _name(config: JsonObject) -> str:
     names, kind = config.get("architectures") or [], config.get("model_type")
     if not isinstance(names, list) or not all(type(name) is str for name in names):
         config.refuse("architectures", f"must be a list of names, got {shown(names)}")
-    kinds = {_model_type(name): name for name in FAMILIES}
+    kinds = {family.model_type: name for name, family in _CLASSES.items()}
     if names and names[0] not in FAMILIES:
         raise ConfigError(
             f"{config.path}: no table for the architecture {names[0]!r}: known are "
-            f"{', '.join(FAMILIES)}; add it to megatron_rpp/hf/families.py"
+            f"{', '.join(FAMILIES)}; CONTRIBUTING.md says how to add one"
         )
     if kind is None and names:
         return names[0]
@@ -159,10 +164,6 @@ def _dtype(config: JsonObject) -> str | None:
                 config.refuse(key, problem)
             return value
     return None
-
-
-def _model_type(name: str) -> str:
-    return name.removesuffix("ForCausalLM").lower()
 
 
 def _settings(name: str, config: JsonObject) -> dict[str, Any]:
@@ -257,7 +258,7 @@ def config_json(settings: dict[str, Any]) -> dict[str, Any]:
     name = family_of(settings)
     return rope_json(settings) | {
         "architectures": [name],
-        "model_type": _model_type(name),
+        "model_type": _CLASSES[name].model_type,
         "num_hidden_layers": settings["layers"],
         "hidden_size": settings["hidden"],
         "intermediate_size": settings["ffn_hidden"],

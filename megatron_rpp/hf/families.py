@@ -1,10 +1,8 @@
 """The table of tensors: which Hugging Face tensors make up which of Megatron's, by architecture.
 
-To add a family of decoders with RMSNorm, rotary positions and SwiGLU, add a line to FAMILIES: the
-name in `architectures` of config.json, and its rows. Then add the defaults of its configuration
-class to architecture.py. A row names one of Megatron's parameters and the tensors it is made of;
-`{layer}` stands for the number of the layer in the whole model. There are three ways to combine
-them:
+CONTRIBUTING.md lists the steps to add a family. A row names one of Megatron's parameters and the
+tensors it is made of; `{layer}` stands for the number of the layer in the whole model. There are
+three ways to combine them:
 
     COPY      the tensor itself
     QKV       queries, keys and values interleaved by key-value head: [q.. k v] per head

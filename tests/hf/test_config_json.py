@@ -16,11 +16,13 @@ import torch
 from megatron_rpp.config import ModelConfig, cli
 from megatron_rpp.config.model import RopeScalingConfig
 from megatron_rpp.hf.architecture import read_architecture
+from megatron_rpp.hf.families import FAMILIES
 from megatron_rpp.model.rotary import inverse_frequencies
 from tests.hf.models import ABSENT, LLAMA3
 from tools import convert_hf_to_megatron
 
 NAMES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+"""The model_type of each family, by which transformers finds its class, and the class's name."""
 SIZES = {
     "vocab_size": 101,
     "hidden_size": 256,
@@ -43,6 +45,10 @@ def theirs(folder: Path):
     from transformers import AutoConfig
 
     return AutoConfig.from_pretrained(folder)
+
+
+def test_every_family_is_here():
+    assert {f"{name}ForCausalLM" for name in NAMES.values()} == set(FAMILIES)
 
 
 @pytest.mark.parametrize("kind", NAMES)
