@@ -1,122 +1,38 @@
-"""Checks of the documents: links resolve, commands name files and settings that exist, every metric
-is described, and the examples run."""
+"""Checks of the documents: links resolve, settings and files in the text exist, every metric is
+described, and the examples run. test_commands.py checks the commands."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
-import shlex
 import subprocess
-from collections.abc import Iterator
-from dataclasses import asdict, fields
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
-from megatron_rpp.config import Config, cli
+from megatron_rpp.config import cli
 from megatron_rpp.data.examples import open_examples
+from tests.docs.pages import (
+    FENCE,
+    INLINE,
+    LINK,
+    PAGES,
+    ROOT,
+    SECTIONS,
+    SUFFIXES,
+    anchors,
+    commands,
+    is_ours,
+    is_setting,
+    name_of,
+    prose,
+)
+from tests.test_rooms import FLOORS
 
-ROOT = Path(__file__).resolve().parents[2]
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md")])
-RECIPES = sorted([*ROOT.glob("launch/recipes/*.yaml"), *ROOT.glob("examples/*/*.yaml")])
 METRICS = ROOT / "docs/metrics.md"
 ONLY_WHERE = {"throughput/mfu", "reward/NAME"}
 """Tags that a run has on a GPU, or with several reward functions."""
-
-FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-INLINE = re.compile(r"`([^`\n]+)`")
-LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
-SUFFIXES = (
-    ".py",
-    ".sh",
-    ".md",
-    ".json",
-    ".jsonl",
-    ".safetensors",
-    ".yaml",
-    ".txt",
-    ".csv",
-    ".parquet",
-)
-
-
-def name_of(path: Path) -> str:
-    return str(path.relative_to(ROOT))
-
-
-def prose(page: Path) -> str:
-    return FENCE.sub("", page.read_text())
-
-
-def slug(heading: str) -> str:
-    """The anchor that GitHub gives a heading."""
-    return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
-
-
-def anchors(page: Path) -> set[str]:
-    return {slug(line.lstrip("#")) for line in prose(page).splitlines() if line.startswith("#")}
-
-
-def settings() -> tuple[set[str], set[str]]:
-    """(names of all settings, those of them that are mappings with keys of the user's)."""
-    names, mappings = set(), set()
-
-    def walk(values: dict, prefix: str) -> None:
-        for key, value in values.items():
-            if isinstance(value, dict) and value:
-                walk(value, f"{prefix}{key}.")
-            else:
-                names.add(f"{prefix}{key}")
-                mappings.update({f"{prefix}{key}"} if value == {} else ())
-
-    walk(asdict(Config()), "")
-    return names, mappings
-
-
-NAMES, MAPPINGS = settings()
-SECTIONS = {field.name for field in fields(Config)}
-
-
-def is_setting(name: str) -> bool:
-    """A setting, one of a mapping such as task.params.min_terms, or a section."""
-    sections = {known.rpartition(".")[0] for known in NAMES}
-    return name in NAMES or name in sections or name.rpartition(".")[0] in MAPPINGS
-
-
-class Command(NamedTuple):
-    place: str
-    words: list[str]
-
-
-def commands(place: str, text: str) -> Iterator[Command]:
-    """The commands of shell lines; a backslash at the end of a line continues it."""
-    for line in re.sub(r"\\\n\s*", "", text).splitlines():
-        if line.strip():
-            yield Command(f"{place}: {line.strip()}", shlex.split(line, comments=True))
-
-
-def all_commands() -> list[Command]:
-    """The commands of all pages, in blocks and in sentences, and of the heads of recipes."""
-    found: list[Command] = []
-    for page in PAGES:
-        for language, block in FENCE.findall(page.read_text()):
-            if language == "bash":
-                found += commands(name_of(page), block)
-        for code in INLINE.findall(prose(page)):
-            if re.match(r"(bash|python|pytest|torchrun) ", code):
-                found += commands(name_of(page), code)
-    for recipe in RECIPES:
-        comments = [line for line in recipe.read_text().splitlines() if line.startswith("#   ")]
-        found += commands(name_of(recipe), "\n".join(line[1:] for line in comments))
-    return found
-
-
-def is_ours(word: str) -> bool:
-    """Whether a word is a path of the repository: its first part is a top-level entry."""
-    first = Path(word).parts[:1]
-    return bool(first) and first[0] not in (".venv", "runs", ".") and (ROOT / first[0]).exists()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
@@ -156,20 +72,6 @@ def test_settings_in_the_text_exist(page):
                 assert is_setting(name), f"there is no setting {name}"
 
 
-@pytest.mark.parametrize("command", all_commands(), ids=lambda command: command.place)
-def test_commands_name_files_and_settings_that_exist(command):
-    words = [word for word in command.words if not re.match(r"[A-Z_]+=", word)]
-    if words[0] in ("bash", "python", "sbatch"):
-        scripts = [word for word in words if word.endswith((".sh", ".sbatch", ".py", "/run"))]
-        assert scripts and (ROOT / scripts[0]).exists(), f"there is no {scripts[:1]}"
-    for word in words:
-        if word.startswith("--") and "." in word:
-            name = word.removeprefix("--").partition("=")[0]
-            assert is_setting(name), f"there is no setting {name}"
-        elif is_ours(word):
-            assert (ROOT / word.partition(":")[0]).exists(), f"there is no {word}"
-
-
 def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) < 110
 
@@ -182,6 +84,14 @@ def test_every_section_is_described():
 def test_every_page_of_docs_is_linked_from_the_readme():
     linked = LINK.findall((ROOT / "README.md").read_text())
     assert {name_of(page) for page in ROOT.glob("docs/*.md")} <= set(linked)
+
+
+def test_the_floors_of_the_packages_are_described():
+    text = (ROOT / "docs/architecture.md").read_text()
+    floors: list[set[str]] = [set() for _ in FLOORS]
+    for number, rooms in re.findall(r"^\| (\d+) \| (.+?) \|", text, re.MULTILINE):
+        floors[int(number) - 1].update(re.findall(r"`(\w+)[./]", rooms))
+    assert floors == [set(rooms) for rooms in FLOORS]
 
 
 def documented(heading: str = "") -> set[str]:
