@@ -1,7 +1,7 @@
 """The tiers of the tests, and their order if several processes share them.
 
 The folders and files of SLOW start processes, train, or convert whole models. All other tests take
-less than two minutes in all. A single slow test elsewhere has the marker itself.
+less than two minutes in total. A single slow test elsewhere has the marker itself.
 """
 
 from __future__ import annotations

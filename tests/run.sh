@@ -2,7 +2,7 @@
 # Sets up .venv and runs the tests, two files at a time.
 #
 #   bash tests/run.sh                  all tests
-#   bash tests/run.sh --fast           those that need under two minutes in all
+#   bash tests/run.sh --fast           a quick subset, under two minutes in total
 #   bash tests/run.sh PYTEST_WORD ...  pytest with these words instead
 set -euo pipefail
 cd "$(dirname "$0")/.."
