@@ -1,6 +1,6 @@
 """Plans which samples form a mini-batch, and divides a mini-batch into micro-batches.
 
-A mini-batch depends on the seed and the step, never on the layout. Micro-batches only bound the
+A mini-batch depends on seed, step and epoch, never on the layout. Micro-batches only bound the
 memory: they are sorted by length and fit a token budget. Every data-parallel rank has the same
 number of them.
 """

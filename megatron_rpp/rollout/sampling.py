@@ -1,8 +1,8 @@
 """Samples the next token from the logits and (seed, step, sample, position) alone.
 
 A counter-based hash (`seeds.uniforms`) gives one uniform number per token, and the inverse of the
-cumulative distribution turns it into the token. There is no generator state, so the same run
-samples the same tokens on any layout, in any batch order and after any resume.
+cumulative distribution turns it into the token. There is no generator state, so equal logits give
+equal tokens on any layout, in any batch order and after any resume.
 """
 
 from __future__ import annotations
