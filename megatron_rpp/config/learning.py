@@ -208,7 +208,7 @@ class AlgorithmConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceConfig:
-    """The frozen model that the KL terms compare with."""
+    """The frozen model against which the KL terms are measured."""
 
     placement: Literal["resident", "offload"] = "resident"
     """Where the reference lives. resident = a second model next to the policy; offload = a copy of

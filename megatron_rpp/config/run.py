@@ -54,7 +54,7 @@ class Config:
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     """Advantages, KL terms and loss of REINFORCE++ (arXiv 2501.03262), GRPO and RLOO."""
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
-    """The frozen model that the KL terms compare with."""
+    """The frozen model against which the KL terms are measured."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """AdamW and its learning-rate schedule; a step is one optimizer step."""
     train: TrainConfig = field(default_factory=TrainConfig)
