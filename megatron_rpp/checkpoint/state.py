@@ -152,10 +152,9 @@ def _optimizer_state(policy: Policy, model_state: dict, *, loading: bool = False
     return state | {"param_state": shards, _SHARDING: "fully_reshardable"}
 
 
-def _load_optimizer(policy: Policy, path: Path) -> None:
-    """Loads Adam's state at `path`. Each rank reads its own part of it. Collective."""
+def _check_optimizer(policy: Policy, common: dict, path: Path) -> None:
+    """Raises ConfigError if the checkpoint is of another kind of optimizer."""
     (part,) = policy.optimizer.chained_optimizers
-    common = dist_checkpointing.load_common_state_dict(str(path))
     distributed = isinstance(part, DistributedOptimizer)
     if distributed != (_SHARDING in common["optimizer"]):
         raise ConfigError(
@@ -163,9 +162,15 @@ def _load_optimizer(policy: Policy, path: Path) -> None:
             f"has {distributed}: set it to {not distributed}, or start from its weights alone with "
             "model.init_path"
         )
+
+
+def _load_optimizer(policy: Policy, common: dict, path: Path) -> None:
+    """Loads Adam's state at `path`. Each rank reads its own part of it. Collective."""
+    (part,) = policy.optimizer.chained_optimizers
     _allocate_moments(policy.optimizer)
     model_state = _model_state(policy.model)
-    if distributed:  # settings first: the moments are written into the tensors that are left then
+    if isinstance(part, DistributedOptimizer):
+        # Settings first: the moments are written into the tensors that are left then.
         _load_settings(part, common["optimizer"])
         shards = {"optimizer": {"param_state": optimizer_shards(part, model_state)}}
         dist_checkpointing.load(shards, str(path))
@@ -204,11 +209,12 @@ def resume(policy: Policy, path: Path) -> RunState:
     Raises ConfigError, on every rank, if it is of another model or another kind of optimizer.
     """
     _check_fit(policy.model, path)
+    common = dist_checkpointing.load_common_state_dict(str(path))
+    _check_optimizer(policy, common, path)
     _load_model(policy.model, path)
-    _load_optimizer(policy, path)
-    loaded = dist_checkpointing.load_common_state_dict(str(path))
-    policy.scheduler.load_state_dict(loaded["scheduler"])
-    return RunState(**loaded["run"])
+    _load_optimizer(policy, common, path)
+    policy.scheduler.load_state_dict(common["scheduler"])
+    return RunState(**common["run"])
 
 
 def _nothing_more(directory: Path) -> dict[str, Any]:

@@ -6,7 +6,10 @@ in the background. tools/benchmark.py calls it; the result is one JSON line:
 
   waiting, background   stall_seconds: median time that one save stalled the run, up to the moment
                         at which the checkpoint is current; step_seconds: median of whole steps
-                        without the stalls, while a background save takes its share of the machine
+                        without the stalls, while a background save takes its share of the machine;
+                        host_bytes, device_bytes: the most memory that a rank needed for a save in
+                        addition, up to its return (the writer of a background save not included)
+  own_bytes             what the largest rank writes: its share of weights and Adam's state
   stall_ratio           background / waiting
 
 Left out: remote file systems; the disk here may be a cache in memory.
@@ -18,9 +21,13 @@ import json
 import statistics
 import tempfile
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import torch.distributed as dist
+
+from benchmarks.peak_memory import PeakMemory
 from benchmarks.reference_work import reference_run
 from megatron_rpp.parallel import groups
 from megatron_rpp.parallel.device import describe
@@ -39,7 +46,7 @@ WIDE = {
 
 def measure(run: Run, saves: int) -> dict:
     """`saves` steps, each followed by a save."""
-    stalls, steps = [], []
+    stalls, steps, peaks = [], [], []
 
     def step() -> None:
         start = time.perf_counter()
@@ -49,13 +56,22 @@ def measure(run: Run, saves: int) -> dict:
     for _ in range(saves):
         step()
         run.advance(run.config.rollout.prompts_per_step)
-        checkpointing.save_if_due(run, {})
-        checkpointing.publish_if_written(run)
+        with PeakMemory() as peak:
+            checkpointing.save_if_due(run, {})
+            checkpointing.publish_if_written(run)
+        peaks.append((peak.host, peak.device))
         while run.saves.pending is not None:  # a run takes its next steps in the meantime
             step()
             checkpointing.publish_if_written(run)
         stalls.append(run.saves.take_stall_seconds())
-    return {"stall_seconds": statistics.median(stalls), "step_seconds": statistics.median(steps)}
+    most = [max(column) for column in zip(*peaks, strict=True)]
+    host, device = groups.reduce_sums(most, dist.group.WORLD, dist.ReduceOp.MAX)
+    return {
+        "stall_seconds": statistics.median(stalls),
+        "step_seconds": statistics.median(steps),
+        "host_bytes": int(host),
+        "device_bytes": int(device),
+    }
 
 
 def worker(saves: int, settings: list[str]) -> None:
@@ -72,8 +88,21 @@ def worker(saves: int, settings: list[str]) -> None:
             measure(run, 1)  # the first save is not counted
             result[name] = measure(run, saves)
     if groups.is_main():
-        size = sum(f.stat().st_size for f in Path(directory).rglob("*") if f.is_file())
+        files = [f for f in Path(directory).rglob("*") if f.is_file()]
+        size = sum(f.stat().st_size for f in files)
+        own = Counter[str]()
+        for file in files:
+            own[file.name.split("_")[2] if file.suffix == ".distcp" else ""] += file.stat().st_size
         stalls = [result[name]["stall_seconds"] for name in ("background", "waiting")]
-        print(json.dumps(result | {"bytes": size, "stall_ratio": stalls[0] / stalls[1]}))
+        print(
+            json.dumps(
+                result
+                | {
+                    "bytes": size,
+                    "own_bytes": max(own.values()),
+                    "stall_ratio": stalls[0] / stalls[1],
+                }
+            )
+        )
     groups.stop()
     folder.cleanup()
