@@ -104,6 +104,7 @@ def finetune(config: Config, inputs: Inputs, dry_run: bool = False) -> None:
                 while not run.finished:
                     checkpointing.stop_if_requested(run)
                     row = sft_step(run)
+                    row |= checkpointing.evaluate_if_due(run)
                     run.advance(config.sft.batch_size)
                     checkpointing.finish_step(run, row)
                     if "eval/accuracy" in row:

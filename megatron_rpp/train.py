@@ -34,7 +34,6 @@ from megatron_rpp.runtime import run as runs
 from megatron_rpp.runtime.inputs import Inputs
 from megatron_rpp.runtime.run import Run, evaluate_held_out
 from megatron_rpp.runtime.session import session, training
-from megatron_rpp.runtime.step_progress import StepProgress
 from megatron_rpp.stages import advantage, kl_control, logprobs, reward, rollout, update
 
 CONSOLE_METRICS = ("reward/mean", "kl/k1", "policy/entropy", "policy/clip_fraction", "policy/grad_norm",
@@ -64,10 +63,11 @@ def train(config: Config, inputs: Inputs, dry_run: bool = False) -> None:
             return
         with training(run, "train.steps"):
             if not (run.started or run.finished):
-                evaluate_held_out(run)
+                evaluate_held_out(run, 0, stop.told)
             while not run.finished:
                 checkpointing.stop_if_requested(run)
                 row, buffer = rl_step(run)
+                row |= checkpointing.evaluate_if_due(run, stop.told)
                 run.advance(config.rollout.prompts_per_step)
                 kl_control.adapt(
                     run.state, row, config.algorithm, samples=config.rollout.samples_per_step
@@ -98,7 +98,6 @@ def rl_step(run: Run) -> tuple[dict[str, float], RolloutBuffer]:
         buffer, algorithm, run.config.reward, group=groups.data_group()
     )
     updates = _update(run, buffer, algorithm)
-    run.step_progress = StepProgress()
     row = step_metrics(
         buffer, algorithm, rewards=progress.scores, advantage=advantages, update=updates,
         times=progress.times, flops=_flops(run, buffer),
@@ -107,12 +106,12 @@ def rl_step(run: Run) -> tuple[dict[str, float], RolloutBuffer]:
 
 
 def _sample(run: Run) -> RolloutBuffer:
-    """Stage 1: samples responses to the prompts of the step."""
+    """Stage 1: samples responses to the prompts of the step, unless the run is told to stop."""
     settings, replicas = run.config.rollout, groups.data_size()
     with run.stage("rollout", settings.samples_per_step // replicas) as advance_bar:
         return rollout.collect(
             run.engine, run.inputs.train, run.inputs.sampling, rollout=settings, key=run.step_key,
-            replica=groups.data_rank(), replicas=replicas, progress=advance_bar,
+            replica=groups.data_rank(), replicas=replicas, progress=advance_bar, stop=run.stop.told,
         )  # fmt: skip
 
 

@@ -134,11 +134,12 @@ class TrainConfig:
     """Stop when the held-out accuracy reaches this share; null = never."""
     exit_duration_minutes: float | None = None
     """Save and exit with code 75 at the first safe point after this many minutes, for jobs with a
-    time limit; null = never."""
+    time limit; a rollout or an evaluation is abandoned. null = never."""
     hang_timeout_minutes: float | None = 20.0
     """End the run with exit code 70 and name the missing rank if a rank gives no sign of life for
-    this long. Signs of life are a new stage or mini-batch, a part of a save, a generated token, and
-    a response scored by a worker; null = never."""
+    this long. Signs of life are a new stage or micro-batch, a part of a save, a generated token, a
+    response scored by a worker, and a tensor or file that is read at the start. A rank that waits
+    for another is alive as long as the other is; null = never."""
 
     def __post_init__(self) -> None:
         check_range("train", self, "exit_duration_minutes", at_least=0)

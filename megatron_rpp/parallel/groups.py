@@ -23,6 +23,7 @@ from megatron_rpp.lifecycle import heartbeat
 from megatron_rpp.lifecycle.entrypoint import launched_world_size
 from megatron_rpp.lifecycle.exit_codes import RunFailure
 from megatron_rpp.parallel import device as devices
+from megatron_rpp.parallel import progress_wait
 
 from megatron.core import parallel_state, tensor_parallel
 
@@ -31,6 +32,7 @@ WAIT_SECONDS = 2.0
 
 
 _replica: dist.ProcessGroup | None = None  # Megatron has no group of tensor × pipeline × context
+_reports: progress_wait.Reports | None = None
 
 
 def start(
@@ -46,6 +48,7 @@ def start(
     )
     if not dist.is_initialized():
         _join_world()
+    _start_reports()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tensor,
         pipeline_model_parallel_size=pipeline,
@@ -55,6 +58,13 @@ def start(
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     _start_replica_group(context)
+
+
+def _start_reports() -> None:
+    global _reports
+    if dist.get_world_size() > 1:
+        _reports = progress_wait.Reports()
+        _reports.start()
 
 
 def _start_replica_group(context: int) -> None:
@@ -91,8 +101,11 @@ def _join_world() -> None:
 
 def destroy() -> None:
     """Destroys the parallel groups but not the world: `start` can build other groups over it."""
-    global _replica
+    global _replica, _reports
     _replica = None
+    if _reports is not None:
+        _reports.stop()
+        _reports = None
     parallel_state.destroy_model_parallel()
 
 
@@ -178,6 +191,20 @@ def broadcast_from_last_stage(values: torch.Tensor) -> torch.Tensor:
     if group.size() > 1:
         dist.broadcast(values, src=dist.get_global_rank(group, group.size() - 1), group=group)
     return values
+
+
+def broadcast_in_model(values: torch.Tensor) -> torch.Tensor:
+    """Copies the `values` of one rank of the last pipeline stage into those of all ranks that hold
+    this copy of the model, in place."""
+    group = model_group()
+    if group.size() > 1:  # the ranks of the last stage are the last ones
+        dist.broadcast(values, group=group, group_src=group.size() - tensor_group().size())
+    return values
+
+
+def on_any(found: bool) -> bool:
+    """Whether `found` is true on any rank of the world. Collective."""
+    return bool(reduce_sums([float(found)], dist.group.WORLD, dist.ReduceOp.MAX)[0])
 
 
 def gather_objects(value: Any, group: dist.ProcessGroup | None) -> list[Any]:

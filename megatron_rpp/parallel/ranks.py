@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from megatron_rpp.lifecycle.config_error import ConfigError
-from megatron_rpp.parallel import groups
+from megatron_rpp.parallel import groups, progress_wait
 
 Result = TypeVar("Result")
 # Ranks wait for the one with the most work. A rank that dies is noticed at once, timeout or not.
@@ -63,8 +63,11 @@ def raise_on_all_ranks(task: Callable[[], Result]) -> Result:
 
 
 def gathered(value: Any) -> list[Any]:
-    """Returns every rank's `value`, in rank order."""
-    return groups.gather_objects(value, dist.group.WORLD) if dist.is_initialized() else [value]
+    """Returns every rank's `value`, in rank order; waits for the slowest rank while it progresses."""
+    if not dist.is_initialized():
+        return [value]
+    progress_wait.wait_for_all()
+    return groups.gather_objects(value, dist.group.WORLD)
 
 
 def on_every_rank(task: Callable[[], Result]) -> list[Result]:

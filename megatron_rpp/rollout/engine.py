@@ -11,6 +11,7 @@ pipeline stages.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -23,7 +24,7 @@ from megatron_rpp.lifecycle import heartbeat
 from megatron_rpp.model import pipeline
 from megatron_rpp.model.language_model import Decoding, chunks, decoding
 from megatron_rpp.parallel import device as devices
-from megatron_rpp.parallel import groups
+from megatron_rpp.parallel import groups, progress_wait
 from megatron_rpp.records import Generation, Request, Sampling
 from megatron_rpp.rollout.sampling import choose
 from megatron_rpp.rollout.stopping import StopTexts
@@ -31,6 +32,10 @@ from megatron_rpp.seeds import uniforms
 
 # Compact once this share of the batch has finished: a copy of the cache costs about one token.
 COMPACT_SHARE = 0.125
+
+
+class Abandoned(Exception):
+    """The engine was asked to stop before all sequences were finished."""
 
 
 class RolloutEngine(Protocol):
@@ -44,10 +49,16 @@ class RolloutEngine(Protocol):
         seed: int,
         step: int,
         progress: Callable[[int], None] = lambda finished: None,
+        stop: Callable[[], bool] = lambda: False,
     ) -> list[Generation]:
         """Returns one generation per request of this replica, in the order of the requests.
 
-        progress: called with the number of sequences that have been finished since its last call.
+        Args:
+            progress: called with the number of sequences that have been finished since its last
+                call.
+            stop: called on every rank, at least once a second; the answers of the ranks may differ.
+        Raises:
+            Abandoned: on every rank of the replica, soon after `stop` was true on all of them.
         """
 
 
@@ -97,12 +108,20 @@ class MegatronEngine:
         seed: int,
         step: int,
         progress: Callable[[int], None] = lambda finished: None,
+        stop: Callable[[], bool] = lambda: False,
     ) -> list[Generation]:
         """See RolloutEngine. Context-parallel ranks hold the same weights and share the work."""
         group = groups.context_group()
         share = requests[group.rank() :: group.size()]
-        own = self._generate(share, sampling, seed=seed, step=step, progress=progress)
+        own: list[Generation] | None = None
+        with suppress(Abandoned):
+            own = self._generate(
+                share, sampling, seed=seed, step=step, progress=progress, stop=stop
+            )
+        progress_wait.wait_for_all(group, idle=stop)
         parts = groups.gather_objects(own, group) if group.size() > 1 else [own]
+        if None in parts:
+            raise Abandoned
         return [parts[i % len(parts)][i // len(parts)] for i in range(len(requests))]
 
     def _generate(
@@ -113,22 +132,33 @@ class MegatronEngine:
         seed: int,
         step: int,
         progress: Callable[[int], None],
+        stop: Callable[[], bool],
     ) -> list[Generation]:
         order = sorted(
             range(len(requests)), key=lambda i: (len(requests[i].prompt), requests[i].prompt)
         )
         results: dict[int, Generation] = {}
         self.model.eval()
-        for start in range(0, len(order), self.max_batch):
-            chosen = order[start : start + self.max_batch]
-            wave = _Wave.start([requests[i] for i in chosen], sampling.max_new_tokens)
-            self._run(wave, sampling, seed=seed, step=step)
-            results.update(zip(chosen, wave.generations(), strict=True))
-            progress(len(chosen))
-        self.model.train()
+        try:
+            for start in range(0, len(order), self.max_batch):
+                chosen = order[start : start + self.max_batch]
+                wave = _Wave.start([requests[i] for i in chosen], sampling.max_new_tokens)
+                self._run(wave, sampling, seed=seed, step=step, stop=stop)
+                results.update(zip(chosen, wave.generations(), strict=True))
+                progress(len(chosen))
+        finally:
+            self.model.train()
         return [results[i] for i in range(len(requests))]
 
-    def _run(self, wave: _Wave, sampling: Sampling, *, seed: int, step: int) -> None:
+    def _run(
+        self,
+        wave: _Wave,
+        sampling: Sampling,
+        *,
+        seed: int,
+        step: int,
+        stop: Callable[[], bool],
+    ) -> None:
         lengths = np.array([len(request.prompt) for request in wave.requests])
         ids = np.array([request.sample_id for request in wave.requests])
         alive = np.arange(len(wave.requests))  # the wave's sequences that are in the batch
@@ -137,12 +167,14 @@ class MegatronEngine:
             for position in range(sampling.max_new_tokens):
                 heartbeat.current.beat()
                 random = uniforms(seed, step, ids[alive], position=position)
-                tokens = self._next_tokens(hidden, random, sampling, position=position)
-                self._record(wave, alive, tokens, position=position, sampling=sampling)
+                chosen = self._next_tokens(
+                    hidden, random, sampling, position=position, stopping=stop()
+                )
+                self._record(wave, alive, chosen, position=position, sampling=sampling)
                 running = ~wave.ended[alive]
                 if not running.any() or position + 1 == sampling.max_new_tokens:
                     break
-                tokens = tokens[0].long()
+                tokens = chosen[0, :-1].long()
                 if (~running).mean() >= COMPACT_SHARE:
                     rows = devices.upload(torch.from_numpy(running.nonzero()[0]), tokens.device)
                     state.select(rows)
@@ -163,16 +195,27 @@ class MegatronEngine:
         return hidden[last, torch.arange(len(unique), device=hidden.device)][copies]
 
     def _next_tokens(
-        self, hidden: torch.Tensor, random: np.ndarray, sampling: Sampling, *, position: int
+        self,
+        hidden: torch.Tensor,
+        random: np.ndarray,
+        sampling: Sampling,
+        *,
+        position: int,
+        stopping: bool,
     ) -> torch.Tensor:
-        """Samples on the last stage; every stage gets the tokens and their log-probs, fp64 [2, b]."""
-        chosen = torch.empty(2, len(random), dtype=torch.float64, device=devices.device())
+        """Samples on the last stage; all ranks get what one of its ranks has chosen.
+
+        Returns tokens and their log-probs, fp64 [2, b + 1]. The last column is 1 if that rank is
+        `stopping`: so all ranks stop after the same token, without another message.
+        """
+        chosen = torch.empty(2, len(random) + 1, dtype=torch.float64, device=devices.device())
+        chosen[:, -1] = float(stopping)
         if groups.is_last_stage():
             forbid = self._ends(sampling) if position < sampling.min_new_tokens else ()
             logits = chunks(self.model)[-1].sampling_logits(hidden)
             tokens, logprobs = choose(logits, random, sampling, forbid=forbid)
-            chosen[0], chosen[1] = tokens, logprobs
-        return groups.broadcast_from_last_stage(chosen)
+            chosen[0, :-1], chosen[1, :-1] = tokens, logprobs
+        return groups.broadcast_in_model(chosen)
 
     def _record(
         self,
@@ -183,8 +226,14 @@ class MegatronEngine:
         position: int,
         sampling: Sampling,
     ) -> None:
-        """Appends the new tokens of running sequences and marks the sequences that end with them."""
+        """Appends the new tokens of running sequences and marks the sequences that end with them.
+
+        Raises Abandoned if the rank that sampled was asked to stop.
+        """
         values = chosen.cpu().numpy()
+        if values[0, -1]:
+            raise Abandoned
+        values = values[:, :-1]
         running = ~wave.ended[alive]
         rows = alive[running]
         wave.tokens[rows, position] = values[0, running]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -78,16 +78,26 @@ def finish_stage(run: Run, stage: str) -> None:
     stop_if_requested(run)
 
 
-def finish_step(run: Run, row: dict[str, float]) -> None:
-    """Ends a step that `run.state` counts: evaluates and saves if due, logs its row. Collective."""
-    step, config = run.state.step, run.config
+def evaluate_if_due(run: Run, stop: Callable[[], bool] = lambda: False) -> dict[str, float]:
+    """Evaluates the policy after the updates of a step if it is due; returns metrics. Collective.
+
+    Raises Abandoned, on every rank, if `stop` was true meanwhile. For then it comes before the step
+    counts as finished: the run is still inside the step, after its last mini-batch, and a resumed run
+    evaluates again.
+    """
+    step, config = run.state.step + 1, run.config
     if step == config.train.steps or due(step, config.evaluation.interval):
-        row |= evaluate_held_out(run)
+        return evaluate_held_out(run, step, stop)
+    return {}
+
+
+def finish_step(run: Run, row: dict[str, float]) -> None:
+    """Ends a step that `run.state` counts: saves if due, logs its row. Collective."""
     save_if_due(run, row)
     row["time/checkpoint"] = run.saves.take_stall_seconds()
     # The row is written before the checkpoint becomes current. A kill in between repeats the step
     # and its row; in the other order, it would lose the row.
-    run.metrics.step(step, row)
+    run.metrics.step(run.state.step, row)
     publish_if_written(run)
 
 

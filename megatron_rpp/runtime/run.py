@@ -119,20 +119,26 @@ def assemble(
     return Run(config, inputs, policy, reference, engine, console, metrics)
 
 
-def evaluate_held_out(run: Run) -> dict[str, float]:
+def evaluate_held_out(run: Run, step: int, stop: Callable[[], bool]) -> dict[str, float]:
     """Answers the held-out prompts, logs the result and returns its metrics. Collective.
 
     Sets `run.state.accuracy`.
+
+    Args:
+        step: number of steps behind the policy.
+        stop: whether to abandon it.
+    Raises:
+        Abandoned: on every rank, if it was abandoned.
     """
-    inputs, state = run.inputs, run.state
+    inputs = run.inputs
     heartbeat.enter("evaluation")
     with run.console.stage("evaluation"):
         result = evaluate(
             run.engine, inputs.held_out, inputs.rewards, form=inputs.response_form,
-            sampling=inputs.greedy, shown=run.config.evaluation.samples,
+            sampling=inputs.greedy, shown=run.config.evaluation.samples, stop=stop,
         )  # fmt: skip
-    state.accuracy = result.accuracy
-    run.metrics.evaluation(state.step, result)
+    run.state.accuracy = result.accuracy
+    run.metrics.evaluation(step, result)
     text = f"held-out accuracy {result.accuracy:.1%}, reward {result.reward:.3f}"
-    run.console.log(f"step {state.step}: {text} ({result.count} prompts)")
+    run.console.log(f"step {step}: {text} ({result.count} prompts)")
     return evaluation_row(result)

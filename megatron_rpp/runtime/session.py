@@ -14,6 +14,7 @@ from megatron_rpp.lifecycle.config_error import ConfigError
 from megatron_rpp.lifecycle.exit_codes import RunFailure
 from megatron_rpp.lifecycle.watchdog import Watchdog
 from megatron_rpp.reporting.console import Console
+from megatron_rpp.rollout.engine import Abandoned
 from megatron_rpp.runtime import checkpointing, export
 from megatron_rpp.runtime.run import Run
 from megatron_rpp.runtime.stop_request import Stop
@@ -61,6 +62,9 @@ def _watching(config: Config) -> AbstractContextManager[None]:
 def training(run: Run, setting: str) -> Iterator[None]:
     """Surrounds the steps of a run: opens its metrics before them, exports the policy after them.
 
+    If a rollout or an evaluation inside is abandoned, the run saves and stops. It is then at the last
+    safe point, because neither changes it before it is finished.
+
     A mistake of the user's that is found inside ends the run as a failure (exit code 1): work was
     done before. Collective.
 
@@ -75,6 +79,9 @@ def training(run: Run, setting: str) -> Iterator[None]:
         else:
             run.metrics.open(state.step, resumed=run.started)
         yield
+    except Abandoned:
+        checkpointing.stop_if_requested(run)
+        raise  # nobody asked to stop
     except ConfigError as error:  # for example, a row has changed on the disk
         raise RunFailure(str(error)) from error
     run.metrics.close()

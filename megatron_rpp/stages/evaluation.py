@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from megatron_rpp.data.prompts import Prompt
@@ -12,7 +12,7 @@ from megatron_rpp.records import Request, Sampling
 from megatron_rpp.rewards import RewardSet
 from megatron_rpp.rollout.engine import RolloutEngine
 from megatron_rpp.stages.reward import score_responses
-from megatron_rpp.stages.rollout import shard
+from megatron_rpp.stages.rollout import generate, shard
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ def evaluate(
     form: ResponseFormat,
     sampling: Sampling,
     shown: int,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Evaluation:
     """Answers every prompt once; each replica answers its shard. Collective over the world.
 
@@ -51,11 +52,14 @@ def evaluate(
     Args:
         form: how responses become text.
         shown: how many answers to return as samples.
+        stop: whether the run was told to stop.
+    Raises:
+        Abandoned: on every rank, if the run was told to stop.
     """
     rank, size = groups.data_rank(), groups.data_size()
     own = [prompts[i] for i in shard(len(prompts), rank, size)]
     requests = [Request(prompt.tokens, sample_id=0) for prompt in own]
-    generations = engine.generate(requests, sampling, seed=0, step=0)
+    generations = generate(engine, requests, sampling, seed=0, step=0, stop=stop)
     responses = [generation.tokens for generation in generations]
     scores = score_responses(rewards, form, prompts=own, responses=responses)
     first = next(iter(scores.parts.values()))

@@ -26,20 +26,20 @@ def score_responses(
         RewardError: on every rank of the run, if a reward function failed on any.
     """
     scores, failure = None, None
-    with progress_wait.leader_barrier() as report_progress:
-        if groups.is_replica_leader():
-            examples = [prompt.example for prompt in prompts]
-            heartbeat.enter("a reward function")
-            try:
-                scores = rewards.score(
-                    [example.prompt for example in examples],
-                    [form.text(response) for response in responses],
-                    [example.label for example in examples],
-                    [_metadata(*pair) for pair in zip(examples, responses)],
-                    alive=report_progress,
-                )
-            except RewardError as error:
-                failure = str(error)
+    if groups.is_replica_leader():
+        examples = [prompt.example for prompt in prompts]
+        heartbeat.enter("a reward function")
+        try:
+            scores = rewards.score(
+                [example.prompt for example in examples],
+                [form.text(response) for response in responses],
+                [example.label for example in examples],
+                [_metadata(*pair) for pair in zip(examples, responses)],
+                alive=heartbeat.current.beat,
+            )
+        except RewardError as error:
+            failure = str(error)
+    progress_wait.wait_for_all()
     scores, failure = groups.broadcast_object((scores, failure), groups.replica_group())
     for message in groups.gather_objects(failure, groups.data_group()):
         if message is not None:

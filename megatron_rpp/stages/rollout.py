@@ -3,17 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 
 from megatron_rpp.config import RolloutConfig
 from megatron_rpp.data.prompts import PromptSet
-from megatron_rpp.records import Request, Sampling, StepKey
+from megatron_rpp.parallel import groups, progress_wait
+from megatron_rpp.records import Generation, Request, Sampling, StepKey
 from megatron_rpp.rollout.buffer import RolloutBuffer, from_generations
-from megatron_rpp.rollout.engine import RolloutEngine
+from megatron_rpp.rollout.engine import Abandoned, RolloutEngine
 
 
 def shard(count: int, rank: int, size: int) -> range:
     """The contiguous part of range(count) that data-parallel `rank` of `size` owns."""
     return range(count * rank // size, count * (rank + 1) // size)
+
+
+def generate(
+    engine: RolloutEngine,
+    requests: list[Request],
+    sampling: Sampling,
+    *,
+    seed: int,
+    step: int,
+    progress: Callable[[int], None] = lambda finished: None,
+    stop: Callable[[], bool],
+) -> list[Generation]:
+    """Does the same as `RolloutEngine.generate`, in agreement with the other replicas. Collective.
+
+    Raises Abandoned, on every rank of the world, if any replica has abandoned its sequences.
+    """
+    generations: list[Generation] | None = None
+    with suppress(Abandoned):
+        generations = engine.generate(
+            requests, sampling, seed=seed, step=step, progress=progress, stop=stop
+        )
+    progress_wait.wait_for_all(idle=stop)
+    if groups.on_any(generations is None) or generations is None:
+        raise Abandoned
+    return generations
 
 
 def collect(
@@ -26,8 +53,9 @@ def collect(
     replica: int,
     replicas: int,
     progress: Callable[[int], None],
+    stop: Callable[[], bool] = lambda: False,
 ) -> RolloutBuffer:
-    """Samples responses to this replica's prompts of a step.
+    """Samples responses to this replica's prompts of a step. Collective.
 
     All responses to a prompt are sampled on one replica. Prompt p of the step has the samples
     p·k .. p·k + k-1 (k = samples_per_prompt) on any replica, so the sampled tokens do not depend on
@@ -36,6 +64,9 @@ def collect(
     Args:
         replica: number of this data-parallel replica, out of `replicas`.
         progress: called with the number of responses that have been finished since its last call.
+        stop: whether the run was told to stop (RolloutEngine.generate).
+    Raises:
+        Abandoned: on every rank of the world, if the run was told to stop.
     """
     rows = prompts.order(key.prompts_seen, rollout.prompts_per_step, key.seed)
     chosen, requests = [], []
@@ -44,8 +75,8 @@ def collect(
         for sample in range(rollout.samples_per_prompt):
             chosen.append(prompt)
             requests.append(Request(prompt.tokens, position * rollout.samples_per_prompt + sample))
-    generations = engine.generate(
-        requests, sampling, seed=key.seed, step=key.step, progress=progress
+    generations = generate(
+        engine, requests, sampling, seed=key.seed, step=key.step, progress=progress, stop=stop
     )
     return from_generations(
         chosen, requests, generations, samples_per_prompt=rollout.samples_per_prompt

@@ -15,12 +15,12 @@ HANGS = {
     "stopped": (
         "time.sleep(2); os.kill(os.getpid(), signal.SIGSTOP)",
         "rank 1 (process ",
-        "in a reward function) is missing; in waiting for all rewards: rank 0",
+        "in a reward function) is missing; in waiting for rank 1, in a reward function: rank 0",
     ),
     # It runs and never returns.
     "stuck": (
         "time.sleep(3600)",
-        "in waiting for all rewards: rank 0",
+        "in waiting for rank 1, in a reward function: rank 0",
         "in a reward function: rank 1",
     ),
 }
@@ -47,6 +47,6 @@ def test_the_missing_rank_is_named(hang, tmp_path: Path):
     assert "error: the run hangs, without progress for 6 s: " in errors
     assert all(text in errors for text in expected), errors
     stacks = (tmp_path / "logs/stacks/rank_00000.txt").read_text()
-    assert "score_responses" in stacks and "leader_barrier" in stacks
+    assert "score_responses" in stacks and "wait_for_all" in stacks
     if hang == "stuck":
         assert "in score" in (tmp_path / "logs/stacks/rank_00001.txt").read_text()

@@ -14,7 +14,6 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_rpp import train
-from megatron_rpp.checkpoint.run_state import RunState
 from megatron_rpp.reporting.console import Console
 from megatron_rpp.runtime.inputs import load_inputs
 from megatron_rpp.runtime.run import build
@@ -74,7 +73,7 @@ def steps(data, tmp_path_factory) -> list[tuple]:
     with layout(config):
         run = build(config, inputs, Console(False))
         first = train.rl_step(run)
-        run.state = RunState(step=1, prompts_seen=6)
+        run.advance(6)
         return [first, train.rl_step(run)]
 
 

@@ -7,6 +7,7 @@ import torch
 
 from megatron_rpp.config import RolloutConfig
 from megatron_rpp.data.prompts import Example, Prompt, PromptSet
+from megatron_rpp.parallel import groups
 from megatron_rpp.records import Generation, Sampling, StepKey
 from megatron_rpp.stages.rollout import collect, shard
 from tests.rollout.buffer_bytes import nbytes
@@ -14,6 +15,13 @@ from tests.rollout.buffer_bytes import nbytes
 PROMPTS = [Prompt(Example(f"prompt {i}"), tuple(range(3, 11))) for i in range(20)]
 PER_STEP, SAMPLES = 16, 4
 RESPONSE_COLUMNS = ("old_logprobs", "ref_logprobs", "advantages", "returns")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def world():
+    groups.start(1, 1, seed=1)
+    yield
+    groups.stop()
 
 
 class Echo:
@@ -25,7 +33,7 @@ class Echo:
     def __init__(self, ragged):
         self.ragged = ragged
 
-    def generate(self, requests, sampling, *, seed, step, progress=lambda finished: None):
+    def generate(self, requests, sampling, *, seed, step, progress, stop):
         generations = []
         for request in requests:
             length = 1 + request.sample_id * 5 % 8 if self.ragged else 8

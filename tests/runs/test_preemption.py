@@ -78,13 +78,17 @@ def check_equal(base: Path, run: str) -> None:
 
 
 # The signal comes when `phase` is entered for the `count`-th time; then the run leaves this
-# checkpoint. A step enters "update" once for the stage and once for each mini-batch.
+# checkpoint, if any. A step enters "update" once for the stage and once for each mini-batch; the run
+# is evaluated before the first step, too. Rollouts and evaluations are abandoned.
 CASES = {
-    "in the first rollout": ("rollout", 1, "iter_0000000_done_1_rollout"),
+    "in the first rollout": ("rollout", 1, ""),
+    "in the second rollout": ("rollout", 2, "iter_0000001"),
+    "in the evaluation before the first step": ("evaluation", 1, ""),
+    "in the evaluation after the first step": ("evaluation", 2, "iter_0000000_minibatch_0004"),
     "in the second reward": ("reward", 2, "iter_0000001_done_2_reward"),
     "in the first step's update": ("update", 3, "iter_0000000_minibatch_0002"),
     "in the second step's update": ("update", 9, "iter_0000001_minibatch_0003"),
-    "in the first step's last mini-batch": ("update", 5, "iter_0000001"),
+    "in the first step's last mini-batch": ("update", 5, "iter_0000000_minibatch_0004"),
 }
 
 
@@ -95,7 +99,7 @@ def test_a_stopped_run_resumes_inside_the_step(base, case):
     before = signal.getsignal(number)
     with at(phase, count, send(number)), pytest.raises(Preempted, match=f"{number.name}: saved"):
         train_run(base, base / case, **SETTINGS)
-    assert names(base / case) == [left]
+    assert names(base / case) == ([left] if left else [])
     assert signal.getsignal(number) == before
     with at("never", 1, print) as entered:
         train_run(base, base / case, **SETTINGS)
@@ -118,11 +122,11 @@ def test_a_second_stop_right_after_a_resume(base):
 
 
 def test_two_stops_in_one_step_always_leave_a_current_save(base):
-    """The run stops after the rollout, then after the reward. At every moment of the second save
-    either the older or the newer checkpoint is current."""
+    """The run stops after the rollout, just after the last token, then after the reward. At every
+    moment of the second save either the older or the newer checkpoint is current."""
     run, first, second = base / "twice", "iter_0000000_done_1_rollout", "iter_0000000_done_2_reward"
-    with at("rollout", 1, send(signal.SIGTERM)), pytest.raises(Preempted):
-        train_run(base, run, **SETTINGS)
+    with at("save rollouts", 1, send(signal.SIGTERM)), pytest.raises(Preempted):
+        train_run(base, run, checkpoint__save_rollouts="true", **SETTINGS)
     current = []
 
     def listen(phase: str) -> None:

@@ -81,7 +81,7 @@ def spoiled_steps(rank: int, data, kind: str, value: str, settings: dict) -> dic
         for spoiled in (1, 2, 0):
             spoiler.left = spoiled
             row, _ = train.rl_step(run)
-            run.state.step += 1
+            run.advance(0)
             found["rows"].append(row)
             found["weights"].append(weights(run))
             found["updates"].append(run.policy.scheduler.num_steps)
@@ -90,6 +90,7 @@ def spoiled_steps(rank: int, data, kind: str, value: str, settings: dict) -> dic
         with pytest.raises(RunFailure) as failure:
             for _ in range(2):
                 train.rl_step(run)
+                run.advance(0)
         found["failure"] = str(failure.value)
         found["weights"].append(weights(run))
     update.policy_loss, pipeline.finalize_model_grads = original, finalize_model_grads

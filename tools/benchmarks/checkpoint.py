@@ -34,6 +34,7 @@ from megatron_rpp.parallel.device import describe
 from megatron_rpp.runtime import checkpointing
 from megatron_rpp.runtime.run import Run
 from megatron_rpp.runtime.session import frozen_heap
+from megatron_rpp.runtime.step_progress import StepProgress
 from megatron_rpp.train import rl_step
 
 WIDE = {
@@ -51,6 +52,7 @@ def measure(run: Run, saves: int) -> dict:
     def step() -> None:
         start = time.perf_counter()
         rl_step(run)
+        run.step_progress = StepProgress()
         steps.append(time.perf_counter() - start)
 
     for _ in range(saves):
