@@ -19,6 +19,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from megatron_rpp.lifecycle import heartbeat
 from megatron_rpp.lifecycle.atomic_files import sync_directory, write_atomic
 from megatron_rpp.parallel import ranks
 
@@ -32,7 +33,11 @@ def _share_of_this_rank(names: list[str]) -> list[str]:
 
 
 def describe(path: Path, to_disk: bool = False) -> dict[str, Any]:
-    """A file's entry in the manifest: size in bytes and checksum. to_disk: flush it to the disk."""
+    """A file's entry in the manifest: size in bytes and checksum. to_disk: flush it to the disk.
+
+    A sign of life.
+    """
+    heartbeat.current.beat()
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, _ALGORITHM).hexdigest()
         if to_disk:
@@ -104,6 +109,7 @@ def read_manifest(directory: str | Path) -> dict[str, Any] | None:
 
 def damage(directory: str | Path) -> str | None:
     """What is wrong with a directory, the same on every rank; None: nothing. Collective."""
+    heartbeat.enter("check a checkpoint")
     directory = Path(directory)
     manifest = ranks.gathered(read_manifest(directory))[0]
     if manifest is None:

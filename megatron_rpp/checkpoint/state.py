@@ -10,7 +10,8 @@ checkpoints and says which one is current.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from types import MappingProxyType
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.planner import ReadItem
 
 from megatron_rpp.checkpoint.optimizer_shards import optimizer_shards
 from megatron_rpp.checkpoint.run_state import RunState
@@ -25,6 +27,7 @@ from megatron_rpp.checkpoint.store import POINTER, newest, require
 from megatron_rpp.checkpoint.writer import PendingSave
 from megatron_rpp.config import CheckpointConfig
 from megatron_rpp.config.model import NOT_COMPARED
+from megatron_rpp.lifecycle import heartbeat
 from megatron_rpp.lifecycle.config_error import ConfigError, reading
 from megatron_rpp.lifecycle.exit_codes import SaveFailed
 from megatron_rpp.model.language_model import chunks
@@ -43,6 +46,7 @@ from megatron.core.dist_checkpointing.serialization import get_default_load_shar
 from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelLoadStrategyWrapper,
 )
+from megatron.core.dist_checkpointing.strategies.torch import MCoreLoadPlanner
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
@@ -91,9 +95,29 @@ def _check_fit(model: torch.nn.Module, path: Path) -> None:
             )
 
 
+@contextmanager
+def _signs_of_life() -> Iterator[None]:
+    """Gives a sign of life for each tensor that is loaded in the context.
+
+    Megatron makes the planner itself, which torch calls after each tensor that it has read.
+    """
+    original = MCoreLoadPlanner.commit_tensor
+
+    def commit_tensor(planner: MCoreLoadPlanner, item: ReadItem, tensor: torch.Tensor) -> None:
+        original(planner, item, tensor)
+        heartbeat.current.beat()
+
+    MCoreLoadPlanner.commit_tensor = commit_tensor  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        MCoreLoadPlanner.commit_tensor = original  # type: ignore[method-assign]
+
+
 def load_weights(model: torch.nn.Module, directory: str | Path) -> None:
     """Loads the weights of a checkpoint that any layout wrote into `model`. Collective."""
     path = require(directory)
+    heartbeat.enter("load the weights")
     _check_fit(model, path)
     _load_model(model, path)
 
@@ -109,7 +133,8 @@ def _load_model(model: torch.nn.Module, path: Path) -> None:
     reader = FullyParallelLoadStrategyWrapper(
         get_default_load_sharded_strategy(str(path)), groups.token_group()
     )
-    loaded = dist_checkpointing.load({"model": weights}, str(path), reader)["model"]
+    with _signs_of_life():
+        loaded = dist_checkpointing.load({"model": weights}, str(path), reader)["model"]
     for number, chunk in enumerate(chunks(model)):
         name = f"chunk{number}"
         chunk.load_state_dict(loaded[name] | extra[name])
@@ -173,12 +198,15 @@ def _load_optimizer(policy: Policy, common: dict, path: Path) -> None:
         # Settings first: the moments are written into the tensors that are left then.
         _load_settings(part, common["optimizer"])
         shards = {"optimizer": {"param_state": optimizer_shards(part, model_state)}}
-        dist_checkpointing.load(shards, str(path))
+        with _signs_of_life():
+            dist_checkpointing.load(shards, str(path))
         if isinstance(part.optimizer, HybridDeviceOptimizer):
             part.optimizer._sync_hdo_state_to_sub_optimizers()
     else:
         content = {"optimizer": _optimizer_state(policy, model_state, loading=True)}
-        _load_settings(part, dist_checkpointing.load(content, str(path))["optimizer"])
+        with _signs_of_life():
+            loaded = dist_checkpointing.load(content, str(path))
+        _load_settings(part, loaded["optimizer"])
 
 
 def _load_settings(part: MegatronOptimizer, content: dict) -> None:
@@ -208,6 +236,7 @@ def resume(policy: Policy, path: Path) -> RunState:
 
     Raises ConfigError, on every rank, if it is of another model or another kind of optimizer.
     """
+    heartbeat.enter("resume")
     _check_fit(policy.model, path)
     common = dist_checkpointing.load_common_state_dict(str(path))
     _check_optimizer(policy, common, path)

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 
 from megatron_rpp.config import ModelConfig, ParallelConfig, TrainConfig
 from megatron_rpp.config.model import padded_vocab_size
+from megatron_rpp.lifecycle import heartbeat
 from megatron_rpp.model import initialization
 from megatron_rpp.model.attention import CoreAttention
 from megatron_rpp.model.language_model import LanguageModel, chunks
@@ -140,6 +141,7 @@ def build_model(
             None = zeros, for weights that are loaded next.
         train: how the model will be trained (recompute).
     """
+    heartbeat.enter("build a model")
     config = transformer_config(model, parallel, train)
     count = parallel.virtual_pipeline
     stage = torch.nn.ModuleList(

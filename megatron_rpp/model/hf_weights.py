@@ -13,6 +13,7 @@ import torch
 from megatron_rpp.hf.families import EMBEDDING, OUTPUT, Row, canonical
 from megatron_rpp.hf.safetensors_in import Weights
 from megatron_rpp.hf.source import check_source
+from megatron_rpp.lifecycle import heartbeat
 from megatron_rpp.lifecycle.config_error import ConfigError
 from megatron_rpp.model import initialization
 from megatron_rpp.model.language_model import LanguageModel, chunks
@@ -51,10 +52,12 @@ def load_hf(stage: torch.nn.Module, directory: str | Path) -> None:
     """
     source = raise_on_all_ranks(lambda: check_source(directory))
     _check_architecture(stage, source.settings, directory)
+    heartbeat.enter("load the weights")
     by_name = {row.megatron: row for row in source.rows}
     for chunk in chunks(stage):
         for name, parameter in chunk.named_parameters():
             row = by_name[canonical(initialization.global_name(chunk, name))]
+            heartbeat.current.beat()
             parameter.copy_(local_shard(chunk, row, parameter, weights=source.weights))
 
 

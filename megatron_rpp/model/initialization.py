@@ -12,6 +12,7 @@ import math
 
 import torch
 
+from megatron_rpp.lifecycle import heartbeat
 from megatron_rpp.model.language_model import LanguageModel
 
 # The std of projections into the residual stream is smaller by 1/sqrt(2·layers) (GPT-2).
@@ -59,6 +60,7 @@ def fill(model: LanguageModel, std: float, seed: int) -> None:
     tensor = model.pg_collection.tp
     residual_std = std / math.sqrt(2 * model.config.num_layers)
     for name, parameter in model.named_parameters():
+        heartbeat.current.beat()
         if parameter.dim() == 1:
             parameter.fill_(0.0 if name.endswith("bias") else 1.0)
             continue

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_rpp.lifecycle import heartbeat
 from megatron_rpp.model.language_model import chunks
 from megatron_rpp.parallel import device as devices
 from megatron_rpp.parallel import groups
@@ -39,6 +40,7 @@ def _run(
     **schedule: Any,
 ) -> list[Any]:
     def forward_step(batches, chunk):
+        heartbeat.current.beat()
         batch = next(batches)
         return chunk(batch.tokens, batch.positions, batch.packing), partial(last_stage, batch)
 
