@@ -47,7 +47,9 @@ from megatron_rpp.stages.update import optimizer_step
 def main(argv: list[str] | None = None, *, start: startup.Startup | None = None) -> None:
     start = start or startup.for_sft(argv)
     config = start.config
-    groups.start(**config.parallel.sizes(), seed=config.seed)
+    groups.start(
+        **config.parallel.sizes(), seed=config.seed, deterministic=config.train.deterministic
+    )
     finetune(config, start.inputs, start.dry_run)
     groups.stop()
 

@@ -43,7 +43,9 @@ CONSOLE_METRICS = ("reward/mean", "kl/k1", "policy/entropy", "policy/clip_fracti
 def main(argv: list[str] | None = None, *, start: startup.Startup | None = None) -> None:
     start = start or startup.for_training(argv)
     config, inputs = start.config, start.inputs
-    groups.start(**config.parallel.sizes(), seed=config.seed)
+    groups.start(
+        **config.parallel.sizes(), seed=config.seed, deterministic=config.train.deterministic
+    )
     if start.dry_run:
         preflight.run(config, inputs.vocab_size, Console(groups.is_main()))
     train(config, inputs, start.dry_run)

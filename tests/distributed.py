@@ -56,7 +56,10 @@ def run_ranks(
     """
     folder = Path(tempfile.mkdtemp(dir=tmp_path))
     deadline = time.monotonic() + timeout
-    context = fork(_rank_main, (fn, world_size, folder, timeout, args), world_size, join=False)
+    # Hosted here, as torchrun does, so that it outlives every rank.
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    main = (fn, world_size, store.port, folder, timeout, args)
+    context = fork(_rank_main, main, world_size, join=False)
     try:
         while not context.join(timeout=max(0.0, min(1.0, deadline - time.monotonic()))):
             if time.monotonic() >= deadline:
@@ -73,12 +76,18 @@ def run_ranks(
 
 
 def _rank_main(
-    rank: int, fn: Callable[..., Any], world_size: int, folder: Path, timeout: float, args: tuple
+    rank: int,
+    fn: Callable[..., Any],
+    world_size: int,
+    port: int,
+    folder: Path,
+    timeout: float,
+    args: tuple,
 ) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
-        init_method=f"file://{folder / 'init'}",
+        store=dist.TCPStore("127.0.0.1", port, is_master=False),
         rank=rank,
         world_size=world_size,
         timeout=timedelta(seconds=timeout),

@@ -46,7 +46,9 @@ def layout(config: Config) -> Iterator[None]:
     """
     alone = not dist.is_initialized()
     os.environ["LOCAL_WORLD_SIZE"] = str(len(os.sched_getaffinity(0)))
-    groups.start(**config.parallel.sizes(), seed=config.seed)
+    groups.start(
+        **config.parallel.sizes(), seed=config.seed, deterministic=config.train.deterministic
+    )
     del os.environ["LOCAL_WORLD_SIZE"]
     try:
         yield

@@ -55,7 +55,9 @@ def main(argv: list[str] | None = None) -> None:
         check_writable("the directory of --output", options.output.parent)
     inputs = load_inputs(config, train_is_scored=False)
     check_initial_weights(config)
-    groups.start(**config.parallel.sizes(), seed=config.seed)
+    groups.start(
+        **config.parallel.sizes(), seed=config.seed, deterministic=config.train.deterministic
+    )
     stage = build_start(config, inputs.vocab_size).requires_grad_(False)
     engine = MegatronEngine(stage, inputs.tokenizer, config.rollout.max_batch)
     result = evaluate(

@@ -67,7 +67,9 @@ def main(argv: list[str] | None = None) -> None:
     vocab_size = model_vocabulary(config, tokenizer)
     encoded = [form.checked_tokens(prompt, limit) for prompt in prompts]
     answering = samplings(config.rollout, tokenizer)[1 if options.greedy else 0]
-    groups.start(**config.parallel.sizes(), seed=config.seed)
+    groups.start(
+        **config.parallel.sizes(), seed=config.seed, deterministic=config.train.deterministic
+    )
     generations = generate(
         config, vocab_size, prompts=encoded, tokenizer=tokenizer, sampling=answering
     )

@@ -25,7 +25,9 @@ from megatron_rpp.runtime import preflight
 
 def main(start: startup.Startup) -> None:
     config = start.config
-    groups.start(**config.parallel.sizes(), seed=config.seed)
+    groups.start(
+        **config.parallel.sizes(), seed=config.seed, deterministic=config.train.deterministic
+    )
     preflight.run(config, start.inputs.vocab_size, Console(groups.is_main()))
     groups.stop()
 

@@ -107,11 +107,11 @@ def _signs_of_life() -> Iterator[None]:
         original(planner, item, tensor)
         heartbeat.current.beat()
 
-    MCoreLoadPlanner.commit_tensor = commit_tensor  # type: ignore[method-assign]
+    MCoreLoadPlanner.commit_tensor = commit_tensor
     try:
         yield
     finally:
-        MCoreLoadPlanner.commit_tensor = original  # type: ignore[method-assign]
+        MCoreLoadPlanner.commit_tensor = original
 
 
 def load_weights(model: torch.nn.Module, directory: str | Path) -> None:

@@ -47,6 +47,7 @@ _ALIASES = {
     "recompute-method": "train.recompute_method",
     "recompute-num-layers": "train.recompute_layers",
     "optimizer-cpu-offload": "optimizer.offload=true",
+    "deterministic-mode": "train.deterministic=true",
     "train-iters": "train.steps",
     "eval-interval": "evaluation.interval",
     "save": "checkpoint.dir",

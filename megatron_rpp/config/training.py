@@ -130,6 +130,9 @@ class TrainConfig:
     max_skipped_updates: int = 10
     """Stop the run after this many skipped updates in a row. An update is skipped if any rank finds
     NaN or infinity in its loss or gradients."""
+    deterministic: bool = False
+    """Choose kernels and algorithms on GPUs that give the same bits in every run on the same layout
+    and machines. Slower; docs/numerics.md says what holds without it. A CPU does so anyway."""
     stop_accuracy: float | None = None
     """Stop when the held-out accuracy reaches this share; null = never."""
     exit_duration_minutes: float | None = None

@@ -106,6 +106,7 @@ def transformer_config(
         masked_softmax_fusion=False,
         transformer_impl=implementation,
         persist_layer_norm=implementation == "transformer_engine",
+        deterministic_mode=train.deterministic,
         **recompute_options(train),
     )
 

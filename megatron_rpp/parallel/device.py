@@ -19,7 +19,7 @@ import psutil
 import torch
 
 from megatron_rpp.lifecycle.config_error import ConfigError
-from megatron_rpp.parallel import accelerators, cuda_on_cpu
+from megatron_rpp.parallel import accelerators, cuda_on_cpu, determinism
 
 # Every rank of Megatron-Core warns about each missing accelerator (`describe()` lists them in one
 # line), and Megatron-Core calls collectives by names that torch has deprecated.
@@ -40,8 +40,14 @@ def backend() -> str:
     return "gloo" if ON_CPU else "nccl"
 
 
-def set_up(local_rank: int, local_world_size: int) -> None:
-    """Binds this rank to its GPU, or to its fair share of the host's cores."""
+def set_up(local_rank: int, local_world_size: int, deterministic: bool = False) -> None:
+    """Binds this rank to its GPU, or to its fair share of the host's cores.
+
+    Call it before anything else uses the GPU.
+
+    deterministic: train.deterministic.
+    """
+    determinism.set_up(deterministic)
     if ON_CPU:
         cores = len(os.sched_getaffinity(0))
         torch.set_num_threads(max(1, cores // local_world_size))
@@ -52,6 +58,8 @@ def set_up(local_rank: int, local_world_size: int) -> None:
             f"{local_world_size} processes on a host with {count} GPUs: start at most {count} "
             f"per node (--nproc-per-node)"
         )
+    if deterministic:
+        determinism.set_variables(os.environ)
     _tune_cuda(local_world_size)
     torch.cuda.set_device(local_rank)
 
@@ -193,17 +201,24 @@ def has_bf16() -> bool:
     return ON_CPU or torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-def check_model(dtype: str, transformer_impl: accelerators.Setting) -> None:
+def check_model(
+    dtype: str, transformer_impl: accelerators.Setting, deterministic: bool = False
+) -> None:
     """Raises ConfigError if models of these settings cannot be built on this device.
 
     Args:
         dtype: model.dtype.
         transformer_impl: model.transformer_impl.
+        deterministic: train.deterministic.
     """
     engine = accelerators.TRANSFORMER_ENGINE
     accelerators.check_transformer_impl(transformer_impl, engine, on_gpu=not ON_CPU)
     if not ON_CPU:
         accelerators.check_dtype(dtype, torch.cuda.get_device_name(), has_bf16())
+    if deterministic:
+        fused = has_transformer_engine() and transformer_impl != "local"
+        flash_attention = accelerators.find("flash_attn")
+        determinism.check_attention(dtype, fused=fused, flash_attention=flash_attention)
 
 
 def describe() -> str:
@@ -216,8 +231,9 @@ def describe() -> str:
         "TransformerEngine": accelerators.TRANSFORMER_ENGINE,
         "Apex": accelerators.weight_gradient_kernel(),
     }
+    mode = "; deterministic" if torch.are_deterministic_algorithms_enabled() else ""
     found = ", ".join(f"{n} {'absent' if ON_CPU else package}" for n, package in packages.items())
     return (
         f"{name}; {backend()}; torch {torch.__version__}; "
-        f"megatron-core {megatron.core.__version__}; {found}"
+        f"megatron-core {megatron.core.__version__}; {found}{mode}"
     )

@@ -36,15 +36,25 @@ _reports: progress_wait.Reports | None = None
 
 
 def start(
-    tensor: int, pipeline: int, *, seed: int, context: int = 1, virtual_pipeline: int = 1
+    tensor: int,
+    pipeline: int,
+    *,
+    seed: int,
+    context: int = 1,
+    virtual_pipeline: int = 1,
+    deterministic: bool = False,
 ) -> None:
     """Joins the world that torchrun prepared, unless this is done, and splits it into groups.
 
     Without torchrun this process is a world of one. The caller has checked that
     tensor × pipeline × context divides the world size.
+
+    deterministic: train.deterministic (determinism.py).
     """
     devices.set_up(
-        int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        int(os.environ.get("LOCAL_RANK", "0")),
+        int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        deterministic,
     )
     if not dist.is_initialized():
         _join_world()

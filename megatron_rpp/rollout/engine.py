@@ -119,8 +119,9 @@ class MegatronEngine:
                 share, sampling, seed=seed, step=step, progress=progress, stop=stop
             )
         progress_wait.wait_for_all(group, idle=stop)
-        parts = groups.gather_objects(own, group) if group.size() > 1 else [own]
-        if None in parts:
+        found = groups.gather_objects(own, group) if group.size() > 1 else [own]
+        parts: list[list[Generation]] = [part for part in found if part is not None]
+        if len(parts) < len(found):
             raise Abandoned
         return [parts[i % len(parts)][i // len(parts)] for i in range(len(requests))]
 

@@ -15,6 +15,17 @@ import torch
 from megatron_rpp.parallel import device as devices
 from megatron_rpp.records import Sampling
 
+_UNIT = 2.0**44
+
+
+def _prefix_sums(values: torch.Tensor) -> torch.Tensor:
+    """The sums of values[:, :i + 1] in units of 2^-44, int64 [b, v]; the values are in [0, 1].
+
+    A sum of integers does not depend on its order, so it is the same on every device and in every
+    run. A GPU's sums of floating-point numbers are not.
+    """
+    return values.double().mul_(_UNIT).long().cumsum(-1)
+
 
 def truncate(logits: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
     """Returns logits [b, v] with every token outside the top k and the top-p nucleus at -inf.
@@ -30,7 +41,7 @@ def truncate(logits: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
     if top_p < 1.0:
         ordered, order = logits.sort(descending=True)
         probabilities = ordered.softmax(-1)
-        before = probabilities.cumsum(-1) - probabilities
+        before = _prefix_sums(probabilities) / _UNIT - probabilities
         outside = torch.zeros_like(logits, dtype=torch.bool).scatter(1, order, before >= top_p)
         logits = logits.masked_fill(outside, -torch.inf)
     return logits
@@ -61,9 +72,10 @@ def choose(
     else:
         allowed = truncate(allowed, sampling.top_k, sampling.top_p)
         weights = torch.exp(allowed - allowed.amax(-1, keepdim=True))
-        cumulative = weights.cumsum(-1, dtype=torch.float64)
+        cumulative = _prefix_sums(weights)
         random = devices.upload(torch.from_numpy(uniform), logits.device)
-        draw = random[:, None] * cumulative[:, -1:]
+        total = cumulative[:, -1:]
+        draw = (random[:, None] * total).long().minimum(total - 1)  # it may have been rounded up
         tokens = torch.searchsorted(cumulative, draw, right=True).squeeze(1)
     logprobs = torch.gather(scaled, 1, tokens[:, None]).squeeze(1) - scaled.logsumexp(-1)
     return tokens, logprobs

@@ -22,7 +22,10 @@ def build_start(config: Config, vocab_size: int) -> torch.nn.ModuleList:
     Raises ConfigError, on every rank, if the device of any rank cannot run the model.
     """
     model = config.model
-    raise_on_all_ranks(lambda: devices.check_model(model.dtype, model.transformer_impl))
+    deterministic = config.train.deterministic
+    raise_on_all_ranks(
+        lambda: devices.check_model(model.dtype, model.transformer_impl, deterministic)
+    )
     random = model.init_path is None and model.hf_path is None
     stage = build.build_model(
         model, config.parallel, vocab_size=vocab_size, seed=config.seed if random else None,

@@ -111,6 +111,11 @@ def test_a_stopped_run_resumes_inside_the_step(base, case):
     check_equal(base, case)
 
 
+def test_deterministic_kernels_change_no_bit_on_a_cpu(base):
+    train_run(base, base / "deterministic", train__deterministic="true", **SETTINGS)
+    check_equal(base, "deterministic")
+
+
 def test_a_second_stop_right_after_a_resume(base):
     """A requeued job may be stopped before it has done anything."""
     with at("update", 3, send(signal.SIGTERM)), pytest.raises(Preempted):
