@@ -62,6 +62,9 @@ PER_CALL: dict[str, Budget] = {
         "megatron_rpp/parallel/groups.py gather_objects": Allowance(
             1, "context-parallel ranks exchange their responses"
         ),
+        "megatron_rpp/parallel/groups.py reduce_sums": Allowance(
+            2, "the replicas agree that none was told to stop"
+        ),
     },
     "log-probs": {
         f"{_LOGPROBS}response_logprobs": Allowance(1, "the column goes to the host"),
