@@ -83,7 +83,7 @@ def test_a_row_that_is_too_long_is_refused_by_both_programs(data, tmp_path):
         assert answer.returncode == 2 and "long.jsonl, line 201" in answer.stderr, answer.stderr
 
 
-@pytest.mark.parametrize("tool", ["benchmark", "chaos", "preflight", "report"])
+@pytest.mark.parametrize("tool", ["benchmark", "chaos", "gpu_acceptance", "preflight", "report"])
 def test_the_tools(tool):
     answer = run(str(ROOT / f"tools/{tool}.py"), "--help")
     assert answer.returncode == 0 and "usage:" in answer.stdout.lower(), answer.stderr

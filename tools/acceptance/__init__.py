@@ -1,0 +1,1 @@
+"""What tools/gpu_acceptance.py checks, one function per check (catalog.py lists them)."""
