@@ -25,6 +25,9 @@ END_SECONDS = 10.0
 """How long it may take to end after its last check."""
 
 
+OVER = "the time for all checks is over"
+
+
 @dataclass
 class Result:
     entry: Entry
@@ -70,24 +73,28 @@ class Supervisor:
     def run(self, names: list[str]) -> Iterator[Result]:
         """Yields the results of the checks `names`, in the order of the catalog."""
         left = [entry for entry in CHECKS if entry.name in names]
-        while left:
+        while left and not self._is_over():
             with self._worker([entry.name for entry in left]) as messages:
                 error = None
-                while left and error is None:
-                    result = self._result(left.pop(0), messages)
+                while left and error is None and not self._is_over():
+                    result = self._checked(left.pop(0), messages)
                     error = result.error
                     yield result
+        for entry in left:
+            self.log(f"{self._title(entry)}\n    SKIPPED: {OVER}")
+            yield Result(entry, skipped=OVER)
 
-    def _result(self, entry: Entry, messages: _Messages) -> Result:
-        number = 1 + CHECKS.index(entry)
-        self.log(f"[{number}/{len(CHECKS)}] {entry.name}: {entry.title}")
+    def _is_over(self) -> bool:
+        return time.monotonic() >= self.deadline
+
+    def _title(self, entry: Entry) -> str:
+        return f"[{1 + CHECKS.index(entry)}/{len(CHECKS)}] {entry.name}: {entry.title}"
+
+    def _checked(self, entry: Entry, messages: _Messages) -> Result:
+        self.log(self._title(entry))
         result = Result(entry)
-        if time.monotonic() < self.deadline:
-            self._follow(result, messages)
-        else:
-            result.skipped = "the time for all checks is over"
-        why = result.skipped or result.error
-        ending = f": {why}" if why else ""
+        self._follow(result, messages)
+        ending = f": {result.error}" if result.error else ""
         self.log(f"    {result.status.upper()} in {result.seconds:.1f} s{ending}")
         return result
 

@@ -36,10 +36,12 @@ def work(names: list[str], small: bool, channel: IO[str]) -> None:
         channel.flush()
 
     scale = SMALL if small or devices.ON_CPU else FULL
-    send(about=_about(scale))
     for entry in (entry for entry in CHECKS if entry.name in names):
         send(begin=entry.name)
         try:
+            if not torch.distributed.is_initialized():
+                groups.start(1, 1, seed=1)  # before anything else touches the GPU, as in a run
+                send(about=_about(scale))
             for figure in _figures(entry, scale):
                 send(figure=asdict(figure))
         except Exception as error:  # whatever a library raises is the result of the check
@@ -51,8 +53,6 @@ def work(names: list[str], small: bool, channel: IO[str]) -> None:
 
 
 def _figures(entry: Entry, scale: Scale):
-    if not torch.distributed.is_initialized():  # in the first check, which then fails if this does
-        groups.start(1, 1, seed=1)
     module, _, function = entry.place.partition(":")
     yield from getattr(importlib.import_module(f"acceptance.{module}"), function)(scale)
 
