@@ -8,15 +8,16 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from acceptance.catalog import NAMES
+
+from megatron_rpp.parallel import device as devices
 
 ROOT = Path(__file__).resolve().parents[2]
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.slow,
-    pytest.mark.skipif(not torch.version.cuda or not torch.cuda.is_available(), reason="no CUDA"),
+    pytest.mark.skipif(devices.ON_CPU, reason="needs a CUDA device"),
 ]
 
 
