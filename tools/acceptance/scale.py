@@ -91,6 +91,6 @@ SMALL = Scale(
     head_rows=48,
     batch=4,
     prompt=8,
-    decode_tokens=40,
-    profiled_tokens=20,
+    decode_tokens=16,
+    profiled_tokens=8,
 )  # fmt: skip
