@@ -166,8 +166,13 @@ def peak_flops() -> float | None:
 def free_memory() -> int:
     """Free bytes: of this rank's GPU, or of the host's memory, which its ranks share."""
     if ON_CPU:
-        return psutil.virtual_memory().available
+        return free_host_memory()
     return torch.cuda.mem_get_info()[0]
+
+
+def free_host_memory() -> int:
+    """Free bytes of the host's memory, which its ranks share."""
+    return psutil.virtual_memory().available
 
 
 def matmul_fp32(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

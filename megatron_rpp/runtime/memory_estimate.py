@@ -1,22 +1,26 @@
 """Estimates how many bytes a rank will hold, from the settings alone; uses no device.
 
-The estimate is for the pipeline stage that holds the most. Activations follow Korthikanti et al.,
-arXiv 2205.05198, section 4, for this architecture: what autograd saves for RMSNorm, attention
-without its score matrix, and SwiGLU. Left out: the allocator's fragmentation, NCCL's buffers
-(1-2 GB per GPU), the CUDA context.
+The estimate is for the pipeline stage that holds the most, at the peak of an update or of a rollout.
+Left out: the allocator's fragmentation (5-10% of a GPU if rows vary in length), mixture of experts.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 
 from megatron_rpp.config import Config, ParallelConfig
-from megatron_rpp.config.model import ModelConfig, padded_vocab_size
+from megatron_rpp.runtime import activation_memory as activation
+from megatron_rpp.runtime.activation_memory import CPU, GPU, Device
+from megatron_rpp.runtime.model_size import (
+    FP32,
+    heads_of,
+    optimizer_bytes,
+    saved_bytes,
+    stage_parameters,
+    weight_bytes,
+)
 
-FP32, BF16 = 4, 2
-LOGITS_AT_ONCE = 3 * 2**26 * FP32
-"""Logits, probabilities and gradient of one chunk on a GPU (model/logprobs.py); a CPU's is smaller."""
+__all__ = ["CPU", "GPU", "HostMemory", "Memory", "checkpoint_bytes", "estimate", "host_estimate"]
 
 
 @dataclass(frozen=True)
@@ -28,113 +32,172 @@ class Memory:
     optimizer: int
     reference: int
     activations: int
-    logits: int
+    """Of the micro-batches in flight, with the outputs that wait for their gradient."""
+    backward: int
+    """The largest step of the backward pass: a layer, or the output projection."""
     cache: int
+    """Keys and values of the sequences that are decoded."""
+    prefill: int
+    """The prompts of a batch in one layer, or the sampled distribution."""
+    overhead: int
+    """CUDA context and NCCL's buffers."""
+
+    @property
+    def update(self) -> int:
+        """What only the update needs."""
+        return self.activations + self.backward
+
+    @property
+    def rollout(self) -> int:
+        """What only the rollout needs."""
+        return self.cache + self.prefill
 
     @property
     def total(self) -> int:
         """The peak. The cache is freed before the update, which needs the activations."""
-        both = self.activations + self.logits
-        return sum(astuple(self)) - min(both, self.cache)
-
-
-def _heads(model: ModelConfig) -> tuple[int, int, int]:
-    """(query heads, key-value heads, channels per head)."""
-    return (
-        model.heads,
-        model.kv_heads or model.heads,
-        model.head_dim or model.hidden // model.heads,
-    )
-
-
-def _layer(model: ModelConfig, tensor: int) -> int:
-    """Parameters of one layer on one of `tensor` ranks."""
-    heads, kv_heads, size = _heads(model)
-    qkv = (heads + 2 * kv_heads) * size
-    matrices = model.hidden * (qkv + heads * size + 3 * model.ffn_hidden)
-    sharded = matrices + (qkv if model.qkv_bias else 0)
-    return sharded // tensor + 2 * model.hidden + (2 * size if model.qk_norm else 0)
-
-
-def stage_parameters(
-    model: ModelConfig, parallel: ParallelConfig, *, vocab_size: int, stage: int
-) -> int:
-    """Parameters of pipeline stage `stage` on one tensor-parallel rank."""
-    embedding = padded_vocab_size(vocab_size, parallel.tensor) // parallel.tensor * model.hidden
-    first, last = stage == 0, stage == parallel.pipeline - 1
-    count = model.layers // parallel.pipeline * _layer(model, parallel.tensor)
-    if first:
-        count += embedding
-    if last:
-        count += model.hidden  # the final norm
-        if not (model.tied_embeddings and first):  # a last stage of its own has a copy even if tied
-            count += embedding
-    return count
-
-
-def weight_bytes(model: ModelConfig) -> int:
-    """Bytes of one weight on the device."""
-    return BF16 if model.dtype == "bf16" else FP32
-
-
-def optimizer_bytes(model: ModelConfig) -> int:
-    """Adam's bytes for one parameter: two moments, and an fp32 weight beside a bf16 one."""
-    return 2 * FP32 + (FP32 if model.dtype == "bf16" else 0)
-
-
-def layer_activations(model: ModelConfig, parallel: ParallelConfig) -> int:
-    """Bytes that autograd saves in one layer for one token, without fused kernels."""
-    heads, kv_heads, size = _heads(model)
-    width = weight_bytes(model)
-    # Both norms: input and quotient in fp32, and their outputs.
-    stream = model.hidden * (4 * FP32 + 2 * width)
-    # Projected queries, keys and values; rotated queries and keys; attention's output.
-    attention = (heads + 2 * kv_heads) + (heads + kv_heads) + heads
-    # Gate, up, sigmoid, silu and their product.
-    inner = (attention * size + 5 * model.ffn_hidden) * width + heads * FP32
-    rotary = 4 * size * width
-    split = parallel.tensor if parallel.sequence_parallel else 1
-    return stream // split + inner // parallel.tensor + rotary
+        return sum(vars(self).values()) - min(self.update, self.rollout)
 
 
 def has_reference(config: Config) -> bool:
-    """Whether a reference model is on the device, beside the policy."""
-    used = config.algorithm.kl_in_reward or config.algorithm.kl_loss_coef > 0
-    return used and config.reference.placement == "resident"
+    """Whether there is a reference model."""
+    return config.algorithm.kl_in_reward or config.algorithm.kl_loss_coef > 0
 
 
-def estimate(config: Config, vocab_size: int, replicas: int) -> Memory:
-    """Bytes of the rank that holds the most; `replicas`: the data-parallel size."""
-    model, parallel, rollout = config.model, config.parallel, config.rollout
-    stages = range(parallel.pipeline)
-    count = max(
-        stage_parameters(model, parallel, vocab_size=vocab_size, stage=stage) for stage in stages
+def optimizer_shards(config: Config, replicas: int) -> int:
+    """Over how many ranks Adam's state of one parameter is spread."""
+    return replicas * config.parallel.context if config.optimizer.distributed else 1
+
+
+def _fullest(parallel: ParallelConfig) -> set[int]:
+    """The stages that may hold the most: those between hold no embedding and fewer micro-batches
+    than the first."""
+    return {0, parallel.pipeline - 1}
+
+
+def estimate(config: Config, vocab_size: int, replicas: int, *, device: Device = GPU) -> Memory:
+    """Bytes of the rank that holds the most. replicas: the data-parallel size."""
+    return max(
+        (
+            stage_estimate(config, vocab_size, replicas=replicas, stage=stage, device=device)
+            for stage in _fullest(config.parallel)
+        ),
+        key=lambda memory: memory.total,
     )
-    layers = model.layers // parallel.pipeline
-    _, kv_heads, size = _heads(model)
-    row = max(config.train.max_tokens_per_microbatch, model.max_length) // parallel.context
-    sequences = min(rollout.max_batch, rollout.samples_per_step // replicas)
-    cached = sequences * model.max_length * layers * 2 * kv_heads * size // parallel.tensor
-    shards = replicas * parallel.context if config.optimizer.distributed else 1
+
+
+def stage_estimate(
+    config: Config, vocab_size: int, *, replicas: int, stage: int, device: Device = GPU
+) -> Memory:
+    """Bytes of a rank of pipeline stage `stage`."""
+    model, parallel = config.model, config.parallel
+    count = stage_parameters(model, parallel, vocab_size=vocab_size, stage=stage)
+    weights = count * weight_bytes(model)
+    resident = has_reference(config) and config.reference.placement == "resident"
+    shards = optimizer_shards(config, replicas)
+    offloaded = config.optimizer.offload and device is GPU
+    activations, backward = _update(
+        config, vocab_size, replicas=replicas, stage=stage, device=device
+    )
+    cache, prefill = _rollout(config, vocab_size, replicas)
     return Memory(
-        weights=count * weight_bytes(model),
+        weights=weights,
         gradients=count * FP32,
-        optimizer=count * optimizer_bytes(model) // shards,
-        reference=count * weight_bytes(model) if has_reference(config) else 0,
-        activations=row * rows_in_flight(parallel) * layers * layer_activations(model, parallel),
-        logits=min(LOGITS_AT_ONCE, 3 * row * padded_vocab_size(vocab_size, 1) * FP32),
-        cache=cached * weight_bytes(model),
+        optimizer=0 if offloaded else count * optimizer_bytes(model) // shards,
+        reference=weights if resident else 0,
+        activations=activations,
+        backward=backward,
+        cache=cache,
+        prefill=prefill,
+        overhead=device.overhead,
     )
 
 
-def rows_in_flight(parallel: ParallelConfig) -> int:
-    """Micro-batches whose activations the first stage holds at once (1F1B, interleaved or not)."""
-    stages, parts = parallel.pipeline, parallel.virtual_pipeline
-    return stages + (math.ceil((stages - 1) / parts) if parts > 1 else 0)
+def _update(
+    config: Config, vocab_size: int, *, replicas: int, stage: int, device: Device
+) -> tuple[int, int]:
+    """(activations, the largest step of the backward pass) of one stage."""
+    model, parallel, train = config.model, config.parallel, config.train
+    samples = -(-config.rollout.samples_per_step // replicas)
+    most = samples * model.max_length // parallel.context  # all tokens of the replica
+    row = max(train.max_tokens_per_microbatch, model.max_length) // parallel.context
+    tokens = min(row, most)
+    held = min(row * activation.rows_in_flight(parallel, stage), most)
+
+    layer = activation.layer_activations(model, parallel, device)
+    chunk_layers = model.layers // (parallel.pipeline * parallel.virtual_pipeline)
+    per_token = parallel.virtual_pipeline * activation.kept_bytes(
+        layer, train, chunk_layers=chunk_layers, fused_norm=device.fused_kernels
+    )
+    last = stage == parallel.pipeline - 1
+    # The schedule keeps the output of every chunk that sends one.
+    per_token += (parallel.virtual_pipeline - last) * layer.input
+    backward = activation.layer_backward_bytes(model, parallel, tokens=tokens, device=device)
+    backward += tokens * activation.recomputed_bytes(layer, train, chunk_layers)
+    if last:
+        rows = min(tokens, tokens * config.rollout.max_new_tokens // model.max_length + 1)
+        head = activation.head_bytes(
+            model, parallel, vocab_size=vocab_size, tokens=tokens, rows=rows, device=device
+        )
+        backward = max(backward, head.total)
+    return int(held * per_token), backward
+
+
+def _rollout(config: Config, vocab_size: int, replicas: int) -> tuple[int, int]:
+    """(the cache, the largest step of prefill and sampling) of a stage."""
+    model, parallel, rollout = config.model, config.parallel, config.rollout
+    width = weight_bytes(model)
+    own = -(-rollout.samples_per_step // (replicas * parallel.context))
+    sequences = min(rollout.max_batch, own)
+    layers = model.layers // parallel.pipeline
+    _, kv_heads, size = heads_of(model)
+    cached = sequences * model.max_length * layers * 2 * kv_heads * size // parallel.tensor
+    prompts = -(-sequences // rollout.samples_per_prompt)
+    tokens = prompts * (model.max_length - rollout.max_new_tokens)
+    layer = 3 * model.ffn_hidden // parallel.tensor + 4 * model.hidden
+    # Logits, probabilities, their order and their sums.
+    sampling = 4 * sequences * vocab_size * FP32
+    return cached * width, max(tokens * layer * width, sampling)
 
 
 def checkpoint_bytes(config: Config, vocab_size: int) -> int:
     """Bytes of one checkpoint: weights and Adam's state, once, whatever the layout."""
     model = config.model
     count = stage_parameters(model, ParallelConfig(), vocab_size=vocab_size, stage=0)
-    return count * (weight_bytes(model) + optimizer_bytes(model))
+    return count * saved_bytes(model, config.optimizer.distributed)
+
+
+@dataclass(frozen=True)
+class HostMemory:
+    """Bytes of one rank in the host's memory, besides the process itself, if it computes on a GPU."""
+
+    reference: int
+    """Weights of an offloaded reference model, pinned."""
+    optimizer: int
+    """Of an offloaded optimizer: Adam's state, fp32 weights, and pinned gradients in fp32."""
+    save: int
+    """Copies of what the rank writes: its share of the weights, and its part of Adam's state. State
+    that is on the host is copied only if training goes on meanwhile."""
+
+    @property
+    def total(self) -> int:
+        return self.reference + self.optimizer + self.save
+
+
+def host_estimate(config: Config, vocab_size: int, replicas: int) -> HostMemory:
+    """Host bytes of the rank that needs the most."""
+    model, parallel = config.model, config.parallel
+    count = max(
+        stage_parameters(model, parallel, vocab_size=vocab_size, stage=stage)
+        for stage in _fullest(parallel)
+    )
+    offloaded = has_reference(config) and config.reference.placement == "offload"
+    on_host = config.optimizer.offload
+    # Besides the weights themselves.
+    state = saved_bytes(model, config.optimizer.distributed) - weight_bytes(model)
+    share = count * weight_bytes(model) // (replicas * parallel.context)
+    owned = count // optimizer_shards(config, replicas)
+    return HostMemory(
+        reference=count * weight_bytes(model) if offloaded else 0,
+        optimizer=owned * (optimizer_bytes(model) + FP32) if on_host else 0,
+        save=share + (0 if on_host and not config.checkpoint.async_save else owned * state),
+    )

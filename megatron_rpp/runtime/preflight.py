@@ -27,8 +27,20 @@ from megatron_rpp.lifecycle.config_error import ConfigError
 from megatron_rpp.parallel import device as devices
 from megatron_rpp.parallel import gpu_facts, groups
 from megatron_rpp.reporting.console import Console
-from megatron_rpp.runtime.memory_estimate import checkpoint_bytes, estimate
-from megatron_rpp.runtime.preflight_gpu import Check, judge_gpu, judge_node, merge
+from megatron_rpp.runtime.memory_estimate import (
+    CPU,
+    GPU,
+    checkpoint_bytes,
+    estimate,
+    host_estimate,
+)
+from megatron_rpp.runtime.preflight_gpu import (
+    Check,
+    judge_gpu,
+    judge_host_memory,
+    judge_node,
+    merge,
+)
 
 BANDWIDTH_BYTES = 2**24
 BANDWIDTH_ROUNDS = 5
@@ -49,6 +61,7 @@ def run(config: Config, vocab_size: int, console: Console) -> None:
         *_gpus(config),
         _layout(config),
         _memory(config, vocab_size),
+        *_host_memory(config, vocab_size),
         _disk(config, vocab_size),
         _shared(Path(config.checkpoint.dir)),
         _shared(Path(config.logging.dir)),
@@ -129,7 +142,8 @@ def _layout(config: Config) -> Check:
 
 def _memory(config: Config, vocab_size: int) -> Check:
     """Compares the estimate for a rank with the memory that is free for it."""
-    need = estimate(config, vocab_size, _replicas(config))
+    kind = CPU if devices.ON_CPU else GPU
+    need = estimate(config, vocab_size, _replicas(config), device=kind)
     free, each = devices.free_memory(), need.total
     if devices.ON_CPU:
         # The ranks of a host share it.
@@ -139,8 +153,19 @@ def _memory(config: Config, vocab_size: int) -> Check:
     parts = ", ".join(f"{name} {_size(size)}" for name, size in asdict(need).items() if size)
     text = f"{_size(each)} a rank of {_size(least)} free ({parts})"
     if each > least:
-        text += ": raise parallel.*, or lower train.max_tokens_per_microbatch or rollout.max_batch"
+        text += (
+            ": raise parallel.*, lower train.max_tokens_per_microbatch or rollout.max_batch, or set "
+            "train.recompute"
+        )
     return Check("memory", each <= least, text)
+
+
+def _host_memory(config: Config, vocab_size: int) -> list[Check]:
+    """Of ranks that compute on GPUs; on a CPU, _memory has counted everything."""
+    if devices.ON_CPU:
+        return []
+    need = host_estimate(config, vocab_size, _replicas(config))
+    return [judge_host_memory(need, _gather((socket.gethostname(), devices.free_host_memory())))]
 
 
 def _disk(config: Config, vocab_size: int) -> Check:

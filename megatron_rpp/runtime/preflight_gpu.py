@@ -5,12 +5,14 @@ What keeps a run from starting fails. What makes it slower passes, and says so.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from megatron_rpp.lifecycle.config_error import ConfigError
 from megatron_rpp.parallel import accelerators
 from megatron_rpp.parallel.gpu_facts import GpuFacts, NodeFacts
+from megatron_rpp.runtime.memory_estimate import HostMemory
 
 LEAST_CUDNN = 90300
 """TransformerEngine needs cuDNN 9.3."""
@@ -52,6 +54,28 @@ def _driver_remedy(node: NodeFacts) -> str:
     if least is not None and int(node.driver.split(".")[0]) < least:
         return f"update the driver to {least} or newer"
     return 'python -c "import torch; torch.cuda.init()" says why'
+
+
+def judge_host_memory(need: HostMemory, free: list[tuple[str, int]]) -> Check:
+    """Compares what the ranks of each host keep and copy there with the memory that is free.
+
+    Args:
+        need: bytes of one rank.
+        free: host and its free bytes, of each rank.
+    """
+    ranks = Counter(host for host, _ in free)
+    short = sorted({host for host, size in free if size < ranks[host] * need.total})
+    parts = ", ".join(f"{name} {size / 1e9:.3g} GB" for name, size in asdict(need).items() if size)
+    text = (
+        f"{need.total / 1e9:.3g} GB a rank ({parts}), {max(ranks.values())} rank(s) a host, "
+        f"{min(size for _, size in free) / 1e9:.3g} GB free"
+    )
+    if short:
+        text += (
+            f", too little on {', '.join(short)}: add memory or nodes, or turn off "
+            "optimizer.offload or reference.placement offload"
+        )
+    return Check("host memory", not short, text)
 
 
 def judge_gpu(

@@ -10,6 +10,12 @@ _LLAMA31 = {
         "original_max_position_embeddings": 8192,
     },
 }  # fmt: skip
+_QWEN25 = {
+    "architectures": ["Qwen2ForCausalLM"], "hidden_act": "silu", "hidden_size": 3584,
+    "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
+    "num_key_value_heads": 4, "rms_norm_eps": 1e-6, "vocab_size": 152064,
+    "use_sliding_window": False, "tie_word_embeddings": False,
+}  # fmt: skip
 PUBLISHED = {
     "smollm2-135m": (
         {
@@ -21,14 +27,16 @@ PUBLISHED = {
         134_515_008, 2, "smollm2",
     ),
     "qwen2.5-7b-math": (
-        {
-            "architectures": ["Qwen2ForCausalLM"], "hidden_act": "silu", "hidden_size": 3584,
-            "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
-            "num_key_value_heads": 4, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
-            "vocab_size": 152064, "max_position_embeddings": 4096, "sliding_window": 4096,
-            "use_sliding_window": False, "tie_word_embeddings": False,
+        _QWEN25 | {
+            "rope_theta": 10000.0, "max_position_embeddings": 4096, "sliding_window": 4096,
         },
         7_615_616_512, 8, "qwen2",
+    ),
+    "qwen2.5-7b-one-gpu": (
+        _QWEN25 | {
+            "rope_theta": 1000000.0, "max_position_embeddings": 32768, "sliding_window": 131072,
+        },
+        7_615_616_512, 1, "qwen2",
     ),
     "llama3.1-8b-general": (
         _LLAMA31 | {

@@ -23,7 +23,14 @@ from megatron_rpp.parallel.gpu_facts import (
     gpu_facts,
     least_nvlinks,
 )
-from megatron_rpp.runtime.preflight_gpu import Check, judge_gpu, judge_node, merge
+from megatron_rpp.runtime.memory_estimate import HostMemory
+from megatron_rpp.runtime.preflight_gpu import (
+    Check,
+    judge_gpu,
+    judge_host_memory,
+    judge_node,
+    merge,
+)
 
 HERE = Package("2.20.2")
 ABSENT = Package()
@@ -198,3 +205,13 @@ def test_the_compiler_is_tried(tmp_path):
     without = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
     assert "no-compiler" in without.stdout, without.stderr[-2000:]
     assert compile_error(torch.device("cpu")) is None
+
+
+def test_host_memory():
+    """Two ranks of 30 GB on one host, one on another."""
+    need = HostMemory(reference=10_000_000_000, optimizer=0, save=20_000_000_000)
+    room = [("a", 61_000_000_000)] * 2 + [("b", 31_000_000_000)]
+    check = judge_host_memory(need, room)
+    assert check.passed and "30 GB a rank (reference 10 GB, save 20 GB), 2 rank(s)" in check.found
+    check = judge_host_memory(need, [("a", 59_000_000_000)] * 2 + room[2:])
+    assert not check.passed and "too little on a: add memory" in check.found
