@@ -155,7 +155,7 @@ def _memory(config: Config, vocab_size: int) -> Check:
     if each > least:
         text += (
             ": raise parallel.*, lower train.max_tokens_per_microbatch or rollout.max_batch, or set "
-            "train.recompute"
+            "train.recompute; tools/plan.py shows what fits"
         )
     return Check("memory", each <= least, text)
 

@@ -1,0 +1,62 @@
+"""tools/plan.py on shipped recipes, with nothing but the model's config.json."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.config.published import PUBLISHED
+from tests.config.test_recipes import words
+from tests.whole_runs import run_program
+from tools import plan
+
+
+def argv(folder: Path, recipe: str, *more: str) -> list[str]:
+    (folder / "model").mkdir(exist_ok=True)
+    (folder / "model/config.json").write_text(json.dumps(PUBLISHED[recipe][0]))
+    return [*words(recipe, folder), *more]
+
+
+def test_tables(tmp_path, capsys):
+    """The recipe's own layout is among the best three of its machines."""
+    plan.main(argv(tmp_path, "qwen2.5-7b-math", "--gpus", "1", "8", "--gpu", "h100"))
+    printed = capsys.readouterr().out
+    assert "1 x h100: no layout on 1 GPUs fits" in printed
+    assert "TP2 DP4" in printed and "GPU-h/run" in printed
+    assert "efficiency = 0.64" in printed and "No layout can beat:" in printed
+
+
+def test_json(tmp_path, capsys):
+    """Both 70B on 8 x 8 GPUs and 7B on one GPU have a layout that fits."""
+    for recipe, gpus in (("llama3.1-70b-math", 64), ("qwen2.5-7b-one-gpu", 1)):
+        words = argv(tmp_path, recipe, "--gpus", str(gpus), "--json", "--efficiency", "0.5")
+        plan.main(words)
+        found = json.loads(capsys.readouterr().out)
+        assert found["assumptions"]["efficiency"] == 0.5 and not found["problems"]
+        best = found["plans"][str(gpus)][0]
+        sizes = best["layout"]
+        ranks = sizes["tensor"] * sizes["pipeline"] * sizes["context"] * sizes["data"]
+        assert ranks == sizes["gpus"] == gpus and best["memory"]["total"] < 72e9
+        assert best["gpu_hours_per_step"] == pytest.approx(gpus * best["seconds"]["total"] / 3600)
+
+
+def test_too_few_gpus_end_with_code_2(tmp_path, capsys):
+    from megatron_rpp.lifecycle import entrypoint
+
+    words = argv(tmp_path, "llama3.1-70b-math", "--gpus", "8", "16")
+    with pytest.raises(SystemExit) as end:
+        entrypoint.run(lambda: run_program(plan.main, words))
+    assert end.value.code == 2
+    printed = capsys.readouterr().err
+    assert "no layout on 16 GPUs fits: the leanest needs" in printed
+    assert "fill 16 such GPU(s) by themselves" in printed
+
+
+@pytest.mark.parametrize("wrong", [["--gpus", "0"], ["--efficiency", "2", "--gpus", "8"]])
+def test_mistakes_are_refused(tmp_path, wrong):
+    from megatron_rpp.lifecycle.config_error import ConfigError
+
+    with pytest.raises((SystemExit, ConfigError)):
+        plan.main(argv(tmp_path, "qwen2.5-7b-math", *wrong))
