@@ -7,6 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from megatron_rpp.checkpoint import state as checkpoint
+from megatron_rpp.checkpoint.run_state import RunState
 from megatron_rpp.config import ParallelConfig
 from megatron_rpp.model.build import build_model
 from megatron_rpp.model.language_model import decoding, unwrap
@@ -116,6 +118,26 @@ def test_the_cache(tmp_path):
             caches = [attention.cache for attention in state.attentions]
             held = sum(c.keys.nbytes + c.values.nbytes for c in caches)
     assert held == estimate(config, VOCAB, replicas=1).cache
+
+
+def written_bytes(rank, folder, settings) -> tuple[int, int]:
+    """(bytes of the tensors that this rank writes in a save, what the estimate says)."""
+    config = config_of(folder, folder, model__vocab_size=VOCAB, **settings)
+    with layout(config):
+        policy = build_policy(config, config.optimizer, VOCAB)
+        pending = checkpoint.save(policy, RunState(), config.checkpoint)
+        pending.publish()
+        saved = checkpoint.newest(config.checkpoint.dir)
+        written = sum(path.stat().st_size for path in saved.glob(f"__{rank}_*"))
+        return written, host_estimate(config, VOCAB, groups.data_size()).save
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_save_copies_what_a_rank_writes(dtype, tmp_path):
+    """Two replicas share the weights, and each writes its own part of Adam's state."""
+    wide = {"model__hidden": 256, "model__ffn_hidden": 768, "model__dtype": dtype}
+    for written, expected in run_ranks(written_bytes, 2, tmp_path, tmp_path, wide):
+        assert written == pytest.approx(expected, rel=0.1)  # weights are shared in whole tensors
 
 
 def test_what_layouts_save(tmp_path):
