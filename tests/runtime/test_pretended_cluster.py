@@ -14,7 +14,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
-from torch.testing._internal.distributed.fake_pg import FakeStore
+import torch.testing._internal.distributed.fake_pg  # noqa: F401  (registers the backend "fake")
 
 from megatron_rpp.checkpoint import state as checkpoint
 from megatron_rpp.checkpoint.optimizer_shards import optimizer_shards
@@ -60,9 +60,9 @@ def pretended(rank: int, parallel: ParallelConfig, patch: pytest.MonkeyPatch) ->
     patch.setattr(torch.Tensor, "type", as_cuda)
     # Its members are gathered from the other ranks, which are not there.
     patch.setattr(groups, "_start_replica_group", lambda context: None)
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=WORLD)
-    groups.start(**parallel.sizes(), seed=1)
+    dist.init_process_group("fake", store=dist.HashStore(), rank=rank, world_size=WORLD)
     try:
+        groups.start(**parallel.sizes(), seed=1)
         with meta:
             yield
     finally:
