@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_rpp.config import cli
-from megatron_rpp.data.tasks import make_task, write_jsonl
+from megatron_rpp.data.tasks import jsonl, make_task
 from megatron_rpp.data.tokenizer import train_sentencepiece
 
 PARAMS = {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 1}
@@ -20,8 +20,8 @@ def make_data(folder: Path) -> None:
     train, held_out = make_task(
         "chain_sum", PARAMS, train_size=200, eval_size=16, train_seed=1, eval_seed=2
     )
-    write_jsonl(folder / "train.jsonl", train)
-    write_jsonl(folder / "eval.jsonl", held_out)
+    (folder / "train.jsonl").write_bytes(jsonl(train))
+    (folder / "eval.jsonl").write_bytes(jsonl(held_out))
     texts = [text for row in train for text in (row["prompt"], row["label"])]
     train_sentencepiece(texts, folder / "tokenizer.model", 64)
 

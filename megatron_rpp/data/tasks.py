@@ -12,12 +12,10 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from itertools import count, islice
-from pathlib import Path
 from typing import Any
 
 from megatron_rpp.data.json_lines import json_line
 from megatron_rpp.data.typed_json import from_typed_json, to_typed_json
-from megatron_rpp.lifecycle.atomic_files import write_atomic
 from megatron_rpp.lifecycle.config_error import ConfigError
 from megatron_rpp.lifecycle.extras import require_extra
 
@@ -110,11 +108,6 @@ def restore_entry(prompt: str, metadata: dict[str, Any]) -> dict[str, Any]:
         "answer": metadata["answer"],
         "metadata": from_typed_json(metadata["entry"]),
     }
-
-
-def write_jsonl(path: str | Path, rows: Iterable[Row]) -> None:
-    """Writes one JSON object per line, atomically."""
-    write_atomic(path, jsonl(rows))
 
 
 def jsonl(rows: Iterable[Row]) -> bytes:

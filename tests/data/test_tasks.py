@@ -7,7 +7,7 @@ import json
 import pytest
 
 from megatron_rpp.data.examples import open_examples
-from megatron_rpp.data.tasks import create_task, make_task, restore_entry, write_jsonl
+from megatron_rpp.data.tasks import create_task, jsonl, make_task, restore_entry
 
 SUMS = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
 """Two digits and an operator: 200 different problems."""
@@ -81,7 +81,7 @@ def test_neighbouring_seeds_share_entries_and_only_the_filter_keeps_them_apart()
 )
 def test_rows_score_as_the_entries_after_a_file(tmp_path, name, params):
     train, held_out = make_task(name, params, train_size=5, eval_size=3, train_seed=1, eval_seed=2)
-    write_jsonl(tmp_path / "rows.jsonl", train + held_out)
+    (tmp_path / "rows.jsonl").write_bytes(jsonl(train + held_out))
     examples = open_examples(tmp_path / "rows.jsonl", "prompt", "label")
     assert len(examples) == 8
     for example, row in zip(examples, train + held_out):
@@ -129,8 +129,7 @@ def test_too_few_different_problems():
         make_task("chain_sum", SUMS, train_size=0, eval_size=5, train_seed=1, eval_seed=2)
 
 
-def test_written_rows_are_one_json_object_a_line(tmp_path):
+def test_rows_are_one_json_object_a_line():
     rows = [{"prompt": "a\nb\u2028", "label": None, "metadata": {"é": [1.5]}}, {"prompt": "c"}]
-    write_jsonl(tmp_path / "new" / "rows.jsonl", rows)
-    lines = (tmp_path / "new" / "rows.jsonl").read_bytes().decode().removesuffix("\n").split("\n")
+    lines = jsonl(rows).decode().removesuffix("\n").split("\n")
     assert [json.loads(line) for line in lines] == rows
