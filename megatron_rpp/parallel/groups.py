@@ -10,6 +10,7 @@ Left out: expert parallelism.
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -111,18 +112,28 @@ def _join_world() -> None:
 
 def destroy() -> None:
     """Destroys the parallel groups but not the world: `start` can build other groups over it."""
+    _forget()
+    # Modules still refer to them. Each of gloo's has threads that look for messages.
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
+    gc.collect()
+
+
+def stop() -> None:
+    """Leaves all process groups."""
+    _forget()
+    dist.destroy_process_group()
+
+
+def _forget() -> None:
+    """Forgets the groups, as Megatron does."""
     global _replica, _reports
     _replica = None
     if _reports is not None:
         _reports.stop()
         _reports = None
     parallel_state.destroy_model_parallel()
-
-
-def stop() -> None:
-    """Leaves all process groups."""
-    destroy()
-    dist.destroy_process_group()
 
 
 def data_group() -> dist.ProcessGroup:
