@@ -113,17 +113,23 @@ def _join_world() -> None:
 def destroy() -> None:
     """Destroys the parallel groups but not the world: `start` can build other groups over it."""
     _forget()
-    # Modules still refer to them. Each of gloo's has threads that look for messages.
     for group in list(dist.distributed_c10d._world.pg_map):
         if group is not dist.group.WORLD:
             dist.destroy_process_group(group)
-    gc.collect()
+    _end_threads()
 
 
 def stop() -> None:
     """Leaves all process groups."""
     _forget()
     dist.destroy_process_group()
+    _end_threads()
+
+
+def _end_threads() -> None:
+    """Collects what still refers to destroyed groups: each of gloo's has threads that look for
+    messages."""
+    gc.collect()
 
 
 def _forget() -> None:

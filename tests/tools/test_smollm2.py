@@ -17,7 +17,13 @@ from megatron_rpp import train
 from megatron_rpp.config import cli
 from megatron_rpp.conversion.convert import to_megatron
 from megatron_rpp.hf.safetensors_in import Weights
-from megatron_rpp.runtime.inputs import load_inputs
+from megatron_rpp.runtime.inputs import (
+    load_inputs,
+    model_vocabulary,
+    open_tokenizer,
+    response_format,
+    samplings,
+)
 from tests.distributed import run_ranks
 from tests.whole_runs import compare_weights, layout, rows
 from tools import generate, gguf_to_hf, make_task
@@ -47,13 +53,20 @@ def words(folder: Path, *more: str) -> list[str]:
     ]  # fmt: skip
 
 
-def on_two_stages(rank: int, folder: Path) -> list[dict]:
-    """Generates answers, then takes a step."""
+def on_two_stages(rank: int, folder: Path) -> list[tuple[str, int]]:
+    """Generates answers and counts their tokens, then takes a step."""
     talk = [f"--data.system_prompt={SYSTEM}", "--rollout.max_new_tokens=64"]
     talk.append("--model.max_length=256")
     config = cli.parse(words(folder, *talk)).config
+    tokenizer, form = open_tokenizer(config.data)
+    _, greedy = samplings(config.rollout, tokenizer)
     with layout(config):
-        answers = generate.generate(config, PROMPTS, greedy=True)
+        generations = generate.generate(
+            config, model_vocabulary(config, tokenizer), tokenizer=tokenizer, sampling=greedy,
+            prompts=[form.checked_tokens(prompt, 128) for prompt in PROMPTS],
+        )  # fmt: skip
+    texts = response_format(config, tokenizer, greedy)
+    answers = [(texts.text(found.tokens), len(found.tokens)) for found in generations]
     config = cli.parse(words(folder)).config
     inputs = load_inputs(config)
     with layout(config):
@@ -82,7 +95,7 @@ def test_from_gguf_to_a_step_and_back(tmp_path):
     make_task.main(words(tmp_path))
     answers = run_ranks(on_two_stages, 2, tmp_path, tmp_path, timeout=900)[0]
     expected = [answer_of_transformers(tmp_path / "start", prompt) for prompt in PROMPTS]
-    assert [(answer["response"], answer["tokens"]) for answer in answers] == expected
+    assert answers == expected
     assert [count for _, count in expected] == [64, 64]
     (row,) = rows(tmp_path / "logs/metrics.jsonl")
     assert row["policy/skipped_updates"] == 0 and row["policy/grad_norm"] > 0
