@@ -175,7 +175,7 @@ def peak():
 
 before = peak()
 examples = open_examples(sys.argv[1], "prompt", "label")
-rows = fitting_rows(examples, PromptFormat(CodePoints(2)), 20, drop=False).rows
+rows = fitting_rows(examples, PromptFormat(CodePoints(2)), limit=20, drop=False).rows
 print(len(rows), len(examples[len(examples) - 1].metadata["text"]), peak() - before)
 """
 
