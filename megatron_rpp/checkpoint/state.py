@@ -65,12 +65,16 @@ def _model_state(model: torch.nn.Module) -> dict:
     }
 
 
-def _check_fit(model: torch.nn.Module, path: Path) -> None:
-    """Raises ConfigError, on every rank, if the checkpoint at `path` is of another model."""
+def _check_fit(model: torch.nn.Module, path: Path) -> dict:
+    """Returns what the checkpoint at `path` holds besides tensors. Collective.
+
+    Raises ConfigError, on every rank, if it is of another model.
+    """
     with reading(f"checkpoint {path}", "choose another"):
         stored = dist_checkpointing.load_tensors_metadata(str(path))
-        # A checkpoint of another program has no such record; then only shapes are compared.
-        theirs = dist_checkpointing.load_common_state_dict(str(path)).get("architecture", {})
+        common = dist_checkpointing.load_common_state_dict(str(path))
+    # A checkpoint of another program has no such record; then only shapes are compared.
+    theirs = common.get("architecture", {})
     own = _model_state(model)
     apply_factories(own)
     problems = [
@@ -93,6 +97,7 @@ def _check_fit(model: torch.nn.Module, path: Path) -> None:
                 f"checkpoint {path} does not fit the model: {'; '.join(found)}. "
                 f"Set the model section to the shape it was saved with, or load another"
             )
+    return common
 
 
 @contextmanager
@@ -237,8 +242,7 @@ def resume(policy: Policy, path: Path) -> RunState:
     Raises ConfigError, on every rank, if it is of another model or another kind of optimizer.
     """
     heartbeat.enter("resume")
-    _check_fit(policy.model, path)
-    common = dist_checkpointing.load_common_state_dict(str(path))
+    common = _check_fit(policy.model, path)
     _check_optimizer(policy, common, path)
     _load_model(policy.model, path)
     _load_optimizer(policy, common, path)

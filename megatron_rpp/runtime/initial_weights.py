@@ -15,8 +15,9 @@ def check_initial_weights(config: Config) -> None:
     """Raises ConfigError if the initial weights cannot be read."""
     model, saved = config.model, config.checkpoint
     if model.hf_path is not None:
+        log = once_a_node()
         for note in check_source(model.hf_path).notes:
-            once_a_node()(note)
+            log(note)
     started = (Path(saved.dir) / store.POINTER).exists()
     for path in (model.init_path, None if started else saved.load):
         if path is not None:
