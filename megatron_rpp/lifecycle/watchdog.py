@@ -52,6 +52,7 @@ class Watchdog:
         """Watches the main thread while the context is open."""
         self._alive.mkdir(parents=True, exist_ok=True)
         heartbeat.enter("start")
+        self._beat()  # over the file that an earlier attempt may have left
         thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         thread.start()
         try:
@@ -98,7 +99,10 @@ class Watchdog:
             time.sleep(self._interval / 2)
             self._beat()
         after = self._signs()
-        counting = [rank for rank in after if before.get(rank) != after[rank]]
+        # A rank that has noticed the hang first may have ended meanwhile: it was no missing rank.
+        counting = [
+            rank for rank, sign in after.items() if sign["ending"] or before.get(rank) != sign
+        ]
         if self._rank == min(rank for rank in counting if after[rank]["ending"]):
             print(self._report(after, counting), file=sys.stderr, flush=True)
         else:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -50,3 +53,19 @@ def test_the_missing_rank_is_named(hang, tmp_path: Path):
     assert "score_responses" in stacks and "wait_for_all" in stacks
     if hang == "stuck":
         assert "in score" in (tmp_path / "logs/stacks/rank_00001.txt").read_text()
+
+
+def test_a_rank_that_has_already_reported_the_hang_is_not_missing(tmp_path: Path):
+    """Rank 1 was the first to notice, and its process has ended. Its last sign of life says so."""
+    (tmp_path / "alive").mkdir()
+    sign = {"beats": 9, "phase": "a reward function", "ending": True, "process": 1, "host": "h"}
+    (tmp_path / "alive/rank_00001").write_text(json.dumps(sign))
+    program = (
+        "import time\nfrom megatron_rpp.lifecycle.watchdog import Watchdog\n"
+        f"with Watchdog({str(tmp_path)!r}, rank=0, world=2, minutes=0.01).watching():\n"
+        "    time.sleep(60)\n"
+    )
+    run = subprocess.run([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True)
+    assert run.returncode == exit_codes.HUNG
+    assert "missing" not in run.stderr
+    assert "in start: rank 0; in a reward function: rank 1" in run.stderr
