@@ -11,19 +11,24 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import pytest
 import torch
 import torch.distributed as dist
 
 from megatron_rpp import train
 from megatron_rpp.checkpoint import state as checkpoint
 from megatron_rpp.config import Config, ParallelConfig
+from megatron_rpp.model import build
 from megatron_rpp.model.build import build_model
 from megatron_rpp.parallel import groups
 from megatron_rpp.runtime.inputs import load_inputs
 from tests.small_run import config_of, make_data
+
+from megatron.core.distributed import DistributedDataParallelConfig
 
 # Measurements differ between any two runs; the last is itself the rounding between two kernels.
 MEASURED = ("time/", "throughput/", "memory/", "rollout/logprob_abs_diff")
@@ -54,6 +59,16 @@ def layout(config: Config) -> Iterator[None]:
         yield
     finally:
         groups.stop() if alone else groups.destroy()
+
+
+@contextmanager
+def small_buckets(parameters: int = 3000) -> Iterator[None]:
+    """Communication that overlaps comes in buckets of about so many parameters. Megatron would make
+    a single one of a small model, so nothing would overlap."""
+    with pytest.MonkeyPatch.context() as patch:
+        config = partial(DistributedDataParallelConfig, bucket_size=parameters)
+        patch.setattr(build, "DistributedDataParallelConfig", config)
+        yield
 
 
 def train_run(data: Path, run: Path, **settings) -> Config:

@@ -30,6 +30,7 @@ from megatron_rpp.config.model import NOT_COMPARED
 from megatron_rpp.lifecycle import heartbeat
 from megatron_rpp.lifecycle.config_error import ConfigError, reading
 from megatron_rpp.lifecycle.exit_codes import SaveFailed
+from megatron_rpp.model import overlap
 from megatron_rpp.model.language_model import chunks
 from megatron_rpp.model.policy import Policy
 from megatron_rpp.parallel import device as _device  # noqa: F401  (before megatron)
@@ -275,6 +276,7 @@ def save(
     Raises:
         SaveFailed: the file system fails; the current checkpoint stays as it is.
     """
+    overlap.complete_weights(policy.model)
     _allocate_moments(policy.optimizer)  # before the first update there are none
     model_state = _model_state(policy.model)
     content = {

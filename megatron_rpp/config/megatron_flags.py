@@ -16,6 +16,7 @@ _ALIASES = {
     "context-parallel-size": "parallel.context",
     "sequence-parallel": "parallel.sequence_parallel=true",
     "overlap-grad-reduce": "parallel.overlap_grad_reduce=true",
+    "overlap-param-gather": "parallel.overlap_param_gather=true",
     "num-layers": "model.layers",
     "hidden-size": "model.hidden",
     "ffn-hidden-size": "model.ffn_hidden",

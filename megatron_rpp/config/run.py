@@ -27,6 +27,7 @@ from megatron_rpp.config.training import (
 from megatron_rpp.config.validation import (
     check_layout,
     check_offload,
+    check_overlap,
     check_recompute,
     check_rollout,
 )
@@ -75,6 +76,7 @@ class Config:
             raise ConfigError(f"seed must be at least 0, got {self.seed}")
         check_layout(self.model, self.parallel)
         check_offload(self)
+        check_overlap(self)
         check_recompute(self)
         check_rollout(self)
 

@@ -28,6 +28,10 @@ class ParallelConfig:
     overlap_grad_reduce: bool | None = None
     """Reduce the gradients of finished layers while the backward pass computes those of the others;
     null = on GPUs only."""
+    overlap_param_gather: bool | None = None
+    """Gather the updated weights of later layers while the next forward pass computes the earlier
+    ones. Needs overlap_grad_reduce and optimizer.distributed; null = on GPUs only, where both are
+    on."""
 
     def __post_init__(self) -> None:
         check_range("parallel", self, "tensor pipeline virtual_pipeline context", at_least=1)
@@ -36,6 +40,11 @@ class ParallelConfig:
                 f"parallel.virtual_pipeline needs parallel.pipeline of at least 2, got "
                 f"{self.virtual_pipeline} parts on one stage: raise parallel.pipeline, or leave it "
                 "out"
+            )
+        if self.overlap_param_gather and self.overlap_grad_reduce is False:
+            raise ConfigError(
+                "parallel.overlap_param_gather needs parallel.overlap_grad_reduce, got false: leave "
+                "that out or turn both off"
             )
         if self.sequence_parallel and self.tensor == 1:
             raise ConfigError(

@@ -100,6 +100,16 @@ def check_offload(config: Config) -> None:
             )
 
 
+def check_overlap(config: Config) -> None:
+    """Checks that there are shards of weights, if their gather is to overlap."""
+    for section, optimizer in (("", config.optimizer), ("sft.", config.sft.optimizer)):
+        if config.parallel.overlap_param_gather and not optimizer.distributed:
+            raise ConfigError(
+                f"parallel.overlap_param_gather needs {section}optimizer.distributed, got false: "
+                "without it every rank updates all weights; leave one of them out"
+            )
+
+
 def check_recompute(config: Config) -> None:
     """Checks that the layers to recompute fit into a model chunk, as Megatron needs it."""
     train, parallel = config.train, config.parallel

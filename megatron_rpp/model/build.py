@@ -23,6 +23,7 @@ from megatron_rpp.model import initialization
 from megatron_rpp.model.attention import CoreAttention
 from megatron_rpp.model.language_model import LanguageModel, chunks
 from megatron_rpp.model.norm import RMSNorm
+from megatron_rpp.model.overlap import Overlap
 from megatron_rpp.model.rotary import inverse_frequencies
 from megatron_rpp.parallel import device as devices
 from megatron_rpp.parallel import groups
@@ -37,6 +38,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 
 INFERENCE = TrainConfig()
 """For a model that is not trained: no backward pass needs activations."""
+DEFAULT_LAYOUT = ParallelConfig()
 
 
 def _no_init(parameter: torch.Tensor) -> torch.Tensor:
@@ -190,20 +192,24 @@ def _build_chunk(
 def wrap_for_training(
     stage: torch.nn.ModuleList,
     distributed_optimizer: bool,
-    overlap_grad_reduce: bool | None = None,
+    parallel: ParallelConfig = DEFAULT_LAYOUT,
 ) -> torch.nn.ModuleList:
     """Wraps each chunk in Megatron's DDP: gradient buffers in fp32, reduced over DP × CP.
 
-    overlap_grad_reduce: reduce during the backward pass; None = on GPUs.
+    parallel: says which communication overlaps with computation (overlap.py).
     """
-    overlap = not devices.ON_CPU if overlap_grad_reduce is None else overlap_grad_reduce
+    overlap = Overlap.of(parallel, distributed_optimizer)
     config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
-        overlap_grad_reduce=overlap,
+        overlap_grad_reduce=overlap.grad_reduce,
+        overlap_param_gather=overlap.param_gather,
         use_distributed_optimizer=distributed_optimizer,
     )
     wrapped = [DistributedDataParallel(chunk.config, config, chunk) for chunk in stage]
-    if overlap:  # only the last micro-batch's backward pass completes the gradients
+    if overlap.param_gather:  # pipeline.train turns the hooks on while it is needed
+        for chunk in wrapped:
+            chunk.disable_forward_pre_hook(param_sync=False)
+    if overlap.grad_reduce:  # only the last micro-batch's backward pass completes the gradients
         syncs = [chunk.no_sync for chunk in wrapped]
         wrapped[0].config.no_sync_func = syncs if len(syncs) > 1 else syncs[0]
     return torch.nn.ModuleList(wrapped)

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from megatron_rpp.model import overlap
 from megatron_rpp.model.attention import CoreAttention, KeyValueCache, PackedRow
 from megatron_rpp.parallel import device as devices
 from megatron_rpp.records import Packing
@@ -165,6 +166,7 @@ class Decoding:
 @contextlib.contextmanager
 def decoding(model: torch.nn.Module, length: int) -> Iterator[Decoding]:
     """Gives `model` key-value caches for sequences of up to `length` tokens."""
+    assert overlap.are_weights_complete(model)
     state = Decoding(model, length)
     try:
         yield state

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_rpp.lifecycle import heartbeat
+from megatron_rpp.model import overlap
 from megatron_rpp.model.language_model import chunks
 from megatron_rpp.parallel import device as devices
 from megatron_rpp.parallel import groups
@@ -71,22 +72,30 @@ class Backward:
 def train(
     model: torch.nn.ModuleList, micro_batches: list[MicroBatch], loss: LossFunction
 ) -> Backward:
-    """Runs forward and backward; leaves the gradients of the global mean in the buffers."""
+    """Runs forward and backward; leaves the gradients of the global mean in the buffers.
+
+    Afterwards `overlap.complete_weights` comes before any other reader of the weights.
+    """
     local_grad_norms: list[torch.Tensor] = []
+
+    def last_stage(batch, hidden):
+        overlap.finish_gathers(model)
+        return loss(batch, hidden)
 
     def finalize(wrapped, *args, **kwargs):
         # Taken before the reduction if it has not begun: it spreads one rank's NaN to all ranks.
-        overlapped = wrapped[0].ddp_config.overlap_grad_reduce
-        if overlapped:
+        reduced = wrapped[0].ddp_config.overlap_grad_reduce
+        if reduced:
             finalize_model_grads(wrapped, *args, **kwargs)
         buffers = (buffer for chunk in wrapped for buffer in chunk.buffers)
         local_grad_norms.extend(buffer.grad_data.norm() for buffer in buffers)
-        if not overlapped:
+        if not reduced:
             finalize_model_grads(wrapped, *args, **kwargs)
 
     for chunk in chunks(model):
         chunk.config.finalize_model_grads_func = finalize
-    return Backward(_run(model, micro_batches, loss, forward_only=False), local_grad_norms)
+    overlap.begin_training(model)
+    return Backward(_run(model, micro_batches, last_stage, forward_only=False), local_grad_norms)
 
 
 @torch.no_grad()
@@ -96,6 +105,7 @@ def forward(
     head: Callable[[MicroBatch, torch.Tensor], Any],
 ) -> list[Any]:
     """Returns `head(batch, hidden)` of every micro-batch on the last stage; [] on the others."""
+    assert overlap.are_weights_complete(model)
 
     def last_stage(batch, hidden, non_loss_data=True):
         return head(batch, hidden)

@@ -41,9 +41,7 @@ def build_start(config: Config, vocab_size: int) -> torch.nn.ModuleList:
 def build_policy(config: Config, optimizer: OptimizerConfig, vocab_size: int) -> Policy:
     """The policy before its first update."""
     stage = build_start(config, vocab_size)
-    model = build.wrap_for_training(
-        stage, optimizer.distributed, config.parallel.overlap_grad_reduce
-    )
+    model = build.wrap_for_training(stage, optimizer.distributed, config.parallel)
     return Policy(model, *build_optimizer(model, optimizer, config.model.dtype == "bf16"))
 
 

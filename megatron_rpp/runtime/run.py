@@ -11,6 +11,7 @@ from megatron_rpp.checkpoint.run_state import RunState
 from megatron_rpp.checkpoint.writer import PendingSave
 from megatron_rpp.config import Config
 from megatron_rpp.lifecycle import heartbeat
+from megatron_rpp.model import overlap
 from megatron_rpp.model.policy import Policy
 from megatron_rpp.model.reference import Reference
 from megatron_rpp.records import StepKey
@@ -132,6 +133,7 @@ def evaluate_held_out(run: Run, step: int, stop: Callable[[], bool]) -> dict[str
     """
     inputs = run.inputs
     heartbeat.enter("evaluation")
+    overlap.complete_weights(run.policy.model)
     with run.console.stage("evaluation"):
         result = evaluate(
             run.engine, inputs.held_out, inputs.rewards, form=inputs.response_form,

@@ -19,7 +19,7 @@ from megatron_rpp.algorithms import aggregation_weights, kl_estimate, policy_los
 from megatron_rpp.checkpoint.run_state import RunState
 from megatron_rpp.config import AlgorithmConfig, RolloutConfig, TrainConfig
 from megatron_rpp.lifecycle import heartbeat
-from megatron_rpp.model import pipeline
+from megatron_rpp.model import overlap, pipeline
 from megatron_rpp.model.policy import Policy
 from megatron_rpp.parallel import device as devices
 from megatron_rpp.parallel import groups
@@ -183,6 +183,7 @@ def update_policy(
         else:
             progress.faults.append(f"mini-batch {minibatch} of epoch {epoch}: {done.skip_reason}")
         progress.done += 1
+    overlap.complete_weights(policy.model)
     return _stats(progress, policy.optimizer.param_groups[0]["lr"])
 
 
@@ -217,7 +218,8 @@ def optimizer_step(
 ) -> OptimizerStep:
     """Computes the gradient of `loss` over `batches` and steps optimizer and schedule. Collective.
 
-    If a loss or gradient of any rank is not finite, all ranks skip the step.
+    If a loss or gradient of any rank is not finite, all ranks skip the step. The next one may follow
+    at once; any other reader of the weights, after `overlap.complete_weights`.
     """
     optimizer = policy.optimizer
     for chunk in policy.model:

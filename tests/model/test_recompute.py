@@ -6,6 +6,7 @@ Every layout of the layout gate (tests/runs/test_layouts.py) computes one gradie
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -49,7 +50,7 @@ LAYOUTS = {
 def gradients(parallel: ParallelConfig, train: TrainConfig, overlap: bool) -> torch.Tensor:
     """This rank's part of the gradient of the mean log-prob of 16 responses."""
     stage = build.build_model(MODEL, parallel, vocab_size=50, seed=3, train=train)
-    model = build.wrap_for_training(stage, True, overlap)
+    model = build.wrap_for_training(stage, True, replace(parallel, overlap_grad_reduce=overlap))
     samples = [([1 + i, 2], [3 + (i + j) % 40 for j in range(6)]) for i in range(16)]
     buffer = make_buffer(samples[groups.data_rank() :: groups.data_size()])
 

@@ -23,7 +23,7 @@ from tests.pretend_cuda.budget import PER_UNIT, Loop
 from tests.pretend_cuda.device import pretended_cuda
 from tests.pretend_cuda.watch import Sync, Watch
 from tests.small_run import config_of
-from tests.whole_runs import VARIED, layout, train_run
+from tests.whole_runs import VARIED, layout, small_buckets, train_run
 
 SETTINGS = VARIED | {
     "train__steps": 1,
@@ -171,10 +171,11 @@ STEPS = "over two steps, a resume, a supervised step and their saves"
 
 
 def everything(rank: int, data: Path, run: Path, settings: dict) -> Found:
-    """Whole steps, and then the loops by themselves."""
-    with pretended_cuda() as watch:
+    """Whole steps, and then the loops by themselves; communication overlaps, as on GPUs."""
+    with pretended_cuda() as watch, small_buckets():
         train_resume_finetune(data, run, settings)
         report = watch.report()
         with built(data, run, settings) as fresh:
+            assert all(chunk.ddp_config.overlap_param_gather for chunk in fresh.policy.model)
             loops = measure(watch, fresh)
     return Found(watch.mixes, watch.phases, report, loops)

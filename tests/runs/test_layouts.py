@@ -2,7 +2,8 @@
 
 Every case trains from the same seed (three steps of two epochs of two mini-batches, real generation)
 and is compared with the same recipe on one rank: all metrics of every step, the held-out answers, the
-final weights. `pytest -s` shows the table. Three runs with a reduction that is broken on purpose show
+final weights. Some cases also recompute activations and overlap the communication of data-parallel
+ranks with computation. `pytest -s` shows the table. Three runs with a reduction that is broken on purpose show
 that the comparison can fail.
 
 Adam divides a gradient by its own size. So an element whose gradient is only fp32 rounding moves as
@@ -31,6 +32,7 @@ from tests.whole_runs import (
     compare_rows,
     compare_weights,
     rows,
+    small_buckets,
     train_run,
     weights,
 )
@@ -65,6 +67,10 @@ RECIPES = {
 TP2, PP2, CP2 = ({f"parallel__{kind}": 2} for kind in ("tensor", "pipeline", "context"))
 VPP2 = PP2 | {"parallel__virtual_pipeline": 2}
 SP = {"parallel__sequence_parallel": "true"}
+OVERLAP = {"parallel__overlap_grad_reduce": "true", "parallel__overlap_param_gather": "true"}
+FULL = {"train__recompute": "full"}
+FIRST = FULL | {"train__recompute_method": "block"}
+SELECTIVE = {"train__recompute": "selective"}
 
 
 class Case(NamedTuple):
@@ -89,6 +95,8 @@ CASES = [
     Case("DP2", 2, "baseline", {}),
     Case("PP2 VPP2", 2, "all options", VPP2),
     Case("CP2", 2, "all options", CP2),
+    Case("DP2 overlap, full", 2, "reinforce++", OVERLAP | FULL),
+    Case("CP2 overlap, first layer", 2, "all options", CP2 | OVERLAP | FIRST),
     Case("TP2xPP2", 4, "reinforce++", TP2 | PP2),
     Case("TP2xDP2", 4, "reinforce++", TP2),
     Case("DP2xCP2", 4, "reinforce++", CP2),
@@ -97,6 +105,8 @@ CASES = [
     Case("PP2xCP2 VPP2", 4, "baseline", VPP2 | CP2),
     Case("TP2xPP2 SP VPP2", 4, "all options", TP2 | VPP2 | SP),
     Case("DP4", 4, "all options", {}),
+    Case("TP2xDP2 SP overlap, selective", 4, "baseline", TP2 | SP | OVERLAP | SELECTIVE),
+    Case("PP2xDP2 VPP2 overlap, full", 4, "all options", VPP2 | OVERLAP | FULL),
 ]
 BROKEN = {
     # slime#2235: each rank normalises over its own samples alone.
@@ -122,7 +132,8 @@ def folder(base: Path, case: Case) -> Path:
 def train_cases(rank: int, base: Path, cases: list[Case]) -> None:
     """Trains the cases one after the other; every rank of a world calls it."""
     for case in cases:
-        train_run(base, folder(base, case), **settings_of(case))
+        with small_buckets():
+            train_run(base, folder(base, case), **settings_of(case))
 
 
 def train_two_ranks(rank: int, base: Path, cases: list[Case]) -> None:
@@ -184,10 +195,10 @@ def deviations(base) -> dict[Case, tuple[Deviation, Deviation]]:
     plain = PLAIN_ADAM._replace(ranks=1, settings={"optimizer__eps": 1e-8})
     found = {key(case): compare(base, case) for case in [*CASES, *BROKEN.values()]}
     found[key(PLAIN_ADAM)] = compare(base, PLAIN_ADAM, plain)
-    print(f"\n{'layout':24}{'recipe':14}{'metrics':>9}  {'where':34}{'weights':>9}  where")
+    print(f"\n{'layout':32}{'recipe':14}{'metrics':>9}  {'where':34}{'weights':>9}  where")
     for (name, recipe), (metric, weight) in found.items():
         print(
-            f"{name:24}{recipe:14}{metric.size:9.1e}  {metric.where:34}{weight.size:9.1e}  "
+            f"{name:32}{recipe:14}{metric.size:9.1e}  {metric.where:34}{weight.size:9.1e}  "
             f"{weight.where.removeprefix('decoder.')}"
         )
     return found

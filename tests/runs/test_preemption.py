@@ -28,6 +28,7 @@ from tests.whole_runs import (
     compare_weights,
     rows,
     same_bits,
+    small_buckets,
     train_run,
     weights,
     with_whole_run,
@@ -232,12 +233,12 @@ def test_a_kill_in_the_first_save(base, tmp_path, case):
 
 
 def on_two_ranks(rank: int, base: Path) -> str:
-    """Only rank 1 gets the signal, inside an update of two replicas; the run resumes as two
-    pipeline stages."""
+    """Only rank 1 gets the signal, inside an update of two replicas, whose weights are not gathered
+    yet; the run resumes as two pipeline stages."""
     settings = SETTINGS | {"train__steps": 2}
     act = send(signal.SIGTERM) if rank == 1 else (lambda: None)
-    with at("update", 8, act), pytest.raises(Preempted) as stopped:
-        train_run(base, base / "dp2", **settings)
+    with small_buckets(), at("update", 8, act), pytest.raises(Preempted) as stopped:
+        train_run(base, base / "dp2", parallel__overlap_param_gather="true", **settings)
     dist.barrier()
     left = names(base / "dp2")
     dist.barrier()

@@ -28,6 +28,7 @@ from tests.whole_runs import (
     relative,
     rows,
     run_program,
+    small_buckets,
     weights,
 )
 
@@ -46,7 +47,7 @@ LAYOUTS = {
     "PP2": {"parallel__pipeline": 2},
     "PP2 VPP2": {"parallel__pipeline": 2, "parallel__virtual_pipeline": 2},
     "CP2": {"parallel__context": 2},
-    "DP2": {},
+    "DP2": {"parallel__overlap_param_gather": "true"},
 }
 
 
@@ -59,7 +60,8 @@ def finetune(base: Path, name: str, **settings) -> None:
 
 def on_two_ranks(rank: int, base: Path) -> None:
     for name, settings in LAYOUTS.items():
-        finetune(base, name, **settings)
+        with small_buckets():
+            finetune(base, name, **settings)
 
 
 @pytest.fixture(scope="module")
