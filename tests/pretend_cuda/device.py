@@ -65,6 +65,8 @@ def _pretend_runtime(patch: pytest.MonkeyPatch, watch: Watch) -> None:
     patch.setattr(torch.cuda, "mem_get_info", lambda *args: (MEMORY, MEMORY))
     patch.setattr(torch.cuda, "max_memory_allocated", lambda *args: 0)
     patch.setattr(torch.cuda.nccl, "version", lambda: (2, 27, 3))
+    # A torch built for CUDA would look for the stream of the real one.
+    patch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: None)
     patch.setattr(dist, "get_backend", lambda group=None: "nccl")
 
     def synchronize(*args: Any, **kwargs: Any) -> None:
