@@ -27,6 +27,7 @@ import torch.distributed as dist
 from megatron_rpp.data.chat import PromptFormat
 from megatron_rpp.data.prompts import Prompt
 from megatron_rpp.data.supervised import sft_example
+from megatron_rpp.model import kernels
 from megatron_rpp.parallel import device as devices
 from megatron_rpp.parallel import groups
 from megatron_rpp.parallel.device import describe
@@ -96,6 +97,7 @@ def finetune(config: Config, inputs: Inputs, dry_run: bool = False) -> None:
         run.stop = stop
         checkpointing.resume(run, repair=not dry_run)
         console.log(describe())
+        console.log(kernels.describe(policy.model))
         console.log(f"data: {inputs.counts}")
         if dry_run:
             console.log("dry run: everything is built and nothing was trained")

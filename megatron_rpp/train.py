@@ -21,6 +21,7 @@ from megatron_rpp.runtime import startup
 if __name__ == "__main__":
     STARTUP = entrypoint.run(startup.for_training)  # --help and mistakes end here, before torch
 
+from megatron_rpp.model import kernels
 from megatron_rpp.model.build import parameter_count
 from megatron_rpp.parallel import groups
 from megatron_rpp.parallel.device import describe
@@ -160,11 +161,12 @@ def _flops(run: Run, buffer: RolloutBuffer) -> float:
 
 
 def _log_start(run: Run) -> None:
-    """Logs device, layout, model, data, rewards, algorithm, and where the run starts."""
+    """Logs device, kernels, layout, model, data, rewards, algorithm, and where the run starts."""
     config, inputs, log = run.config, run.inputs, run.console.log
     parallel, shaping = config.parallel, config.reward
     count = parameter_count(run.policy.model)
     log(describe())
+    log(kernels.describe(run.policy.model))
     log(
         f"layout: tensor {parallel.tensor} × pipeline {parallel.pipeline} (× "
         f"{parallel.virtual_pipeline} chunks) × context {parallel.context} × data "

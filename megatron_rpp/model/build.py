@@ -103,6 +103,8 @@ def transformer_config(
         moe_token_dispatcher_type="alltoall",  # Megatron checks it even without experts
         calculate_per_token_loss=True,
         gradient_accumulation_fusion=devices.has_apex(),
+        # The angles of a packed row are gathered by position, so the kernel sees one plain sequence.
+        apply_rope_fusion=implementation == "transformer_engine",
         bias_activation_fusion=not devices.ON_CPU,
         bias_dropout_fusion=not devices.ON_CPU,
         masked_softmax_fusion=False,

@@ -105,19 +105,22 @@ class LanguageModel(GPTModel):
         return whole[:, : self.true_vocab_size]
 
 
-# The attributes that make Megatron's modules split the sequence over tensor-parallel ranks.
-_SEQUENCE_PARALLEL_MARKS = (
+# The attributes that make Megatron's modules do what decoding must do without.
+_MARKS = (
+    # They split the sequence over tensor-parallel ranks.
     "sequence_parallel",
     "scatter_to_sequence_parallel",
     "reduce_scatter_embeddings",
+    # TransformerEngine's kernel takes the same positions for all sequences of a batch.
+    "apply_rope_fusion",
 )
 
 
 class Decoding:
     """The key-value caches of this rank's chunks for one batch of sequences.
 
-    A single token per sequence cannot be split over ranks, so decoding turns sequence parallelism
-    off.
+    A single token per sequence cannot be split over ranks, and each has a position of its own. So
+    decoding turns sequence parallelism and the fused kernel for rotary positions off.
     """
 
     def __init__(self, model: torch.nn.Module, length: int):
@@ -127,10 +130,7 @@ class Decoding:
             attention.cache = KeyValueCache(length)
         owners = [chunks(model)[0].config, *model.modules()]
         self.marked = [
-            (owner, mark)
-            for owner in owners
-            for mark in _SEQUENCE_PARALLEL_MARKS
-            if vars(owner).get(mark) is True
+            (owner, mark) for owner in owners for mark in _MARKS if vars(owner).get(mark) is True
         ]
         self._mark(False)
 

@@ -1,0 +1,21 @@
+"""Which kernels compute RMSNorm, rotary positions and SwiGLU, for the start-up log."""
+
+from __future__ import annotations
+
+import torch
+
+from megatron_rpp.model.language_model import chunks
+
+_ENGINE, _TORCH = "TransformerEngine", "PyTorch"
+
+
+def describe(model: torch.nn.ModuleList) -> str:
+    """One line; "PyTorch" means its single operations, for RMSNorm one of them."""
+    config = chunks(model)[0].config
+    engine = config.transformer_impl == "transformer_engine"
+    rotary = f"{_ENGINE} ({_TORCH} while decoding)" if config.apply_rope_fusion else _TORCH
+    compiled = "torch.compile" if config.bias_activation_fusion else _TORCH
+    return (
+        f"kernels: RMSNorm {_ENGINE if engine else _TORCH}, rotary positions {rotary}, "
+        f"SwiGLU {compiled}"
+    )
