@@ -107,8 +107,9 @@ def finetune(config: Config, inputs: Inputs, dry_run: bool = False) -> None:
                 advance_bar(run.state.step)
                 while not run.finished:
                     checkpointing.stop_if_requested(run)
-                    row = sft_step(run)
-                    row |= checkpointing.evaluate_if_due(run)
+                    row = run.step_progress.supervised or sft_step(run)
+                    run.step_progress.supervised = row
+                    row = row | checkpointing.evaluate_if_due(run)
                     run.advance(config.sft.batch_size)
                     checkpointing.finish_step(run, row)
                     if "eval/accuracy" in row:

@@ -70,7 +70,7 @@ def train(config: Config, inputs: Inputs, dry_run: bool = False) -> None:
             while not run.finished:
                 checkpointing.stop_if_requested(run)
                 row, buffer = rl_step(run)
-                row |= checkpointing.evaluate_if_due(run, stop.told)
+                row |= checkpointing.evaluate_if_due(run)
                 run.advance(config.rollout.prompts_per_step)
                 kl_control.adapt(
                     run.state, row, config.algorithm, samples=config.rollout.samples_per_step

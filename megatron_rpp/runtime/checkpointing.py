@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -62,10 +62,12 @@ def resume(run: Run, *, repair: bool) -> None:
 
 def begin_step(run: Run) -> StepProgress:
     """The progress of the step: what `resume` or saved rollouts restored, or none. Collective."""
-    if run.step_progress.buffer is None and run.config.checkpoint.save_rollouts:
-        run.step_progress = step_progress.load_rollouts(
-            config=run.config, prompts=run.inputs.train, key=run.step_key
-        )
+    if run.step_progress.buffer is None:
+        run.step_progress = StepProgress()  # `resume` may have read one of sft.py
+        if run.config.checkpoint.save_rollouts:
+            run.step_progress = step_progress.load_rollouts(
+                config=run.config, prompts=run.inputs.train, key=run.step_key
+            )
     return run.step_progress
 
 
@@ -78,16 +80,16 @@ def finish_stage(run: Run, stage: str) -> None:
     stop_if_requested(run)
 
 
-def evaluate_if_due(run: Run, stop: Callable[[], bool] = lambda: False) -> dict[str, float]:
+def evaluate_if_due(run: Run) -> dict[str, float]:
     """Evaluates the policy after the updates of a step if it is due; returns metrics. Collective.
 
-    Raises Abandoned, on every rank, if `stop` was true meanwhile. For then it comes before the step
+    Raises Abandoned, on every rank, if the run was told to stop. For then it comes before the step
     counts as finished: the run is still inside the step, after its last mini-batch, and a resumed run
     evaluates again.
     """
     step, config = run.state.step + 1, run.config
     if step == config.train.steps or due(step, config.evaluation.interval):
-        return evaluate_held_out(run, step, stop)
+        return evaluate_held_out(run, step, run.stop.told)
     return {}
 
 
@@ -145,7 +147,7 @@ def _save(
     """Saves the run at a safe point, between two steps or inside one."""
 
     def save_progress(directory: Path) -> dict[str, Any]:
-        if run.step_progress.buffer is None:
+        if not run.step_progress.begun:
             return {}
         saved = step_progress.save(
             run.step_progress, directory, config=run.config, prompts=run.inputs.train,
@@ -169,8 +171,8 @@ def stop_if_requested(run: Run) -> None:
         return
     if run.started:
         ensure_saved(run)
-    step, done = run.state.step, run.step_progress.update.done
+    step, progress = run.state.step, run.step_progress
     place = f"after step {step}"
-    if run.step_progress.buffer is not None:
-        place = f"in step {step + 1} after {done} mini-batches"
+    if progress.begun:
+        place = f"in step {step + 1} after {progress.minibatches} mini-batches"
     raise Preempted(f"{reason}: saved {place}; the same command goes on")

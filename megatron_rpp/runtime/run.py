@@ -72,7 +72,7 @@ class Run:
     @property
     def started(self) -> bool:
         """Whether there is any work to save."""
-        return self.state.step > 0 or self.step_progress.buffer is not None
+        return self.state.step > 0 or self.step_progress.begun
 
     @property
     def finished(self) -> bool:

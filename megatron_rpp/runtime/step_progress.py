@@ -51,6 +51,18 @@ class StepProgress:
     """Scores of this replica's samples; None before the reward stage."""
     update: UpdateProgress = field(default_factory=UpdateProgress)
     times: StageTimes = field(default_factory=StageTimes)
+    supervised: dict[str, float] | None = None
+    """The metrics of a step of sft.py whose update is done; None before it, and in train.py."""
+
+    @property
+    def begun(self) -> bool:
+        """Whether there is anything of the step to save."""
+        return self.buffer is not None or self.supervised is not None
+
+    @property
+    def minibatches(self) -> int:
+        """Mini-batches whose update is done; a supervised step has one."""
+        return self.update.done if self.supervised is None else 1
 
     @property
     def suffix(self) -> str:
@@ -59,13 +71,13 @@ class StepProgress:
         The names sort by progress. No two safe points share a name, so a save never replaces the
         current checkpoint.
         """
-        if self.buffer is None:
+        if not self.begun:
             return ""
-        if self.scores is None:
+        if self.buffer is not None and self.scores is None:
             return "_done_1_rollout"
-        if self.buffer.old_logprobs is None:
+        if self.buffer is not None and self.buffer.old_logprobs is None:
             return "_done_2_reward"
-        return f"_minibatch_{self.update.done:04d}"
+        return f"_minibatch_{self.minibatches:04d}"
 
 
 def save(
@@ -75,6 +87,8 @@ def save(
 
     Raises OSError, on every rank, if the file system fails on any.
     """
+    if progress.supervised is not None:  # its batch is not needed again
+        return {"supervised": progress.supervised}
     folder = directory / ROLLOUTS
 
     def save_shard() -> None:
@@ -99,6 +113,8 @@ def load(
     Args:
         notes: what `save` returned.
     """
+    if "supervised" in notes:
+        return StepProgress(supervised=notes["supervised"])
     if notes["prompts"] != ranks.on_main_rank(partial(_prompts_digest, config, prompts, key)):
         return None
     rollout = config.rollout

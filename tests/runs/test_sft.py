@@ -173,21 +173,32 @@ def test_the_first_evaluation_of_training_is_the_last_of_the_warm_start(base):
 
 
 def test_a_killed_and_stopped_warm_start_resumes_bit_for_bit(base):
-    """It is killed in step 7, after the checkpoint of step 4, and asked to stop in step 10. (It is
-    not compared with run "one", whose process sums in another order because it has more threads.)"""
+    """It is killed in step 7, after the checkpoint of step 4, asked to stop in the evaluation after
+    step 6, which is abandoned, and asked to stop in step 10. (It is not compared with run "one", whose
+    process sums in another order because it has more threads.)"""
     finetune(base, "whole")
     settings = {"sft__checkpoint_interval": 4}
     with at("supervised step", 7, killed), pytest.raises(KeyboardInterrupt):
         finetune(base, "resumed", **settings)
-    stopped = pytest.raises(Preempted, match="SIGTERM: saved after step 10")
-    with at("supervised step", 6, send(signal.SIGTERM)), stopped:
+    stopped = pytest.raises(Preempted, match="SIGTERM: saved in step 6 after 1 mini-batches")
+    with at("evaluation", 1, send(signal.SIGTERM)) as entered, stopped:
         finetune(base, "resumed", **settings)
+    assert entered.count("supervised step") == 2
+    assert (base / "resumed/sft/iter_0000005_minibatch_0001").is_dir()
+    assert [row["step"] for row in log(base, "resumed")][-1] == 5
+    stopped = pytest.raises(Preempted, match="SIGTERM: saved after step 10")
+    with at("supervised step", 4, send(signal.SIGTERM)) as entered, stopped:
+        finetune(base, "resumed", **settings)
+    assert entered.index("evaluation") < entered.index("supervised step")
     finetune(base, "resumed", **settings)
     ours, theirs = (
         [{tag: row[tag] for tag in row if not tag.startswith("time/")} for row in log(base, run)]
         for run in ("resumed", "whole")
     )
     assert ours == theirs
+    evaluated = (rows(base / run / "sft/evaluations.jsonl") for run in ("resumed", "whole"))
+    ours, theirs = ([(row["step"], row["reward"]) for row in found] for found in evaluated)
+    assert ours[-2:] == theirs and [step for step, _ in theirs] == [6, 12]
     config = config_of(base, base / "resumed", **SETTINGS)
     found = [weights(config, base / run / "sft") for run in ("resumed", "whole")]
     assert compare_weights(*found).size == 0
