@@ -92,7 +92,7 @@ def finetune(config: Config, inputs: Inputs, dry_run: bool = False) -> None:
     """Trains for sft.steps steps, or until sft.stop_accuracy is reached. Collective."""
     config, console = settings_of(config), Console(groups.is_main())
     with session(config, console) as stop:
-        policy = build_policy(config, config.optimizer, inputs.vocab_size)
+        policy = build_policy(config, config.optimizer, inputs.vocab_size, source=inputs.source)
         run = assemble(config, inputs, console, policy=policy)
         run.stop = stop
         checkpointing.resume(run, repair=not dry_run)

@@ -54,11 +54,11 @@ def main(argv: list[str] | None = None) -> None:
     if options.output is not None:
         check_writable("the directory of --output", options.output.parent)
     inputs = load_inputs(config, train_is_scored=False)
-    check_initial_weights(config)
+    source = check_initial_weights(config)
     groups.start(
         **config.parallel.sizes(), seed=config.seed, deterministic=config.train.deterministic
     )
-    stage = build_start(config, inputs.vocab_size).requires_grad_(False)
+    stage = build_start(config, inputs.vocab_size, source).requires_grad_(False)
     engine = MegatronEngine(stage, inputs.tokenizer, config.rollout.max_batch)
     result = evaluate(
         engine, inputs.held_out, inputs.rewards, form=inputs.response_form,

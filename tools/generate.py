@@ -28,6 +28,7 @@ from megatron_rpp.lifecycle.config_error import reading
 from megatron_rpp.lifecycle.entrypoint import launched_world_size
 
 if TYPE_CHECKING:
+    from megatron_rpp.hf.source import Source
     from megatron_rpp.records import Generation, Sampling
 
 
@@ -61,7 +62,7 @@ def main(argv: list[str] | None = None) -> None:
     prompts = options.prompt + (lines_of(options.file) if options.file else [])
     if not prompts:
         parser.error("no prompt: give --prompt TEXT or --file FILE")
-    check_initial_weights(config)
+    source = check_initial_weights(config)
     tokenizer, form = open_tokenizer(config.data)
     limit = config.model.max_length - config.rollout.max_new_tokens
     vocab_size = model_vocabulary(config, tokenizer)
@@ -71,7 +72,12 @@ def main(argv: list[str] | None = None) -> None:
         **config.parallel.sizes(), seed=config.seed, deterministic=config.train.deterministic
     )
     generations = generate(
-        config, vocab_size, prompts=encoded, tokenizer=tokenizer, sampling=answering
+        config,
+        vocab_size,
+        prompts=encoded,
+        tokenizer=tokenizer,
+        sampling=answering,
+        source=source,
     )
     responses = response_format(config, tokenizer, answering)
     for prompt, generation in zip(prompts, generations, strict=True):
@@ -103,15 +109,19 @@ def generate(
     prompts: list[tuple[int, ...]],
     tokenizer: Tokenizer,
     sampling: Sampling,
+    source: Source | None = None,
 ) -> list[Generation]:
-    """One answer per prompt, in order, on every rank. Collective."""
+    """One answer per prompt, in order, on every rank. Collective.
+
+    source: what the check of model.hf_path found, if it was checked before.
+    """
     from megatron_rpp.parallel import groups
     from megatron_rpp.records import Request
     from megatron_rpp.rollout.engine import MegatronEngine
     from megatron_rpp.runtime.policy import build_start
     from megatron_rpp.stages.rollout import shard
 
-    stage = build_start(config, vocab_size)
+    stage = build_start(config, vocab_size, source)
     engine = MegatronEngine(stage.requires_grad_(False), tokenizer, config.rollout.max_batch)
     local = shard(len(prompts), groups.data_rank(), groups.data_size())
     requests = [Request(prompts[i], sample_id=i) for i in local]

@@ -12,7 +12,7 @@ import torch
 
 from megatron_rpp.hf.families import EMBEDDING, OUTPUT, Row, canonical
 from megatron_rpp.hf.safetensors_in import Weights
-from megatron_rpp.hf.source import check_source
+from megatron_rpp.hf.source import Source, check_source
 from megatron_rpp.lifecycle import heartbeat
 from megatron_rpp.lifecycle.config_error import ConfigError
 from megatron_rpp.model import initialization
@@ -42,16 +42,22 @@ def _check_architecture(
 
 
 @torch.no_grad()
-def load_hf(stage: torch.nn.Module, directory: str | Path) -> None:
+def load_hf(stage: torch.nn.Module, directory: str | Path | Source) -> None:
     """Loads every parameter of `stage`, cast to the dtype of the stage.
 
     Collective if there is a process group.
 
-    Raises ConfigError, the same on every rank, if the directory holds a different model or none
-    (hf/source.py).
+    Args:
+        directory: a Hugging Face directory, or what the check of one returned.
+    Raises:
+        ConfigError: the same on every rank, if the directory holds a different model or none
+            (hf/source.py).
     """
-    source = raise_on_all_ranks(lambda: check_source(directory))
-    _check_architecture(stage, source.settings, directory)
+    if isinstance(directory, Source):
+        source = directory
+    else:
+        source = raise_on_all_ranks(lambda: check_source(directory))
+    _check_architecture(stage, source.settings, source.weights.directory)
     heartbeat.enter("load the weights")
     by_name = {row.megatron: row for row in source.rows}
     for chunk in chunks(stage):

@@ -19,11 +19,10 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
+from megatron_rpp.model import head_chunks
 from megatron_rpp.parallel import device as devices
 
-# fp32 logits of one chunk: 8 MB on a CPU, to fit its caches; 256 MB on a GPU, which needs many rows
-# to be busy.
-CHUNK_ELEMENTS = 2**21 if devices.ON_CPU else 2**26
+CHUNK_ELEMENTS = head_chunks.ON_CPU if devices.ON_CPU else head_chunks.ON_GPU
 
 
 def _sum_over(group: dist.ProcessGroup, tensor: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_rpp.config import ModelConfig, ParallelConfig, TrainConfig
+from megatron_rpp.model import head_chunks
 from megatron_rpp.runtime.model_size import FP32, heads_of, vocabulary_rows, weight_bytes
 
 
@@ -22,13 +23,13 @@ class Device:
     """RMSNorm and SwiGLU keep only their inputs and outputs, and attention reads packed rows. Else
     they keep what their single operations need, and attention pads the sequences."""
     logits_at_once: int
-    """Logits of one chunk (CHUNK_ELEMENTS in model/logprobs.py)."""
+    """Logits of one chunk (model/head_chunks.py)."""
     overhead: int
     """Bytes of the CUDA context and of NCCL's buffers."""
 
 
-GPU = Device(fused_kernels=True, logits_at_once=2**26, overhead=3_000_000_000)
-CPU = Device(fused_kernels=False, logits_at_once=2**21, overhead=0)
+GPU = Device(fused_kernels=True, logits_at_once=head_chunks.ON_GPU, overhead=3_000_000_000)
+CPU = Device(fused_kernels=False, logits_at_once=head_chunks.ON_CPU, overhead=0)
 
 
 @dataclass(frozen=True)

@@ -7,18 +7,22 @@ from pathlib import Path
 from megatron_rpp.checkpoint import store
 from megatron_rpp.config import Config
 from megatron_rpp.conversion.dist_checkpoint import Checkpoint
-from megatron_rpp.hf.source import check_source
+from megatron_rpp.hf.source import Source, check_source
 from megatron_rpp.runtime.inputs import once_a_node
 
 
-def check_initial_weights(config: Config) -> None:
-    """Raises ConfigError if the initial weights cannot be read."""
-    model, saved = config.model, config.checkpoint
+def check_initial_weights(config: Config) -> Source | None:
+    """Raises ConfigError if the initial weights cannot be read.
+
+    Returns what was found in model.hf_path, if it is given.
+    """
+    model, saved, source = config.model, config.checkpoint, None
     if model.hf_path is not None:
-        log = once_a_node()
-        for note in check_source(model.hf_path).notes:
+        source, log = check_source(model.hf_path), once_a_node()
+        for note in source.notes:
             log(note)
     started = (Path(saved.dir) / store.POINTER).exists()
     for path in (model.init_path, None if started else saved.load):
         if path is not None:
             Checkpoint(store.current(path)).common()
+    return source

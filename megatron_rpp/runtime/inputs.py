@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import chain
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_rpp.config import Config, DataConfig, RewardConfig, RolloutConfig
 from megatron_rpp.data.chat import PromptFormat
@@ -38,6 +39,9 @@ from megatron_rpp.reporting.console import Console
 from megatron_rpp.rewards import RewardSet
 from megatron_rpp.rollout.stopping import split_stops
 
+if TYPE_CHECKING:  # it loads torch
+    from megatron_rpp.hf.source import Source
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -55,6 +59,8 @@ class Inputs:
     """How evaluations are decoded."""
     dropped: int = 0
     """Number of prompts left out because they are too long."""
+    source: Source | None = None
+    """What the check of model.hf_path found; None: there is none, or it was not checked yet."""
 
     @property
     def counts(self) -> str:

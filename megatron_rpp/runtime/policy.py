@@ -6,6 +6,7 @@ import torch
 
 from megatron_rpp.checkpoint import state as checkpoint
 from megatron_rpp.config import Config, OptimizerConfig
+from megatron_rpp.hf.source import Source
 from megatron_rpp.model import build
 from megatron_rpp.model.hf_weights import load_hf
 from megatron_rpp.model.language_model import chunks
@@ -16,8 +17,12 @@ from megatron_rpp.parallel import device as devices
 from megatron_rpp.parallel.ranks import raise_on_all_ranks
 
 
-def build_start(config: Config, vocab_size: int) -> torch.nn.ModuleList:
+def build_start(
+    config: Config, vocab_size: int, source: Source | None = None
+) -> torch.nn.ModuleList:
     """The model with the weights of model.init_path or model.hf_path, else random ones. Collective.
+
+    source: what the check of model.hf_path found, if it was checked before.
 
     Raises ConfigError, on every rank, if the device of any rank cannot run the model.
     """
@@ -34,13 +39,15 @@ def build_start(config: Config, vocab_size: int) -> torch.nn.ModuleList:
     if model.init_path is not None:
         checkpoint.load_weights(stage, model.init_path)
     if model.hf_path is not None:
-        load_hf(stage, model.hf_path)
+        load_hf(stage, source or model.hf_path)
     return stage
 
 
-def build_policy(config: Config, optimizer: OptimizerConfig, vocab_size: int) -> Policy:
-    """The policy before its first update."""
-    stage = build_start(config, vocab_size)
+def build_policy(
+    config: Config, optimizer: OptimizerConfig, vocab_size: int, *, source: Source | None = None
+) -> Policy:
+    """The policy before its first update; for `source` see build_start."""
+    stage = build_start(config, vocab_size, source)
     model = build.wrap_for_training(stage, optimizer.distributed, config.parallel)
     return Policy(model, *build_optimizer(model, optimizer, config.model.dtype == "bf16"))
 

@@ -101,7 +101,7 @@ class Run:
 
 def build(config: Config, inputs: Inputs, console: Console) -> Run:
     """Builds the run of train.py before its first step; writes nothing. Collective."""
-    policy = build_policy(config, config.optimizer, inputs.vocab_size)
+    policy = build_policy(config, config.optimizer, inputs.vocab_size, source=inputs.source)
     reference = build_reference(config, policy, inputs.vocab_size)
     return assemble(config, inputs, console, policy=policy, reference=reference)
 

@@ -6,11 +6,15 @@ come last.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from megatron_rpp.config import Config, check_world_size, cli, count_replicas
 from megatron_rpp.lifecycle.entrypoint import launched_world_size
 from megatron_rpp.runtime.inputs import Inputs, check_writable, load_inputs, with_fitting_rows
+
+if TYPE_CHECKING:
+    from megatron_rpp.hf.source import Source
 
 
 @dataclass(frozen=True)
@@ -33,8 +37,8 @@ def for_training(argv: list[str] | None = None) -> Startup:
     check_writable("checkpoint.dir", config.checkpoint.dir)
     check_writable("logging.dir", config.logging.dir)
     inputs = load_inputs(config)
-    _check_models(config, config.checkpoint.dir)
-    return Startup(config, inputs, dry_run)
+    source = _check_models(config, config.checkpoint.dir)
+    return Startup(config, replace(inputs, source=source), dry_run)
 
 
 def for_sft(argv: list[str] | None = None) -> Startup:
@@ -46,18 +50,22 @@ def for_sft(argv: list[str] | None = None) -> Startup:
     count_replicas(config.parallel, launched_world_size())
     check_writable("sft.dir", config.sft.dir)
     inputs = with_fitting_rows(config, load_inputs(config, train_is_scored=False))
-    _check_models(config, config.sft.dir)
-    return Startup(config, inputs, dry_run)
+    source = _check_models(config, config.sft.dir)
+    return Startup(config, replace(inputs, source=source), dry_run)
 
 
-def _check_models(config: Config, checkpoints: str) -> None:
-    """Raises ConfigError if the initial weights cannot be read or the export cannot be written."""
-    model = config.model
+def _check_models(config: Config, checkpoints: str) -> Source | None:
+    """Raises ConfigError if the initial weights cannot be read or the export cannot be written.
+
+    Returns what was found in model.hf_path, if it is given.
+    """
+    model, source = config.model, None
     if model.hf_path or model.init_path or config.checkpoint.load:
         from megatron_rpp.runtime.initial_weights import check_initial_weights  # loads torch
 
-        check_initial_weights(config)
+        source = check_initial_weights(config)
     if config.checkpoint.export_hf is not None:
         from megatron_rpp.runtime.export import check_export  # loads torch
 
         check_export(config, checkpoints)
+    return source

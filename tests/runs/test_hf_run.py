@@ -13,13 +13,21 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_rpp import sft, train
 from megatron_rpp.config import cli
 from megatron_rpp.conversion.convert import to_hf, to_megatron
 from megatron_rpp.hf.safetensors_in import Weights
 from tests.distributed import run_ranks
 from tests.hf.models import save
 from tests.small_run import arguments, make_data
-from tests.whole_runs import TOLERANCE, compare_rows, compare_weights, rows, train_run
+from tests.whole_runs import (
+    TOLERANCE,
+    compare_rows,
+    compare_weights,
+    rows,
+    run_program,
+    train_run,
+)
 
 # The settings of small_run.py that describe another model than the directory does.
 NOT_OURS = (
@@ -51,6 +59,21 @@ def hf_run(base, run, **settings):
 def exported(path):
     files = Weights(path)
     return {name: files.read(name).clone() for name in files.shapes}
+
+
+@pytest.mark.parametrize("program", [train, sft])
+def test_the_directory_is_checked_once(base, tmp_path, monkeypatch, program):
+    listed, opened = Weights._listed, []
+
+    def counted(weights):
+        opened.append(weights.directory)
+        return listed(weights)
+
+    monkeypatch.setattr(Weights, "_listed", counted)
+    left_out = dict.fromkeys(NOT_OURS, None)
+    words = arguments(base, tmp_path, model__hf_path=base / "qwen3", **left_out)
+    run_program(program.main, [*words, "--dry-run"])
+    assert opened == [base / "qwen3"]
 
 
 def on_two_ranks(rank, base):
