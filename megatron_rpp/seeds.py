@@ -24,8 +24,11 @@ def _mix(state: np.ndarray) -> np.ndarray:
     return state ^ (state >> np.uint64(31))
 
 
-def uniforms(seed: int, step: int, sample_ids: np.ndarray, *, position: int) -> np.ndarray:
-    """Returns [b] fp64 numbers in [0, 1), one per sample, for `position` of its response."""
+def uniforms(
+    seed: int, step: int, sample_ids: np.ndarray, *, position: int | np.ndarray
+) -> np.ndarray:
+    """Returns [b] fp64 numbers in [0, 1), one per sample, for `position` (one, or [b]) of its
+    response."""
     with np.errstate(over="ignore"):  # arithmetic is modulo 2^64
         state = np.zeros(len(sample_ids), dtype=np.uint64)
         for part in (seed, step, sample_ids, position):

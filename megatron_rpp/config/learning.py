@@ -44,6 +44,10 @@ class RolloutConfig:
     model."""
     max_batch: int = 256
     """Largest number of sequences that a data-parallel replica decodes at once."""
+    max_cache_tokens: int | None = None
+    """Largest number of tokens whose keys and values a data-parallel replica holds while it decodes,
+    at least model.max_length. If they do not suffice for max_batch sequences, fewer are decoded at
+    once. null = what the free memory allows."""
 
     @property
     def samples_per_step(self) -> int:
@@ -53,6 +57,7 @@ class RolloutConfig:
     def __post_init__(self) -> None:
         counts = "prompts_per_step samples_per_prompt max_new_tokens max_batch"
         check_range("rollout", self, counts, at_least=1)
+        check_range("rollout", self, "max_cache_tokens", at_least=1)
         check_range("rollout", self, "min_new_tokens top_k", at_least=0)
         check_range("rollout", self, "temperature", above=0)
         check_range("rollout", self, "temperature", at_least=LOWEST_TEMPERATURE)

@@ -1,4 +1,4 @@
-"""Core attention on torch's scaled_dot_product_attention, packed or with a key-value cache.
+"""Core attention on torch's scaled_dot_product_attention, over packed rows or whole sequences.
 
 Shape legend: t tokens of a packed row on this rank, c context-parallel ranks, m sequences in it,
 s sequence, b batch, n query heads of this rank, k key-value heads of this rank, d head size.
@@ -9,9 +9,8 @@ PyTorch's kernel on GPUs, for 16-bit numbers and rows that ranks do not share; o
 laid out as m padded sequences for this operation only. If the row is split over context-parallel
 ranks, its keys and values are gathered first (and their gradients reduce-scattered).
 
-Generation without a cache takes whole right-padded sequences: a token never attends to what follows
-it, so padding needs no mask. With a cache (`KeyValueCache`, which `language_model.decoding` sets on
-the module), the first call writes the prompts and each later call adds one token per sequence.
+Whole right-padded sequences need no mask: a token never attends to what follows it. Generation has
+attention of its own, over a cache (kv_cache.py).
 
 Left out: ring attention (each context-parallel rank holds all keys and values of one layer at a
 time), attention dropout and biases.
@@ -59,35 +58,6 @@ class PackedRow(PackedSeqParams):
         )
 
 
-class KeyValueCache:
-    """Keys and values of one layer for a batch of sequences that grow one token at a time."""
-
-    def __init__(self, length: int):
-        self.length = length
-        self.keys: torch.Tensor | None = None  # [b, k, t, d]
-        self.values: torch.Tensor | None = None
-
-    def write_prompts(self, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Stores the prompts' keys and values [b, k, s, d] at positions 0..s-1."""
-        batch, heads, prompt, size = key.shape
-        self.keys = key.new_zeros(batch, heads, self.length, size)
-        self.values = value.new_zeros(batch, heads, self.length, size)
-        self.keys[:, :, :prompt] = key
-        self.values[:, :, :prompt] = value
-
-    def append(self, key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor) -> None:
-        """Stores one token's key and value [b, k, d] per sequence at `positions` [b]."""
-        assert self.keys is not None and self.values is not None, "write the prompts first"
-        rows = torch.arange(len(positions), device=positions.device)
-        self.keys[rows, :, positions] = key
-        self.values[rows, :, positions] = value
-
-    def select(self, rows: torch.Tensor) -> None:
-        """Keeps only the sequences `rows` (int64 indices, possibly repeated), in that order."""
-        assert self.keys is not None and self.values is not None, "write the prompts first"
-        self.keys, self.values = self.keys[rows], self.values[rows]
-
-
 class CoreAttention(MegatronModule):
     """softmax(q·kᵀ/√d)·v, causal, with grouped-query heads (Ainslie et al., arXiv 2305.13245)."""
 
@@ -105,9 +75,6 @@ class CoreAttention(MegatronModule):
         super().__init__(config=config)
         self.softmax_scale = softmax_scale
         self.context_group = pg_collection.cp
-        self.cache: KeyValueCache | None = None
-        self.decode_positions: torch.Tensor | None = None  # [b]; None while prompts are read
-        self.decode_mask: torch.Tensor | None = None  # [b, 1, 1, t] bool, True = attend
         # A list hides the module from state_dict. Its empty "extra state" must stay out of
         # checkpoints, because they also load without TransformerEngine.
         self.fused: list[torch.nn.Module] = []
@@ -146,11 +113,7 @@ class CoreAttention(MegatronModule):
         if packed_seq_params is not None:
             assert packed_seq_params.packing is not None
             return self._packed(query, key, value, packing=packed_seq_params.packing)
-        if self.decode_positions is not None:
-            return self._decode(query, key, value)
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [b, heads, s, d]
-        if self.cache is not None:
-            self.cache.write_prompts(key, value)
         return self._attend(query, key, value).permute(2, 0, 1, 3).flatten(2)
 
     def _attend(
@@ -213,27 +176,6 @@ class CoreAttention(MegatronModule):
             packed_seq_params=row.for_transformer_engine(),
         )
         return context.reshape(len(query), 1, -1)
-
-    def _decode(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """Attention of one new token per sequence over the cache.
-
-        The n/k query heads that share a key-value head become its query rows, so keys and values
-        are read once and never repeated.
-        """
-        assert self.cache is not None and self.decode_mask is not None
-        assert self.decode_positions is not None
-        self.cache.append(key[0], value[0], self.decode_positions)
-        assert self.cache.keys is not None and self.cache.values is not None
-        _, batch, heads, size = query.shape
-        groups, attended = key.shape[2], self.decode_mask.shape[-1]
-        context = F.scaled_dot_product_attention(
-            query.view(batch, groups, heads // groups, size),
-            self.cache.keys[:, :, :attended],
-            self.cache.values[:, :, :attended],
-            attn_mask=self.decode_mask,
-            scale=self.softmax_scale,
-        )
-        return context.reshape(1, batch, heads * size)
 
 
 def _varlen(

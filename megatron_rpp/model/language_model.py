@@ -12,14 +12,11 @@ tensor-parallel rank.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 
-from megatron_rpp.model import overlap
-from megatron_rpp.model.attention import CoreAttention, KeyValueCache, PackedRow
+from megatron_rpp.model.attention import PackedRow
 from megatron_rpp.parallel import device as devices
 from megatron_rpp.records import Packing
 
@@ -48,21 +45,22 @@ class LanguageModel(GPTModel):
         Args:
             tokens: [b, s] token ids, or [1, t] packed. Only the first chunk reads the ids; all
                 chunks read the shape.
-            positions: [t], the position of each token of a packed row; [b], that of each sequence's
-                single token (s = 1) while decoding; None for whole sequences from position 0.
+            positions: [t], the position of each token of a packed row; None for whole sequences from
+                position 0.
             packing: the positions of the sequences in a packed row; None for a batch.
         Returns:
             [s, b, h], packed [t, 1, h]; normalised after the last chunk. Under sequence parallelism
             the sequence dimension is split over the tensor-parallel ranks, except after the last
             chunk.
         """
+        angles = self.rotary_angles()
         hidden = None  # later chunks read the input that set_input_tensor stored in the decoder
         if self.pre_process:
             hidden = self.embedding(input_ids=tokens, position_ids=None)
         hidden = self.decoder(
             hidden_states=hidden,
             attention_mask=None,
-            rotary_pos_emb=self._rotary(tokens.shape[1], positions, packing is not None),
+            rotary_pos_emb=angles[: tokens.shape[1]] if positions is None else angles[positions],
             packed_seq_params=PackedRow.of(packing),
         )
         if self.post_process and self.config.sequence_parallel:
@@ -71,16 +69,13 @@ class LanguageModel(GPTModel):
             )
         return hidden
 
-    def _rotary(self, length: int, positions: torch.Tensor | None, packed: bool) -> torch.Tensor:
-        """Returns rotary angles: [s, 1, 1, d], packed [t, 1, 1, d], while decoding [1, b, 1, d]."""
+    def rotary_angles(self) -> torch.Tensor:
+        """The rotary angle of each position and channel, [s, 1, 1, d]."""
         if self._rotary_table is None:
             # If ranks share a sequence, it is padded, even one of the maximum length.
             padding = 2 * self.pg_collection.cp.size() * self.pg_collection.tp.size()
             self._rotary_table = self.rotary_pos_emb.get_emb(self.max_sequence_length + padding)
-        if positions is None:
-            return self._rotary_table[:length]
-        angles = self._rotary_table[positions]
-        return angles if packed else angles.transpose(0, 1)
+        return self._rotary_table
 
     @property
     def output_weight(self) -> torch.Tensor:
@@ -103,75 +98,6 @@ class LanguageModel(GPTModel):
         shard = devices.matmul_fp32(hidden, self.output_weight.t())
         whole = all_gather_last_dim_from_tensor_parallel_region(shard, group=self.pg_collection.tp)
         return whole[:, : self.true_vocab_size]
-
-
-# The attributes that make Megatron's modules do what decoding must do without.
-_MARKS = (
-    # They split the sequence over tensor-parallel ranks.
-    "sequence_parallel",
-    "scatter_to_sequence_parallel",
-    "reduce_scatter_embeddings",
-    # TransformerEngine's kernel takes the same positions for all sequences of a batch.
-    "apply_rope_fusion",
-)
-
-
-class Decoding:
-    """The key-value caches of this rank's chunks for one batch of sequences.
-
-    A single token per sequence cannot be split over ranks, and each has a position of its own. So
-    decoding turns sequence parallelism and the fused kernel for rotary positions off.
-    """
-
-    def __init__(self, model: torch.nn.Module, length: int):
-        self.length = length
-        self.attentions = [m for m in model.modules() if isinstance(m, CoreAttention)]
-        for attention in self.attentions:
-            attention.cache = KeyValueCache(length)
-        owners = [chunks(model)[0].config, *model.modules()]
-        self.marked = [
-            (owner, mark) for owner in owners for mark in _MARKS if vars(owner).get(mark) is True
-        ]
-        self._mark(False)
-
-    def _mark(self, value: bool) -> None:
-        for owner, mark in self.marked:
-            setattr(owner, mark, value)
-
-    def set_positions(self, positions: torch.Tensor, attended: int) -> None:
-        """Makes the next forward call take one token per sequence, at `positions` [b].
-
-        attended: the tokens of the longest sequence, with the new one. The host knows it without
-            waiting for `positions`.
-        """
-        multiple = devices.ATTENDED_MULTIPLE
-        attended = min(-(-attended // multiple) * multiple, self.length)
-        steps = torch.arange(attended, device=positions.device)
-        mask = (steps <= positions[:, None])[:, None, None]
-        for attention in self.attentions:
-            attention.decode_positions, attention.decode_mask = positions, mask
-
-    def select(self, rows: torch.Tensor) -> None:
-        """Keeps only the sequences `rows` (int64 indices, possibly repeated) in every cache."""
-        for attention in self.attentions:
-            assert attention.cache is not None
-            attention.cache.select(rows)
-
-    def close(self) -> None:
-        self._mark(True)
-        for attention in self.attentions:
-            attention.cache = attention.decode_positions = attention.decode_mask = None
-
-
-@contextlib.contextmanager
-def decoding(model: torch.nn.Module, length: int) -> Iterator[Decoding]:
-    """Gives `model` key-value caches for sequences of up to `length` tokens."""
-    assert overlap.are_weights_complete(model)
-    state = Decoding(model, length)
-    try:
-        yield state
-    finally:
-        state.close()
 
 
 def unwrap(chunk: torch.nn.Module) -> LanguageModel:

@@ -1,11 +1,7 @@
 """Runs a model over micro-batches: the only caller of Megatron's forward-backward schedules.
 
 Training and log-probs use the same schedules: no pipelining, 1F1B over the stages, or interleaved
-if each stage holds several chunks. Generation sends one batch through the stages with
-`stage_forward`.
-
-Left out: overlapping several batches in generation. While one stage computes a token, the others
-wait.
+if each stage holds several chunks. Generation passes hidden states on with `receive` and `send`.
 """
 
 from __future__ import annotations
@@ -20,7 +16,7 @@ import torch.distributed as dist
 
 from megatron_rpp.lifecycle import heartbeat
 from megatron_rpp.model import overlap
-from megatron_rpp.model.language_model import chunks
+from megatron_rpp.model.language_model import LanguageModel, chunks
 from megatron_rpp.parallel import device as devices
 from megatron_rpp.parallel import groups
 from megatron_rpp.records import MicroBatch
@@ -113,28 +109,36 @@ def forward(
     return _run(model, micro_batches, last_stage, forward_only=True, collect_non_loss_data=True)
 
 
-def stage_forward(
-    model: torch.nn.Module, tokens: torch.Tensor, positions: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Runs one batch through this rank's chunks.
-
-    Each chunk receives its input from the previous rank and sends its output to the next.
+def stage_forward(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    """Runs whole sequences through this rank's chunks, without a cache.
 
     Args:
         tokens: [b, s], the same on every stage.
-        positions: [b] while decoding, else None (see LanguageModel.forward).
     Returns:
         The hidden states [s, b, h] of this rank's last chunk.
     """
-    group = groups.pipeline_group()
     for chunk in chunks(model):
         if not chunk.pre_process:
-            shape = (tokens.shape[1], tokens.shape[0], chunk.config.hidden_size)
-            dtype = chunk.config.params_dtype
-            received = torch.empty(shape, dtype=dtype, device=devices.device())
-            dist.recv(received, group=group, group_src=(group.rank() - 1) % group.size())
-            chunk.set_input_tensor([received])
-        hidden = chunk(tokens, positions)
+            chunk.set_input_tensor([receive(chunk, *reversed(tokens.shape))])
+        hidden = chunk(tokens)
         if not chunk.post_process:
-            dist.send(hidden.contiguous(), group=group, group_dst=(group.rank() + 1) % group.size())
+            send(hidden).wait()
     return hidden
+
+
+def receive(chunk: LanguageModel, *shape: int) -> torch.Tensor:
+    """The input [*shape, h] of a chunk, from the rank that holds the chunk before it."""
+    group, config = groups.pipeline_group(), chunk.config
+    shape = (*shape, config.hidden_size)
+    hidden = torch.empty(shape, dtype=config.params_dtype, device=devices.device())
+    dist.recv(hidden, group=group, group_src=(group.rank() - 1) % group.size())
+    return hidden
+
+
+def send(hidden: torch.Tensor) -> dist.Work:
+    """Starts to send a chunk's output to the rank that holds the next one. Keep `hidden` until the
+    result has been waited for."""
+    group = groups.pipeline_group()
+    work = dist.isend(hidden, group=group, group_dst=(group.rank() + 1) % group.size())
+    assert work is not None
+    return work

@@ -78,8 +78,27 @@ def _tune_cuda(local_world_size: int) -> None:
     torch.backends.cuda.enable_cudnn_sdp(False)
 
 
-ATTENDED_MULTIPLE = 1 if ON_CPU else 128
-"""Decoding attends to a multiple of this many positions, so that a GPU's kernels see few shapes."""
+def cache_block() -> int:
+    """Positions in a block of the key-value cache: FlashAttention's kernel wants a multiple of 256; a
+    CPU wastes less with fewer."""
+    return 64 if ON_CPU else 256
+
+
+def scans_cache() -> bool:
+    """Whether attention reads the blocks of the cache in their order, so that gaps take time. A GPU's
+    kernel finds them by a table."""
+    return ON_CPU
+
+
+def tokens_per_look() -> int:
+    """How many tokens of each sequence are generated before the host looks at them. A GPU waits while
+    the host looks; on a CPU the host does the work itself."""
+    return 1 if ON_CPU else 16
+
+
+def row_multiple() -> int:
+    """Batches of generation are filled up to a multiple of this, so that a GPU sees few shapes."""
+    return 1 if ON_CPU else 16
 
 
 @cache
@@ -92,6 +111,21 @@ def has_varlen_attention() -> bool:
     return {"window_size", "enable_gqa", "scale"} <= inspect.signature(
         varlen_attn
     ).parameters.keys()
+
+
+def has_cuda_graphs() -> bool:
+    """Whether kernels can be recorded in CUDA graphs."""
+    return not ON_CPU
+
+
+@cache
+def has_paged_attention() -> bool:
+    """Whether PyTorch has an attention kernel for a cache of 16-bit numbers in blocks."""
+    if not has_varlen_attention():
+        return False
+    from torch.nn.attention.varlen import varlen_attn
+
+    return {"seqused_k", "block_table"} <= inspect.signature(varlen_attn).parameters.keys()
 
 
 def upload(values: torch.Tensor, target: torch.device) -> torch.Tensor:
@@ -167,7 +201,14 @@ def free_memory() -> int:
     """Free bytes: of this rank's GPU, or of the host's memory, which its ranks share."""
     if ON_CPU:
         return free_host_memory()
-    return torch.cuda.mem_get_info()[0]
+    kept = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()  # by PyTorch, for reuse
+    return torch.cuda.mem_get_info()[0] + kept
+
+
+def free_memory_of_rank() -> int:
+    """Free bytes for this rank alone: of its GPU, or its share of the host's memory."""
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if ON_CPU else 1
+    return free_memory() // ranks
 
 
 def free_host_memory() -> int:

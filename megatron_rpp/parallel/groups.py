@@ -220,13 +220,14 @@ def broadcast_from_last_stage(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
-def broadcast_in_model(values: torch.Tensor) -> torch.Tensor:
-    """Copies the `values` of one rank of the last pipeline stage into those of all ranks that hold
-    this copy of the model, in place."""
+def broadcast_in_model(values: torch.Tensor) -> dist.Work | None:
+    """Starts to copy the `values` of one rank of the last pipeline stage into those of all ranks that
+    hold this copy of the model, in place; None if there is one such rank."""
     group = model_group()
-    if group.size() > 1:  # the ranks of the last stage are the last ones
-        dist.broadcast(values, group=group, group_src=group.size() - tensor_group().size())
-    return values
+    if group.size() == 1:
+        return None
+    source = group.size() - tensor_group().size()  # the ranks of the last stage are the last ones
+    return dist.broadcast(values, group=group, group_src=source, async_op=True)
 
 
 def on_any(found: bool) -> bool:

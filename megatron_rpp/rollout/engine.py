@@ -1,41 +1,40 @@
-"""The rollout engine in the training process: Megatron's modules with a key-value cache.
+"""The rollout engine in the training process: the policy's weights with a key-value cache.
 
-Every rank of a replica runs the same loop over the same sequences. The last pipeline stage samples
-and broadcasts the tokens. Prompts are sorted by length. A prompt with several samples is prefilled
-once, and its cache is repeated. Finished sequences leave the batch.
+Every rank of a replica runs the same loop over the same sequences, in one batch for each pipeline
+stage: while a stage works on one batch, the others work on the others. The last stage samples and
+broadcasts the tokens.
 
-Left out: refilling the batch while it runs (continuous batching), paged caches, overlap of
-pipeline stages.
+Left out: blocks of the cache that several samples of a prompt share.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
-import numpy as np
 import torch
-from torch.nn.utils.rnn import pad_sequence
+from torch.distributed import ReduceOp
 
 from megatron_rpp.data.tokenizer import Tokenizer
 from megatron_rpp.lifecycle import heartbeat
-from megatron_rpp.model import pipeline
-from megatron_rpp.model.language_model import Decoding, chunks, decoding
+from megatron_rpp.model.decoder import Decoder, decoders
+from megatron_rpp.model.kv_cache import KeyValueCache
 from megatron_rpp.parallel import device as devices
 from megatron_rpp.parallel import groups, progress_wait
 from megatron_rpp.records import Generation, Request, Sampling
-from megatron_rpp.rollout.sampling import choose
-from megatron_rpp.rollout.stopping import StopTexts
+from megatron_rpp.rollout.batch import Abandoned, Batch
+from megatron_rpp.rollout.blocks import Blocks
+from megatron_rpp.rollout.responses import Responses
+from megatron_rpp.rollout.scheduler import Scheduler
 from megatron_rpp.seeds import uniforms
 
-# Compact once this share of the batch has finished: a copy of the cache costs about one token.
-COMPACT_SHARE = 0.125
-
-
-class Abandoned(Exception):
-    """The engine was asked to stop before all sequences were finished."""
+PASS_TOKENS = 4096
+"""Most prompt tokens in one forward pass."""
+CACHE_SHARE = 0.8
+"""Share of the free memory that the cache may take, if rollout.max_cache_tokens does not say."""
 
 
 class RolloutEngine(Protocol):
@@ -62,42 +61,27 @@ class RolloutEngine(Protocol):
         """
 
 
-@dataclass
-class _Wave:
-    """Sequences that are decoded together, and their responses so far, on the host."""
-
-    requests: list[Request]
-    tokens: np.ndarray  # [n, max_new_tokens]
-    logprobs: np.ndarray
-    lengths: np.ndarray  # [n] tokens written
-    ended: np.ndarray  # [n] bool: by end-of-sequence or a stop string
-
-    @classmethod
-    def start(cls, requests: list[Request], max_new_tokens: int) -> _Wave:
-        count = len(requests)
-        shape = (count, max_new_tokens)
-        return cls(
-            requests,
-            np.zeros(shape, np.int64),
-            np.zeros(shape, np.float32),
-            np.zeros(count, np.int64),
-            np.zeros(count, bool),
-        )
-
-    def generations(self) -> list[Generation]:
-        return [
-            Generation(self.tokens[i, :n].tolist(), self.logprobs[i, :n].tolist(), not ended)
-            for i, (n, ended) in enumerate(zip(self.lengths, self.ended))
-        ]
-
-
 class MegatronEngine:
     """Generates with the weights of the policy, on the layout of the policy."""
 
-    def __init__(self, model: torch.nn.Module, tokenizer: Tokenizer, max_batch: int):
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        tokenizer: Tokenizer,
+        *,
+        max_batch: int,
+        max_cache_tokens: int | None = None,
+    ):
+        """
+        Args:
+            max_batch: most sequences of this replica at once.
+            max_cache_tokens: most positions of its cache; None = by the free memory. It must hold
+                one sequence.
+        """
         self.model = model
         self.tokenizer = tokenizer
         self.max_batch = max_batch
+        self.max_cache_tokens = max_cache_tokens
 
     @torch.no_grad()
     def generate(
@@ -115,9 +99,10 @@ class MegatronEngine:
         share = requests[group.rank() :: group.size()]
         own: list[Generation] | None = None
         with suppress(Abandoned):
-            own = self._generate(
-                share, sampling, seed=seed, step=step, progress=progress, stop=stop
-            )
+            responses = Responses(share, sampling, self.tokenizer)
+            if share:
+                self._run(responses, sampling, seed=seed, step=step, progress=progress, stop=stop)
+            own = responses.generations()
         progress_wait.wait_for_all(group, idle=stop)
         found = groups.gather_objects(own, group) if group.size() > 1 else [own]
         parts: list[list[Generation]] = [part for part in found if part is not None]
@@ -125,128 +110,79 @@ class MegatronEngine:
             raise Abandoned
         return [parts[i % len(parts)][i // len(parts)] for i in range(len(requests))]
 
-    def _generate(
+    def _run(
         self,
-        requests: list[Request],
+        responses: Responses,
         sampling: Sampling,
         *,
         seed: int,
         step: int,
         progress: Callable[[int], None],
         stop: Callable[[], bool],
-    ) -> list[Generation]:
-        order = sorted(
-            range(len(requests)), key=lambda i: (len(requests[i].prompt), requests[i].prompt)
-        )
-        results: dict[int, Generation] = {}
-        self.model.eval()
+    ) -> None:
+        stages, queue = decoders(self.model), _by_prompt(responses.requests)
+        count = min(groups.pipeline_group().size(), len(queue))
+        slots = -(-min(self.max_batch, len(queue)) // count)
+        room, longest = self._cache_tokens(stages) // count, responses.longest
+        batches = []
+        for _ in range(count):
+            blocks = Blocks.within(room, sequences=len(queue), at_once=slots, longest=longest)
+            scheduler = Scheduler(
+                responses, queue, blocks=blocks, slots=slots, pass_tokens=PASS_TOKENS
+            )
+            batch = Batch(
+                scheduler, stages, _cache(stages, blocks.total),
+                sampling=sampling, draw=partial(uniforms, seed, step),
+            )  # fmt: skip
+            batches.append(batch)
         try:
-            for start in range(0, len(order), self.max_batch):
-                chosen = order[start : start + self.max_batch]
-                wave = _Wave.start([requests[i] for i in chosen], sampling.max_new_tokens)
-                self._run(wave, sampling, seed=seed, step=step, stop=stop)
-                results.update(zip(chosen, wave.generations(), strict=True))
-                progress(len(chosen))
-        finally:
-            self.model.train()
-        return [results[i] for i in range(len(requests))]
-
-    def _run(
-        self,
-        wave: _Wave,
-        sampling: Sampling,
-        *,
-        seed: int,
-        step: int,
-        stop: Callable[[], bool],
-    ) -> None:
-        lengths = np.array([len(request.prompt) for request in wave.requests])
-        ids = np.array([request.sample_id for request in wave.requests])
-        alive = np.arange(len(wave.requests))  # the wave's sequences that are in the batch
-        with decoding(self.model, int(lengths.max()) + sampling.max_new_tokens) as state:
-            hidden = self._read_prompts(wave.requests, state)
-            for position in range(sampling.max_new_tokens):
+            while queue or any(batch.scheduler.busy for batch in batches):
                 heartbeat.current.beat()
-                random = uniforms(seed, step, ids[alive], position=position)
-                chosen = self._next_tokens(
-                    hidden, random, sampling, position=position, stopping=stop()
-                )
-                self._record(wave, alive, chosen, position=position, sampling=sampling)
-                running = ~wave.ended[alive]
-                if not running.any() or position + 1 == sampling.max_new_tokens:
-                    break
-                tokens = chosen[0, :-1].long()
-                if (~running).mean() >= COMPACT_SHARE:
-                    rows = devices.upload(torch.from_numpy(running.nonzero()[0]), tokens.device)
-                    state.select(rows)
-                    alive, tokens = alive[running], tokens[rows]
-                places = lengths[alive] + position
-                positions = devices.upload(torch.from_numpy(places), tokens.device)
-                state.set_positions(positions, attended=int(places.max()) + 1)
-                hidden = pipeline.stage_forward(self.model, tokens[:, None], positions)[0]
+                _next_token(stages, batches, progress=progress, stop=stop)
+        finally:
+            for batch in batches:
+                batch.settle()
 
-    def _read_prompts(self, requests: list[Request], state: Decoding) -> torch.Tensor:
-        """Prefills each distinct prompt once. Returns the last hidden state per request, [n, h]."""
-        unique = {prompt: i for i, prompt in enumerate(dict.fromkeys(r.prompt for r in requests))}
-        tokens = pad_sequence([torch.tensor(prompt) for prompt in unique], batch_first=True)
-        hidden = pipeline.stage_forward(self.model, tokens.to(devices.device()))
-        last = torch.tensor([len(prompt) - 1 for prompt in unique], device=hidden.device)
-        copies = torch.tensor([unique[r.prompt] for r in requests], device=hidden.device)
-        state.select(copies)
-        return hidden[last, torch.arange(len(unique), device=hidden.device)][copies]
+    def _cache_tokens(self, stages: list[Decoder]) -> int:
+        """Positions that the cache may have, on every rank of the replica. Collective."""
+        if self.max_cache_tokens is not None:
+            return self.max_cache_tokens
+        heads = sum(decoder.layers * decoder.kv_heads for decoder in stages)
+        values = 2 * heads * stages[0].head_size
+        width = values * stages[0].chunk.config.params_dtype.itemsize
+        free = CACHE_SHARE * devices.free_memory_of_rank()
+        return int(groups.reduce_sums([free / width], groups.model_group(), ReduceOp.MIN)[0])
 
-    def _next_tokens(
-        self,
-        hidden: torch.Tensor,
-        random: np.ndarray,
-        sampling: Sampling,
-        *,
-        position: int,
-        stopping: bool,
-    ) -> torch.Tensor:
-        """Samples on the last stage; all ranks get what one of its ranks has chosen.
 
-        Returns tokens and their log-probs, fp64 [2, b + 1]. The last column is 1 if that rank is
-        `stopping`: so all ranks stop after the same token, without another message.
-        """
-        chosen = torch.empty(2, len(random) + 1, dtype=torch.float64, device=devices.device())
-        chosen[:, -1] = float(stopping)
-        if groups.is_last_stage():
-            forbid = self._ends(sampling) if position < sampling.min_new_tokens else ()
-            logits = chunks(self.model)[-1].sampling_logits(hidden)
-            tokens, logprobs = choose(logits, random, sampling, forbid=forbid)
-            chosen[0, :-1], chosen[1, :-1] = tokens, logprobs
-        return groups.broadcast_in_model(chosen)
+def _next_token(
+    stages: list[Decoder],
+    batches: list[Batch],
+    *,
+    progress: Callable[[int], None],
+    stop: Callable[[], bool],
+) -> None:
+    """One token of every sequence. Interleaved stages take all batches through one chunk before the
+    next, so that no stage waits for a batch while it could work on another."""
+    for decoder in stages:
+        for batch in batches:
+            if decoder is stages[0]:
+                progress(batch.begin(stop()))
+            batch.forward(decoder)
+            if decoder is stages[-1]:
+                batch.sample()
 
-    def _record(
-        self,
-        wave: _Wave,
-        alive: np.ndarray,
-        chosen: torch.Tensor,
-        *,
-        position: int,
-        sampling: Sampling,
-    ) -> None:
-        """Appends the new tokens of running sequences and marks the sequences that end with them.
 
-        Raises Abandoned if the rank that sampled was asked to stop.
-        """
-        values = chosen.cpu().numpy()
-        if values[0, -1]:
-            raise Abandoned
-        values = values[:, :-1]
-        running = ~wave.ended[alive]
-        rows = alive[running]
-        wave.tokens[rows, position] = values[0, running]
-        wave.logprobs[rows, position] = values[1, running]
-        wave.lengths[rows] = position + 1
-        wave.ended[rows] = np.isin(wave.tokens[rows, position], self._ends(sampling))
-        if sampling.stop and position + 1 >= sampling.min_new_tokens:
-            stops = StopTexts(self.tokenizer, sampling.stop)
-            first = position + 1 == max(sampling.min_new_tokens, 1)
-            for row in rows[~wave.ended[rows]]:
-                wave.ended[row] = stops.end(wave.tokens[row, : position + 1].tolist(), first)
+def _by_prompt(requests: list[Request]) -> deque[int]:
+    """The requests in order of their prompts, so that equal ones are read together."""
+    order = range(len(requests))
+    return deque(sorted(order, key=lambda i: (len(requests[i].prompt), requests[i].prompt)))
 
-    def _ends(self, sampling: Sampling) -> tuple[int, ...]:
-        """Tokens that end a response."""
-        return (*self.tokenizer.eos_ids, *sampling.stop_token_ids)
+
+def _cache(stages: list[Decoder], blocks: int) -> KeyValueCache:
+    return KeyValueCache(
+        layers=sum(decoder.layers for decoder in stages),
+        blocks=blocks,
+        kv_heads=stages[0].kv_heads,
+        head_size=stages[0].head_size,
+        dtype=stages[0].chunk.config.params_dtype,
+    )

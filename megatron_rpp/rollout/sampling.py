@@ -9,10 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 
-from megatron_rpp.parallel import device as devices
 from megatron_rpp.records import Sampling
 
 _UNIT = 2.0**44
@@ -24,7 +22,7 @@ def _prefix_sums(values: torch.Tensor) -> torch.Tensor:
     A sum of integers does not depend on its order, so it is the same on every device and in every
     run. A GPU's sums of floating-point numbers are not.
     """
-    return values.double().mul_(_UNIT).long().cumsum(-1)
+    return (values * _UNIT).long().cumsum(-1)  # a power of two: the product is exact
 
 
 def truncate(logits: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
@@ -48,34 +46,56 @@ def truncate(logits: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
 
 
 def choose(
-    logits: torch.Tensor, uniform: np.ndarray, sampling: Sampling, *, forbid: Sequence[int] = ()
+    logits: torch.Tensor,
+    uniform: torch.Tensor,
+    sampling: Sampling,
+    *,
+    forbid: Sequence[int] = (),
+    rows: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Samples one token per row.
+    """Samples one token per row, without making the host wait.
 
     Args:
         logits: [b, v] fp32, the whole vocabulary.
-        uniform: [b] numbers in [0, 1), from `seeds.uniforms`.
+        uniform: [b] fp64 numbers in [0, 1), from `seeds.uniforms`.
         forbid: tokens that may not be chosen now (end-of-sequence before min_new_tokens).
+        rows: [b] bool: the rows for which that holds; None = all.
     Returns:
         tokens [b] int64 and their fp32 log-probs [b] under softmax(logits/temperature): the
         distribution that training sees, before top-k, top-p and `forbid`.
     """
     greedy = sampling.temperature == 0.0
-    scaled = logits if greedy else logits / sampling.temperature
-    allowed = scaled
-    if forbid:
-        allowed = allowed.clone()
-        for token in forbid:  # a list of tokens would be copied to the GPU
-            allowed[:, token] = -torch.inf
+    scaled = logits if greedy or sampling.temperature == 1.0 else logits / sampling.temperature
+    weights, log_sums = _exponentials(scaled)
+    allowed = _without(scaled, forbid, rows) if forbid else scaled
     if greedy:
         tokens = allowed.argmax(-1)
     else:
         allowed = truncate(allowed, sampling.top_k, sampling.top_p)
-        weights = torch.exp(allowed - allowed.amax(-1, keepdim=True))
+        if allowed is not scaled:
+            weights, _ = _exponentials(allowed)
         cumulative = _prefix_sums(weights)
-        random = devices.upload(torch.from_numpy(uniform), logits.device)
         total = cumulative[:, -1:]
-        draw = (random[:, None] * total).long().minimum(total - 1)  # it may have been rounded up
+        draw = (uniform[:, None] * total).long().minimum(total - 1)  # it may have been rounded up
         tokens = torch.searchsorted(cumulative, draw, right=True).squeeze(1)
-    logprobs = torch.gather(scaled, 1, tokens[:, None]).squeeze(1) - scaled.logsumexp(-1)
-    return tokens, logprobs
+    return tokens, torch.gather(scaled, 1, tokens[:, None]).squeeze(1) - log_sums
+
+
+def _exponentials(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """exp(logits - their maximum) [b, v], and log Σ exp(logits) [b]."""
+    peaks = logits.amax(-1, keepdim=True)
+    weights = torch.exp(logits - peaks)
+    return weights, peaks.squeeze(1) + weights.sum(-1).log()
+
+
+def _without(
+    logits: torch.Tensor, forbid: Sequence[int], rows: torch.Tensor | None
+) -> torch.Tensor:
+    """A copy of the logits with the tokens `forbid` at -inf."""
+    allowed = logits.clone()
+    for token in forbid:  # a list of tokens would be copied to the GPU
+        if rows is None:
+            allowed[:, token] = -torch.inf
+        else:
+            allowed[:, token].masked_fill_(rows, -torch.inf)
+    return allowed

@@ -115,7 +115,12 @@ def assemble(
     reference: Reference | None = None,
 ) -> Run:
     """Makes a run of these models, with an engine that samples from `policy`."""
-    engine = MegatronEngine(policy.model, inputs.tokenizer, config.rollout.max_batch)
+    engine = MegatronEngine(
+        policy.model,
+        inputs.tokenizer,
+        max_batch=config.rollout.max_batch,
+        max_cache_tokens=config.rollout.max_cache_tokens,
+    )
     metrics = MetricsLog(config.logging.dir)
     return Run(config, inputs, policy, reference, engine, console, metrics)
 

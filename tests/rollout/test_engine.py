@@ -15,7 +15,6 @@ from megatron_rpp.data.prompts import Example, Prompt
 from megatron_rpp.data.tokenizer import load_tokenizer, train_sentencepiece
 from megatron_rpp.model import build
 from megatron_rpp.model.attention import CoreAttention
-from megatron_rpp.model.language_model import Decoding
 from megatron_rpp.parallel import groups
 from megatron_rpp.records import Request, Sampling
 from megatron_rpp.rollout import engine as engine_module
@@ -63,7 +62,7 @@ def generate(model, tokenizer):
 
     def run(requests, max_batch=64, **settings):
         sampling = Sampling(**{"max_new_tokens": 16} | settings)
-        return MegatronEngine(model, tokenizer, max_batch).generate(
+        return MegatronEngine(model, tokenizer, max_batch=max_batch).generate(
             requests, sampling, seed=SEED, step=STEP
         )
 
@@ -131,7 +130,7 @@ def test_samples_of_one_prompt_equal_single_ones(generate, requests):
 
 
 def test_another_seed_step_or_sample_gives_other_tokens(model, tokenizer, generate, requests):
-    engine, sampling = MegatronEngine(model, tokenizer, 64), Sampling(max_new_tokens=16)
+    engine, sampling = MegatronEngine(model, tokenizer, max_batch=64), Sampling(max_new_tokens=16)
     base = tokens_of(generate(requests))
     for seed, step in [(SEED + 1, STEP), (SEED, STEP + 1)]:
         assert tokens_of(engine.generate(requests, sampling, seed=seed, step=step)) != base
@@ -183,7 +182,7 @@ def test_any_of_several_ends_ends(generate, model, requests, tokenizer):
     other = max(set(free[0].tokens) - {tokenizer.eos_id}, key=free[0].tokens.count)
     two_ends = copy.copy(tokenizer)
     two_ends.eos_ids = (tokenizer.eos_id, other)
-    engine = MegatronEngine(model, two_ends, 64)
+    engine = MegatronEngine(model, two_ends, max_batch=64)
     ended = engine.generate(requests, Sampling(max_new_tokens=16), seed=SEED, step=STEP)
     for whole, generation in zip(free, ended, strict=True):
         until = whole.tokens.index(other) + 1 if other in whole.tokens else len(whole.tokens)
@@ -256,7 +255,7 @@ def test_log_probs_equal_those_of_scoring(generate, model, requests, settings):
 def test_the_model_is_left_as_it_was(generate, model, requests, tokenizer):
     finished = []
     sampling = Sampling(max_new_tokens=2)
-    MegatronEngine(model, tokenizer, 10).generate(
+    MegatronEngine(model, tokenizer, max_batch=10).generate(
         requests, sampling, seed=0, step=0, progress=finished.append
     )
     assert finished == [10, 10, 4]

@@ -1,0 +1,246 @@
+"""The device's side of a batch: reads prompts, generates tokens, and samples.
+
+The host looks at the tokens once in `devices.tokens_per_look()` tokens. In between, everything that
+the next token depends on (positions, random numbers, which sequences have ended) is on the device,
+and shapes stay the same. Sequences that end in between go on idly until the host looks.
+
+Shape legend: b sequences, filled up to a multiple of `devices.row_multiple()`; n tokens between two
+looks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Protocol
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megatron_rpp.model import pipeline
+from megatron_rpp.model.cuda_graphs import Graphs
+from megatron_rpp.model.decoder import Decoder
+from megatron_rpp.model.kv_cache import KeyValueCache, Places
+from megatron_rpp.parallel import device as devices
+from megatron_rpp.parallel import groups
+from megatron_rpp.records import Sampling
+from megatron_rpp.rollout.places import prompt_places, token_places, upload
+from megatron_rpp.rollout.sampling import choose
+from megatron_rpp.rollout.scheduler import Pass, Scheduler
+
+
+class Draw(Protocol):
+    """Random numbers in [0, 1), as `seeds.uniforms` gives for a seed and a step."""
+
+    def __call__(self, sample_ids: np.ndarray, *, position: np.ndarray) -> np.ndarray:
+        """[b] fp64, for position [b] of the responses sample_ids [b]."""
+
+
+class Abandoned(Exception):
+    """The engine was asked to stop before all sequences were finished."""
+
+
+@dataclass
+class _Tokens:
+    """What the device works on between two looks."""
+
+    rows: np.ndarray  # the sequences, without the filling
+    places: Places  # of the tokens that are read next
+    tokens: torch.Tensor  # [b] the tokens that are read next
+    running: torch.Tensor  # [b] bool
+    left: torch.Tensor  # [b] int64: tokens that each sequence may still get
+    uniforms: torch.Tensor  # [n, b]
+    early: torch.Tensor | None  # [n, b] bool: before min_new_tokens
+    chosen: list[torch.Tensor] = field(default_factory=list)  # [2, b + 1] each, see Batch.sample
+    arriving: dist.Work | None = None
+
+    @property
+    def complete(self) -> bool:
+        """Whether the host has to look before the next token."""
+        return len(self.chosen) == len(self.uniforms)
+
+
+class Batch:
+    """One batch of sequences on this rank."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        stages: list[Decoder],
+        cache: KeyValueCache,
+        *,
+        sampling: Sampling,
+        draw: Draw,
+    ):
+        """
+        Args:
+            stages: this rank's chunks, in order.
+            draw: the random numbers of the step.
+        """
+        self.scheduler, self._stages, self._cache = scheduler, stages, cache
+        self._responses, self._blocks = scheduler.responses, scheduler.blocks
+        self._sampling, self._draw = sampling, draw
+        self._ends = upload(np.array(self._responses.end_tokens, np.int64))
+        self._now: _Tokens | None = None
+        self._pass: Pass | None = None  # prompts that are being read
+        self._prompts: tuple[torch.Tensor, Places] | None = None  # and their tokens, until they are
+        self._hidden: torch.Tensor | None = None
+        self._sending: list[tuple[dist.Work, torch.Tensor]] = []
+        self._graphs = Graphs()
+        self._stopping = False
+
+    def begin(self, stopping: bool) -> int:
+        """Prepares the next token; returns how many sequences the last ones have finished.
+
+        stopping: whether this rank was asked to stop.
+        Raises:
+            Abandoned: on every rank, if the rank that samples was asked to stop.
+        """
+        self._stopping = stopping
+        self._sent()
+        if self._now is not None:
+            self._receive(self._now)
+            if not self._now.complete:
+                self._advance(self._now)
+                return 0
+            self._look(self._now)
+        finished = self.scheduler.retire()
+        if self._pass is not None:
+            self._copy(self.scheduler.has_read(self._pass))
+        self.scheduler.reserve(devices.tokens_per_look())
+        self.scheduler.admit()
+        self._pass = self.scheduler.next_pass()
+        self._cache.use(self._blocks.highest)
+        if devices.scans_cache():
+            self._copy(self._blocks.close_gaps())
+        self._prompts = None if self._pass is None else self._lay_out(self._pass)
+        self._now = self._prepare() if self.scheduler.running.size else None
+        return finished
+
+    def _sent(self) -> None:
+        for work, _ in self._sending:
+            work.wait()
+        self._sending.clear()
+
+    def _receive(self, now: _Tokens) -> None:
+        if now.arriving is not None:
+            now.arriving.wait()
+            now.arriving = None
+
+    def _look(self, now: _Tokens) -> None:
+        """Brings the tokens since the last look to the host."""
+        found = torch.stack(now.chosen).cpu().numpy()
+        if found[:, 0, -1].any():
+            raise Abandoned
+        for tokens, logprobs in found[:, :, :-1]:
+            self._responses.append(now.rows, tokens, logprobs)
+
+    def _advance(self, now: _Tokens) -> None:
+        """Makes the last tokens the next ones to read. The host does not wait."""
+        tokens = now.chosen[-1][0, :-1].long()
+        count = len(tokens)
+        now.left -= 1
+        ended = (tokens[:, None] == self._ends).any(1) | (now.left <= 0)
+        now.running &= ~ended
+        now.tokens[:count] = tokens
+        positions = now.places.positions.clone()
+        positions[:count] += now.running
+        now.places = replace(now.places, positions=positions)
+
+    def _lay_out(self, prompts: Pass) -> tuple[torch.Tensor, Places]:
+        """The tokens of prompts end to end, and their places."""
+        lengths = [len(tokens) for tokens in prompts.tokens]
+        places = prompt_places(self._blocks, prompts.sequences, prompts.starts, lengths=lengths)
+        return upload(np.concatenate(prompts.tokens).astype(np.int64)), places
+
+    def _copy(self, blocks: list[tuple[int, int]]) -> None:
+        """Copies blocks of the cache: (source, target) each."""
+        if blocks:
+            source, target = np.array(blocks, np.int64).T.copy()
+            self._cache.copy(upload(source), upload(target))
+
+    def _prepare(self) -> _Tokens:
+        """The state of the device for the next tokens."""
+        rows, responses, sampling = self.scheduler.running, self._responses, self._sampling
+        left = sampling.max_new_tokens - responses.lengths[rows]
+        steps = min(devices.tokens_per_look(), int(left.max()))
+        lengths = responses.lengths[rows]
+        ahead = np.arange(steps)[:, None]
+        random = [
+            self._draw(responses.sample_ids[rows], position=lengths + i) for i in range(steps)
+        ]
+        early = lengths + ahead < sampling.min_new_tokens
+        places = token_places(
+            self._blocks, rows, responses.prompt_lengths[rows] + lengths - 1, ahead=steps
+        )
+        tokens = np.zeros(len(places.positions), np.int64)
+        tokens[: len(rows)] = responses.last_tokens(rows)
+        return _Tokens(
+            rows,
+            places,
+            upload(tokens),
+            running=upload(np.ones(len(rows), bool)),
+            left=upload(left),
+            uniforms=upload(np.stack(random)),
+            early=upload(early) if early.any() else None,
+        )
+
+    def forward(self, decoder: Decoder) -> None:
+        """Runs prompts and the next tokens through one chunk of this rank."""
+        if self._prompts is not None:
+            self._forward(decoder, *self._prompts)
+        if self._now is not None:
+            self._hidden = self._forward(decoder, self._now.tokens, self._now.places)
+
+    def _forward(self, decoder: Decoder, tokens: torch.Tensor, places: Places) -> torch.Tensor:
+        given = (
+            tokens if decoder.chunk.pre_process else pipeline.receive(decoder.chunk, len(tokens))
+        )
+        if places.row is None:
+            key = (id(decoder), len(tokens), places.attended)
+            hidden = self._graphs.run(
+                key, partial(self._compute, decoder), given=given, places=places
+            )
+        else:
+            hidden = self._compute(decoder, given, places)
+        if not decoder.chunk.post_process:
+            self._sending.append((pipeline.send(hidden), hidden))
+        return hidden
+
+    def _compute(self, decoder: Decoder, given: torch.Tensor, places: Places) -> torch.Tensor:
+        attend = partial(self._cache.attend, places=places)
+        return decoder.forward(given, places.positions, attend)
+
+    def sample(self) -> None:
+        """Samples on the last stage, and starts to send all ranks what one of its ranks has chosen.
+
+        That is tokens and log-probs, fp64 [2, b + 1]. The last column is 1 if that rank was asked to
+        stop. So all ranks stop after the same token, without another message.
+        """
+        now, self._prompts = self._now, None
+        if now is None:
+            return
+        count, step = len(now.rows), len(now.chosen)
+        chosen = torch.empty(2, count + 1, dtype=torch.float64, device=now.tokens.device)
+        chosen[:, -1] = float(self._stopping)
+        if groups.is_last_stage():
+            assert self._hidden is not None
+            logits = self._stages[-1].chunk.sampling_logits(self._hidden[:count])
+            early = now.early is not None
+            tokens, logprobs = choose(
+                logits,
+                now.uniforms[step],
+                self._sampling,
+                forbid=self._responses.end_tokens if early else (),
+                rows=now.early[step] if now.early is not None else None,
+            )
+            chosen[0, :-1], chosen[1, :-1] = tokens, logprobs
+        now.chosen.append(chosen)
+        now.arriving = groups.broadcast_in_model(chosen)
+
+    def settle(self) -> None:
+        """Waits for the messages that are under way."""
+        self._sent()
+        if self._now is not None:
+            self._receive(self._now)
