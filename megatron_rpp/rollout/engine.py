@@ -131,7 +131,7 @@ class MegatronEngine:
                 responses, queue, blocks=blocks, slots=slots, pass_tokens=PASS_TOKENS
             )
             batch = Batch(
-                scheduler, stages, _cache(stages, blocks.total),
+                scheduler, stages, new_cache(stages, blocks.total),
                 sampling=sampling, draw=partial(uniforms, seed, step),
             )  # fmt: skip
             batches.append(batch)
@@ -178,7 +178,8 @@ def _by_prompt(requests: list[Request]) -> deque[int]:
     return deque(sorted(order, key=lambda i: (len(requests[i].prompt), requests[i].prompt)))
 
 
-def _cache(stages: list[Decoder], blocks: int) -> KeyValueCache:
+def new_cache(stages: list[Decoder], blocks: int) -> KeyValueCache:
+    """A cache of this many blocks for the layers of a rank's chunks."""
     return KeyValueCache(
         layers=sum(decoder.layers for decoder in stages),
         blocks=blocks,

@@ -1,4 +1,4 @@
-"""Our forward pass against transformers' Llama, key-value caches, and other layouts.
+"""Our forward pass against transformers' Llama, decoding against both, and other layouts.
 
 The oracle is LlamaForCausalLM with the same weights: grouped-query attention (4 query heads, 2
 key-value heads), rotary positions, SwiGLU, RMSNorm. Log-probs agree to 1e-5: fp32, four layers,
@@ -8,17 +8,23 @@ sums in another order.
 from __future__ import annotations
 
 import os
+from dataclasses import replace
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
 
 from megatron_rpp.config import ModelConfig, ParallelConfig
 from megatron_rpp.data.prompts import Example, Prompt
 from megatron_rpp.model import build, pipeline
-from megatron_rpp.model.attention import CoreAttention
-from megatron_rpp.model.language_model import chunks, decoding
+from megatron_rpp.model.decoder import decoders
+from megatron_rpp.model.language_model import chunks
+from megatron_rpp.parallel import device as devices
 from megatron_rpp.parallel import groups
 from megatron_rpp.records import Generation, Request
+from megatron_rpp.rollout import engine, places
+from megatron_rpp.rollout.blocks import Blocks
 from megatron_rpp.rollout.buffer import from_generations
 from megatron_rpp.stages import logprobs
 from tests.distributed import run_ranks
@@ -155,60 +161,66 @@ def test_padding_on_the_right_does_not_reach_the_tokens(model):
     torch.testing.assert_close(model(padded)[: len(expected)], expected, rtol=0, atol=TOLERANCE)
 
 
-def ragged_prompts():
-    """The prompts of SEQUENCES, right-padded."""
-    steps = torch.arange(max(PROMPT_LENGTHS))
-    inside = steps < torch.tensor(PROMPT_LENGTHS)[:, None]
-    return torch.where(inside, SEQUENCES[:, : len(steps)], 0)
-
-
 def decode_all(stage, steps):
-    """Hidden states [b, 1 + steps, h]: after each prompt, then token by token through the cache."""
-    lengths = torch.tensor(PROMPT_LENGTHS)
-    rows = torch.arange(len(lengths))
-    with decoding(stage, int(lengths.max()) + steps) as state:
-        hidden = pipeline.stage_forward(stage, ragged_prompts())
-        found = [hidden[lengths - 1, rows]]
-        for step in range(steps):
-            positions = lengths + step
-            state.set_positions(positions, int(positions.max()) + 1)
-            hidden = pipeline.stage_forward(stage, SEQUENCES[rows, positions, None], positions)
-            found.append(hidden[0])
+    """Hidden states [b, steps, h] after each prompt's last token and the ones that follow, through the
+    decoder and the cache: prompts in one pass, then token by token."""
+    sequences, lengths = range(len(SEQUENCES)), np.array(PROMPT_LENGTHS) - 1
+    blocks = Blocks(len(sequences), 60, max(PROMPT_LENGTHS) + steps)
+    parts, found = decoders(stage), []
+    cache = engine.new_cache(parts, blocks.total)
+    for sequence in sequences:
+        blocks.grow(sequence, blocks.count(int(lengths[sequence]) + steps))
+    cache.use(blocks.highest)
+    prompts = [row[:length] for row, length in zip(SEQUENCES, lengths)]
+    run_stages(
+        parts, cache, torch.cat(prompts),
+        places.prompt_places(blocks, sequences, [0] * len(sequences), lengths=lengths),
+    )  # fmt: skip
+    for step in range(steps):
+        where = places.token_places(blocks, np.arange(len(sequences)), lengths + step, ahead=1)
+        tokens = SEQUENCES[torch.arange(len(sequences)), torch.from_numpy(lengths + step)]
+        found.append(run_stages(parts, cache, tokens, where))
     return torch.stack(found, 1)
 
 
+def run_stages(parts, cache, tokens, where):
+    """Runs tokens [t] through this rank's chunks; returns the hidden states of its last one."""
+    for decoder in parts:
+        first = decoder.chunk.pre_process
+        given = tokens if first else pipeline.receive(decoder.chunk, len(tokens))
+        hidden = decoder.forward(given, where.positions, partial(cache.attend, places=where))
+        if not decoder.chunk.post_process:
+            pipeline.send(hidden).wait()
+    return hidden
+
+
 @torch.no_grad()
-def test_decoding_with_a_cache_equals_the_full_forward(model):
+@pytest.mark.parametrize("block", [3, 64])
+def test_decoding_with_a_cache_equals_the_full_forward(model, block, monkeypatch):
+    monkeypatch.setattr(devices, "cache_block", lambda: block)
     found, full = decode_all(model, 12), model(SEQUENCES).transpose(0, 1)
     for row, length in enumerate(PROMPT_LENGTHS):
-        expected = full[row, length - 1 : length + 12]
+        expected = full[row, length - 1 : length + 11]
         torch.testing.assert_close(found[row], expected, rtol=0, atol=TOLERANCE)
 
 
 @torch.no_grad()
-def test_sequences_leave_and_repeat_in_the_cache(model):
-    full = model(SEQUENCES).transpose(0, 1)
-    order = torch.tensor([2, 0, 2])
-    positions = torch.tensor(PROMPT_LENGTHS)[order]
-    with decoding(model, 20) as state:
-        model(ragged_prompts())
-        state.select(order)
-        state.set_positions(positions, int(positions.max()) + 1)
-        found = model(SEQUENCES[order, positions, None], positions)[0]
-    torch.testing.assert_close(found, full[order, positions], rtol=0, atol=TOLERANCE)
-
-
-@torch.no_grad()
-def test_caches_are_gone_afterwards_also_after_an_error(model):
-    before = model(BATCHES[0])
-    with pytest.raises(RuntimeError, match="stop here"), decoding(model, 20) as state:
-        model(BATCHES[0])
-        state.set_positions(torch.full((3,), 8), 9)
-        raise RuntimeError("stop here")
-    attentions = [m for m in model.modules() if isinstance(m, CoreAttention)]
-    assert len(attentions) == LAYERS
-    assert all(a.cache is a.decode_positions is a.decode_mask is None for a in attentions)
-    assert torch.equal(model(BATCHES[0]), before)
+@pytest.mark.parametrize(
+    "settings", [{"qkv_bias": True}, {"qk_norm": True, "head_dim": 16}], ids=["Qwen2", "Qwen3"]
+)
+def test_other_families_decode_as_their_full_forward(settings):
+    """Biases and norms get values that matter; test_hf_weights.py compares these modules with
+    transformers."""
+    config = replace(model_config(False), **settings)
+    stage = build.build_model(config, ParallelConfig(), vocab_size=VOCAB, seed=6)
+    stage.requires_grad_(False)
+    for parameter in stage.parameters():
+        if parameter.dim() == 1:
+            parameter.copy_(torch.linspace(0.5, 1.5, len(parameter)))
+    found, full = decode_all(stage, 12), stage[0](SEQUENCES).transpose(0, 1)
+    for row, length in enumerate(PROMPT_LENGTHS):
+        expected = full[row, length - 1 : length + 11]
+        torch.testing.assert_close(found[row], expected, rtol=0, atol=TOLERANCE)
 
 
 LAYOUTS = {
@@ -302,7 +314,7 @@ def test_every_layout_decodes_as_one_process(ranks, model, tied, layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_who_shares_a_sequence_holds_its_part_except_in_decoding(ranks, layout):
+def test_who_shares_a_sequence_holds_its_part(ranks, layout):
     """Rows of at most 64 tokens, from sequences of 33, 20, 20, 8, 8 and 8 tokens."""
     parallel, rows = LAYOUTS[layout], [33 + 20, 20 + 3 * 8]
     if parallel.sequence_parallel:
@@ -313,4 +325,4 @@ def test_who_shares_a_sequence_holds_its_part_except_in_decoding(ranks, layout):
         rows = [53, 53]  # all of the same shape
     for rank in ranks:
         assert rank[layout, False]["packed"] == rows
-        assert rank[layout, False]["seen"] == [7, 1, 1, 1, 1, 1, 1]
+        assert rank[layout, False]["seen"] == [], "decoding has a forward pass of its own"

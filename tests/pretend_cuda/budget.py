@@ -28,7 +28,7 @@ class Allowance(NamedTuple):
 Budget = dict[str, Allowance]
 """By "file function"; whatever is not named may not wait."""
 
-_ENGINE = "megatron_rpp/rollout/engine.py MegatronEngine."
+_BATCH = "megatron_rpp/rollout/batch.py Batch."
 _LOGPROBS = "megatron_rpp/stages/logprobs.py "
 _P2P = "megatron/core/pipeline_parallel/p2p_communication.py P2PCommunicator."
 _AGREE = {
@@ -43,7 +43,7 @@ _SKIP = {
 }
 
 PER_UNIT: dict[str, Budget] = {
-    "token": {f"{_ENGINE}_record": Allowance(1, "the host looks for end tokens and stop texts")},
+    "token": {},
     "log-probs": {},
     "update": {},
     "supervised": {},
@@ -58,12 +58,12 @@ PER_HOP: dict[str, Budget] = {"token": {}} | dict.fromkeys(
 
 PER_CALL: dict[str, Budget] = {
     "token": {
-        f"{_ENGINE}_read_prompts": Allowance(3, "prompts and two indices go to the device"),
+        f"{_BATCH}_look": Allowance(1, "the host looks for end tokens and stop texts"),
         "megatron_rpp/parallel/groups.py gather_objects": Allowance(
             1, "context-parallel ranks exchange their responses"
         ),
         "megatron_rpp/parallel/groups.py reduce_sums": Allowance(
-            2, "the replicas agree that none was told to stop"
+            4, "ranks agree on the size of the cache, and that none was told to stop"
         ),
     },
     "log-probs": {
@@ -81,8 +81,13 @@ PER_CALL: dict[str, Budget] = {
         **_AGREE,
     },
 }
-"""Once per wave of sequences, pass over the buffer, or optimizer step; this project's lines only,
+"""Once per rollout of a few tokens, pass over the buffer, or optimizer step; this project's lines only,
 because Megatron's differ between its versions."""
+
+PER_PIPELINE: dict[str, Budget] = {
+    "token": {f"{_BATCH}_look": Allowance(2, "two stages decode two batches")}
+} | dict.fromkeys(("log-probs", "update", "supervised"), {})
+"""The same, in its place, on two pipeline stages."""
 
 
 def excess(name: str, loop: Loop, *, pipelined: bool) -> list[str]:
@@ -97,7 +102,8 @@ def excess(name: str, loop: Loop, *, pipelined: bool) -> list[str]:
         for key, count in _by_function(loop.short).items()
         if key.startswith("megatron_rpp/")
     }
-    return problems + _over(once, PER_CALL[name], 1, f"once per {name}")
+    per_call = PER_CALL[name] | (PER_PIPELINE[name] if pipelined else {})
+    return problems + _over(once, per_call, 1, f"once per {name}")
 
 
 def _by_function(syncs: Counter[Sync]) -> Counter[str]:

@@ -42,7 +42,8 @@ def pretended_cuda() -> Iterator[Watch]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(heartbeat.current, "listeners", [*heartbeat.current.listeners, watch.enter])
         patch.setattr(devices, "ON_CPU", False)
-        patch.setattr(devices, "has_varlen_attention", lambda: False)  # no kernel on the CPU
+        for name in ("has_varlen_attention", "has_paged_attention", "has_cuda_graphs"):
+            patch.setattr(devices, name, lambda: False)  # not on the CPU
         _pretend_runtime(patch, watch)
         _pretend_factories(patch, watch)
         _pretend_attributes(patch)
@@ -63,7 +64,8 @@ def _pretend_runtime(patch: pytest.MonkeyPatch, watch: Watch) -> None:
     properties = SimpleNamespace(name=NAME, major=9, minor=0, total_memory=MEMORY)
     patch.setattr(torch.cuda, "get_device_properties", lambda *args: properties)
     patch.setattr(torch.cuda, "mem_get_info", lambda *args: (MEMORY, MEMORY))
-    patch.setattr(torch.cuda, "max_memory_allocated", lambda *args: 0)
+    for name in ("max_memory_allocated", "memory_allocated", "memory_reserved"):
+        patch.setattr(torch.cuda, name, lambda *args: 0)
     patch.setattr(torch.cuda.nccl, "version", lambda: (2, 27, 3))
     # A torch built for CUDA would look for the stream of the real one.
     patch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: None)

@@ -16,7 +16,7 @@ import torch
 from megatron_rpp.model.language_model import chunks
 from megatron_rpp.parallel import device as devices
 from megatron_rpp.parallel import groups
-from megatron_rpp.rollout import engine
+from megatron_rpp.rollout import batch
 from megatron_rpp.runtime.run import Run
 from megatron_rpp.stages import update
 from tests.distributed import run_ranks
@@ -94,7 +94,7 @@ def sums_on_host(patch: pytest.MonkeyPatch, run: Run) -> None:
 Seed = Callable[[pytest.MonkeyPatch, Run], None]
 MIXES: dict[str, tuple[Seed, str, str]] = {
     "a micro-batch stays on the host": (without_uploads, "log-probs", "tensor_parallel/layers.py"),
-    "a weight is on the host": (weight_on_host, "token", "megatron_rpp/model/norm.py"),
+    "a weight is on the host": (weight_on_host, "token", "megatron_rpp/model/decoder.py"),
     "a column stays on the host": (column_on_host, "update", "megatron_rpp/algorithms/losses.py"),
     "a collective of host tensors": (sums_on_host, "sum", "megatron_rpp/parallel/groups.py"),
 }
@@ -113,14 +113,14 @@ def read_loss(patch: pytest.MonkeyPatch, run: Run) -> None:
 
 
 def read_tokens(patch: pytest.MonkeyPatch, run: Run) -> None:
-    choose = engine.choose
+    choose = batch.choose
 
     def read(*args: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
         tokens, logprobs = choose(*args, **options)
         tokens.tolist()
         return tokens, logprobs
 
-    patch.setattr(engine, "choose", read)
+    patch.setattr(batch, "choose", read)
 
 
 WAITS: dict[str, tuple[Seed, str]] = {

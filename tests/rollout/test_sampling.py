@@ -98,7 +98,7 @@ def draw(logits, count=2000, step=0, forbid=(), **settings):
     """Draws `count` tokens of one distribution, each for another sample."""
     sampling = Sampling(max_new_tokens=1, **settings)
     uniform = uniforms(11, step, np.arange(count), position=0)
-    return choose(logits.expand(count, -1), uniform, sampling, forbid=forbid)
+    return choose(logits.expand(count, -1), torch.from_numpy(uniform), sampling, forbid=forbid)
 
 
 def softmax(values):
@@ -143,7 +143,7 @@ def test_tokens_are_the_inverse_of_the_truncated_distribution(top_k, top_p, forb
     sampling = Sampling(max_new_tokens=1, temperature=0.8, top_k=top_k, top_p=top_p)
     for step in range(10):
         uniform = uniforms(5, step, np.arange(40), position=0)
-        tokens, _ = choose(RANDOM_LOGITS, uniform, sampling, forbid=forbid)
+        tokens, _ = choose(RANDOM_LOGITS, torch.from_numpy(uniform), sampling, forbid=forbid)
         for row, token in enumerate(tokens.tolist()):
             probabilities = allowed_by_hand(RANDOM_LOGITS[row].numpy(), sampling, forbid)
             below = probabilities[:token].sum()
@@ -168,7 +168,7 @@ def test_top_k_and_top_p_by_hand():
 def test_greedy_takes_the_largest_logit():
     sampling = Sampling(max_new_tokens=1, temperature=0.0, top_k=3, top_p=0.5)
     uniform = np.linspace(0, 0.999, 40)
-    tokens, logprobs = choose(RANDOM_LOGITS, uniform, sampling)
+    tokens, logprobs = choose(RANDOM_LOGITS, torch.from_numpy(uniform), sampling)
     assert torch.equal(tokens, RANDOM_LOGITS.argmax(1))
     expected = RANDOM_LOGITS.double().log_softmax(-1).amax(-1)
     torch.testing.assert_close(logprobs.double(), expected, rtol=0, atol=1e-5)
@@ -184,12 +184,28 @@ def test_forbidden_tokens_are_never_chosen():
     assert LOGITS[best] == 2.0, "the caller's logits were written to"
 
 
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.0}, {"top_k": 5, "top_p": 0.9}])
+def test_tokens_are_forbidden_in_some_rows(settings):
+    """Every other row is sampled as if nothing was forbidden, and the rest as if all rows were."""
+    sampling = Sampling(max_new_tokens=1, **settings)
+    uniform = torch.from_numpy(uniforms(2, 0, np.arange(40), position=0))
+    best = RANDOM_LOGITS.argmax(1).mode().values.item()
+    rows = torch.arange(40) % 2 == 0
+    free, held, mixed = (
+        choose(RANDOM_LOGITS, uniform, sampling, forbid=forbid, rows=only)
+        for forbid, only in [((), None), ([best], None), ([best], rows)]
+    )
+    for found, one, other in zip(mixed, held, free, strict=True):
+        assert torch.equal(found, torch.where(rows, one, other))
+    assert not torch.equal(free[0], held[0])
+
+
 @pytest.mark.parametrize("temperature", [0.0, 0.6, 1.0, 1.5])
 def test_log_probs_are_of_the_whole_distribution_at_the_temperature(temperature):
     """Training uses this distribution: before top-k, top-p and `forbid`."""
     sampling = Sampling(max_new_tokens=1, temperature=temperature, top_k=4, top_p=0.7)
     uniform = uniforms(1, 1, np.arange(40), position=1)
-    tokens, logprobs = choose(RANDOM_LOGITS, uniform, sampling, forbid=[7])
+    tokens, logprobs = choose(RANDOM_LOGITS, torch.from_numpy(uniform), sampling, forbid=[7])
     whole = (RANDOM_LOGITS.double() / (temperature or 1.0)).log_softmax(-1)
     expected = whole.gather(1, tokens[:, None]).squeeze(1)
     torch.testing.assert_close(logprobs.double(), expected, rtol=0, atol=1e-5)
@@ -202,7 +218,9 @@ LARGEST = 1 - 2.0**-53  # the largest number that `uniforms` can give
 @pytest.mark.parametrize("number", [0.0, 2.0**-53, 0.5, LARGEST])
 def test_no_token_of_probability_zero_at_the_ends(number):
     impossible = torch.tensor([-torch.inf, 0.0, -torch.inf, 0.1, -500.0, -torch.inf])
-    tokens, logprobs = choose(impossible[None], np.array([number]), Sampling(max_new_tokens=1))
+    tokens, logprobs = choose(
+        impossible[None], torch.tensor([number], dtype=torch.float64), Sampling(max_new_tokens=1)
+    )
     assert tokens.item() in (1, 3) and torch.isfinite(logprobs).all()
 
 
@@ -220,7 +238,9 @@ logit = st.floats(-30, 30, width=32) | st.just(-math.inf)
 )
 def test_never_a_token_of_probability_zero(row, number, temperature, top_k, top_p, forbid):
     sampling = Sampling(max_new_tokens=1, temperature=temperature, top_k=top_k, top_p=top_p)
-    tokens, _ = choose(torch.tensor([row]), np.array([number]), sampling, forbid=forbid)
+    tokens, _ = choose(
+        torch.tensor([row]), torch.tensor([number], dtype=torch.float64), sampling, forbid=forbid
+    )
     assert 0 <= tokens.item() < len(row)
     assert row[tokens.item()] > -math.inf and tokens.item() not in forbid
 
@@ -228,7 +248,9 @@ def test_never_a_token_of_probability_zero(row, number, temperature, top_k, top_
 def test_both_ends_of_a_large_vocabulary():
     """150,000 equal logits: the inverse of the cumulative sum still reaches both ends."""
     logits = torch.zeros(3, 150_000)
-    tokens, logprobs = choose(logits, np.array([0.0, 0.5, LARGEST]), Sampling(max_new_tokens=1))
+    tokens, logprobs = choose(
+        logits, torch.tensor([0.0, 0.5, LARGEST], dtype=torch.float64), Sampling(max_new_tokens=1)
+    )
     assert tokens.tolist() == [0, 75_000, 149_999]
     torch.testing.assert_close(logprobs, torch.full((3,), -math.log(150_000)))
 
@@ -239,5 +261,5 @@ def test_rounding_does_not_add_up_over_a_large_vocabulary():
     borders = logits.double().softmax(-1).cumsum(-1).squeeze(0).numpy()
     left = np.arange(10) * 15_000 + 7_000
     uniform = np.concatenate([borders[left] - 2e-9, borders[left] + 2e-9])
-    tokens, _ = choose(logits.expand(20, -1), uniform, Sampling(max_new_tokens=1))
+    tokens, _ = choose(logits.expand(20, -1), torch.from_numpy(uniform), Sampling(max_new_tokens=1))
     assert tokens.tolist() == [*left, *(left + 1)]

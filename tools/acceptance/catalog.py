@@ -23,7 +23,9 @@ CHECKS = (
     Entry(
         "attention", "attention:attention", "each kernel for packed rows against plain attention"
     ),
-    Entry("decode", "decoding:decode", "time a token and host memory, cuDNN attention off and on"),
+    Entry(
+        "decode", "decoding:decode", "time a token and host memory, with and without CUDA graphs"
+    ),
     Entry("logprobs", "head:logprobs", "matmul_fp32 and log-probs against fp32 autograd"),
     Entry("rollout", "decoding:rollout", "log-probs of the rollout against those of training"),
     Entry("profile", "profiles:profile", "launches, gaps and MFU of decoding and of an update"),

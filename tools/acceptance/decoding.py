@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from unittest import mock
 
-import torch
-
 from acceptance import work
 from acceptance.figures import Figure
 from acceptance.measure import host_growth, on_gpu, seconds
@@ -30,36 +28,20 @@ def decode(scale: Scale) -> Iterator[Figure]:
 
     run()  # the first run allocates and compiles
     growth = host_growth(run)
-    off = seconds(run, rounds=1) * 1e3 / scale.decode_tokens
-    yield Figure(name="cuDNN off, host memory", value=growth, unit="MB more", at_most=HOST_GROWTH)
-    yield Figure(name="cuDNN off", value=off, unit="ms a token", at_most=limits.decode_ms)
+    each = seconds(run, rounds=1) * 1e3 / scale.decode_tokens
+    yield Figure(name="host memory", value=growth, unit="MB more", at_most=HOST_GROWTH)
+    yield Figure(name="time", value=each, unit="ms a token", at_most=limits.decode_ms)
 
-    def with_cudnn() -> Iterator[Figure]:
-        for name, multiple in (("cuDNN on", None), ("cuDNN on, lengths not rounded", 1)):
-            growth, passed = _with_cudnn(run, multiple)
-            each = passed * 1e3 / scale.decode_tokens
-            yield Figure(name=f"{name}, host memory", value=growth, unit="MB more")
-            yield Figure(name=name, value=each, unit="ms a token")
-            gain = None if multiple else limits.cudnn_gain
-            yield Figure(name=f"{name}, time over off", value=each / off, at_least=gain)
+    def without_kernels() -> Iterator[Figure]:
+        for name, kernel, gain in (
+            ("without CUDA graphs", "has_cuda_graphs", limits.graph_gain),
+            ("without the paged kernel", "has_paged_attention", limits.paged_gain),
+        ):
+            with mock.patch.object(devices, kernel, lambda: False):
+                ratio = seconds(run, rounds=1) * 1e3 / scale.decode_tokens / each
+            yield Figure(name=f"{name}, time over with", value=ratio, at_least=gain)
 
-    yield from on_gpu("cuDNN on", with_cudnn)
-
-
-def _with_cudnn(run, multiple: int | None) -> tuple[float, float]:
-    """(growth of host memory, seconds) of `run` with cuDNN's attention.
-
-    multiple: decoding attends to a multiple of this many positions; None = as in a run.
-    """
-    before = torch.backends.cuda.cudnn_sdp_enabled()
-    torch.backends.cuda.enable_cudnn_sdp(True)
-    times: list[float] = []
-    try:
-        with mock.patch.object(devices, "ATTENDED_MULTIPLE", multiple or devices.ATTENDED_MULTIPLE):
-            growth = host_growth(lambda: times.append(seconds(run, rounds=1)))
-    finally:
-        torch.backends.cuda.enable_cudnn_sdp(before)
-    return growth, times[0]
+    yield from on_gpu("without CUDA graphs", without_kernels)
 
 
 def rollout(scale: Scale) -> Iterator[Figure]:

@@ -20,8 +20,10 @@ class Speed:
 
     decode_ms: float | None = None
     """A decoding step of the four layers; estimated: 28 layers take 26 ms."""
-    cudnn_gain: float | None = None
-    """Least time with cuDNN attention over time without: it is off because it is not faster."""
+    graph_gain: float | None = None
+    """Least time of a token without CUDA graphs over the time with them."""
+    paged_gain: float | None = None
+    """Least time of a token with copies of the cache's blocks over the time with the paged kernel."""
     launches: float | None = None
     """Kernels a decoding step; estimated: 28 layers launch 1,300."""
     decode_idle: float | None = None
@@ -73,7 +75,7 @@ FULL = Scale(
     decode_tokens=200,
     profiled_tokens=20,
     speed=Speed(
-        decode_ms=10.0, cudnn_gain=0.9, launches=400.0, decode_idle=0.85, update_idle=0.3, mfu=0.25,
+        decode_ms=10.0, graph_gain=1.0, paged_gain=1.0, launches=400.0, decode_idle=0.85, update_idle=0.3, mfu=0.25,
         memory_share=0.5, recompute_share=0.9,
     ),
 )  # fmt: skip

@@ -109,7 +109,7 @@ def generate(
     model: torch.nn.ModuleList, *, prompt: int, batch: int, tokens: int
 ) -> tuple[list[Request], list[Generation]]:
     """`batch` responses of exactly `tokens` tokens to random prompts of `prompt` tokens."""
-    engine = MegatronEngine(model, NumberTokenizer(), batch)
+    engine = MegatronEngine(model, NumberTokenizer(), max_batch=batch)
     words = torch.randint(500, (batch, prompt), generator=torch.Generator().manual_seed(SEED))
     requests = [Request(tuple(row), number) for number, row in enumerate(words.tolist())]
     sampling = Sampling(max_new_tokens=tokens, min_new_tokens=tokens)
