@@ -59,7 +59,10 @@ def main(argv: list[str] | None = None) -> None:
         **config.parallel.sizes(), seed=config.seed, deterministic=config.train.deterministic
     )
     stage = build_start(config, inputs.vocab_size, source).requires_grad_(False)
-    engine = MegatronEngine(stage, inputs.tokenizer, config.rollout.max_batch)
+    engine = MegatronEngine(
+        stage, inputs.tokenizer,
+        max_batch=config.rollout.max_batch, max_cache_tokens=config.rollout.max_cache_tokens,
+    )  # fmt: skip
     result = evaluate(
         engine, inputs.held_out, inputs.rewards, form=inputs.response_form,
         sampling=inputs.greedy, shown=config.evaluation.samples,

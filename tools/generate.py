@@ -122,7 +122,10 @@ def generate(
     from megatron_rpp.stages.rollout import shard
 
     stage = build_start(config, vocab_size, source)
-    engine = MegatronEngine(stage.requires_grad_(False), tokenizer, config.rollout.max_batch)
+    engine = MegatronEngine(
+        stage.requires_grad_(False), tokenizer,
+        max_batch=config.rollout.max_batch, max_cache_tokens=config.rollout.max_cache_tokens,
+    )  # fmt: skip
     local = shard(len(prompts), groups.data_rank(), groups.data_size())
     requests = [Request(prompts[i], sample_id=i) for i in local]
     generations = engine.generate(requests, sampling, seed=config.seed, step=0)

@@ -136,6 +136,11 @@ def check_rollout(config: Config) -> None:
             f"rollout.max_new_tokens must be below model.max_length = {max_length}, which holds "
             f"the prompt too, got {rollout.max_new_tokens}"
         )
+    if rollout.max_cache_tokens is not None and rollout.max_cache_tokens < max_length:
+        raise ConfigError(
+            f"rollout.max_cache_tokens must hold one sequence of model.max_length = {max_length} "
+            f"tokens, got {rollout.max_cache_tokens}: raise it"
+        )
     samples = rollout.samples_per_step
     check_divides(
         "rollout.prompts_per_step x rollout.samples_per_prompt",

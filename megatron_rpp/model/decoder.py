@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from megatron_rpp.model import overlap
 from megatron_rpp.model.language_model import LanguageModel, chunks
 
 
@@ -150,6 +151,7 @@ class Decoder:
 
 def decoders(model: torch.nn.Module) -> list[Decoder]:
     """The forward passes of this rank's chunks, in the order of their layers."""
+    assert overlap.are_weights_complete(model)
     found: list[Decoder] = []
     for chunk in chunks(model):
         found.append(Decoder(chunk, sum(decoder.layers for decoder in found)))

@@ -1,4 +1,6 @@
-"""Which kernels compute RMSNorm, rotary positions and SwiGLU, for the start-up log."""
+"""Which kernels compute RMSNorm, rotary positions and SwiGLU in training, for the start-up log.
+
+In generation, PyTorch computes all three (decoder.py)."""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ def describe(model: torch.nn.ModuleList) -> str:
     """One line; "PyTorch" means its single operations, for RMSNorm one of them."""
     config = chunks(model)[0].config
     engine = config.transformer_impl == "transformer_engine"
-    rotary = f"{_ENGINE} ({_TORCH} while decoding)" if config.apply_rope_fusion else _TORCH
+    rotary = _ENGINE if config.apply_rope_fusion else _TORCH
     compiled = "torch.compile" if config.bias_activation_fusion else _TORCH
     return (
         f"kernels: RMSNorm {_ENGINE if engine else _TORCH}, rotary positions {rotary}, "

@@ -19,7 +19,7 @@ import psutil
 import torch
 
 from megatron_rpp.lifecycle.config_error import ConfigError
-from megatron_rpp.parallel import accelerators, cuda_on_cpu, determinism
+from megatron_rpp.parallel import accelerators, cuda_on_cpu, decode_sizes, determinism
 
 # Every rank of Megatron-Core warns about each missing accelerator (`describe()` lists them in one
 # line), and Megatron-Core calls collectives by names that torch has deprecated.
@@ -79,9 +79,8 @@ def _tune_cuda(local_world_size: int) -> None:
 
 
 def cache_block() -> int:
-    """Positions in a block of the key-value cache: FlashAttention's kernel wants a multiple of 256; a
-    CPU wastes less with fewer."""
-    return 64 if ON_CPU else 256
+    """Positions in a block of the key-value cache."""
+    return decode_sizes.CACHE_BLOCK_ON_CPU if ON_CPU else decode_sizes.CACHE_BLOCK_ON_GPU
 
 
 def scans_cache() -> bool:

@@ -24,6 +24,7 @@ from megatron_rpp.model.decoder import Decoder, decoders
 from megatron_rpp.model.kv_cache import KeyValueCache
 from megatron_rpp.parallel import device as devices
 from megatron_rpp.parallel import groups, progress_wait
+from megatron_rpp.parallel.decode_sizes import PASS_TOKENS
 from megatron_rpp.records import Generation, Request, Sampling
 from megatron_rpp.rollout.batch import Abandoned, Batch
 from megatron_rpp.rollout.blocks import Blocks
@@ -31,8 +32,6 @@ from megatron_rpp.rollout.responses import Responses
 from megatron_rpp.rollout.scheduler import Scheduler
 from megatron_rpp.seeds import uniforms
 
-PASS_TOKENS = 4096
-"""Most prompt tokens in one forward pass."""
 CACHE_SHARE = 0.8
 """Share of the free memory that the cache may take, if rollout.max_cache_tokens does not say."""
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from megatron_rpp.config import ModelConfig, ParallelConfig, TrainConfig
 from megatron_rpp.model import head_chunks
+from megatron_rpp.parallel import decode_sizes
 from megatron_rpp.runtime.model_size import FP32, heads_of, vocabulary_rows, weight_bytes
 
 
@@ -24,12 +25,24 @@ class Device:
     they keep what their single operations need, and attention pads the sequences."""
     logits_at_once: int
     """Logits of one chunk (model/head_chunks.py)."""
+    cache_block: int
+    """Positions in a block of the key-value cache."""
     overhead: int
     """Bytes of the CUDA context and of NCCL's buffers."""
 
 
-GPU = Device(fused_kernels=True, logits_at_once=head_chunks.ON_GPU, overhead=3_000_000_000)
-CPU = Device(fused_kernels=False, logits_at_once=head_chunks.ON_CPU, overhead=0)
+GPU = Device(
+    fused_kernels=True,
+    logits_at_once=head_chunks.ON_GPU,
+    cache_block=decode_sizes.CACHE_BLOCK_ON_GPU,
+    overhead=3_000_000_000,
+)
+CPU = Device(
+    fused_kernels=False,
+    logits_at_once=head_chunks.ON_CPU,
+    cache_block=decode_sizes.CACHE_BLOCK_ON_CPU,
+    overhead=0,
+)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_rpp.config import Config, ParallelConfig
+from megatron_rpp.parallel.decode_sizes import PASS_TOKENS
 from megatron_rpp.runtime import activation_memory as activation
 from megatron_rpp.runtime.activation_memory import CPU, GPU, Device
 from megatron_rpp.runtime.model_size import (
@@ -98,7 +99,7 @@ def stage_estimate(
     activations, backward = _update(
         config, vocab_size, replicas=replicas, stage=stage, device=device
     )
-    cache, prefill = _rollout(config, vocab_size, replicas)
+    cache, prefill = _rollout(config, vocab_size, replicas=replicas, device=device)
     return Memory(
         weights=weights,
         gradients=count * FP32,
@@ -142,7 +143,7 @@ def _update(
     return int(held * per_token), backward
 
 
-def _rollout(config: Config, vocab_size: int, replicas: int) -> tuple[int, int]:
+def _rollout(config: Config, vocab_size: int, *, replicas: int, device: Device) -> tuple[int, int]:
     """(the cache, the largest step of prefill and sampling) of a stage."""
     model, parallel, rollout = config.model, config.parallel, config.rollout
     width = weight_bytes(model)
@@ -150,12 +151,16 @@ def _rollout(config: Config, vocab_size: int, replicas: int) -> tuple[int, int]:
     sequences = min(rollout.max_batch, own)
     layers = model.layers // parallel.pipeline
     _, kv_heads, size = heads_of(model)
-    cached = sequences * model.max_length * layers * 2 * kv_heads * size // parallel.tensor
+    # The engine takes less if rollout.max_cache_tokens is null and memory is short.
+    positions = sequences * -(-model.max_length // device.cache_block) * device.cache_block
+    positions = min(positions, rollout.max_cache_tokens or positions)
+    positions += parallel.pipeline * device.cache_block  # of no sequence, one for each batch
+    cached = positions * layers * 2 * kv_heads * size // parallel.tensor
     prompts = -(-sequences // rollout.samples_per_prompt)
-    tokens = prompts * (model.max_length - rollout.max_new_tokens)
+    tokens = min(prompts * (model.max_length - rollout.max_new_tokens), PASS_TOKENS)
     layer = 3 * model.ffn_hidden // parallel.tensor + 4 * model.hidden
-    # Logits, probabilities, their order and their sums.
-    sampling = 4 * sequences * vocab_size * FP32
+    # Logits, probabilities, and as integers of twice that size, and their sums.
+    sampling = 6 * sequences * vocab_size * FP32
     return cached * width, max(tokens * layer * width, sampling)
 
 

@@ -205,13 +205,19 @@ def _rollout_time(clock: _Clock, replicas: int) -> tuple[float, float]:
     config, work = clock.config, Work.of(clock.config, clock.assumed)
     rollout, parallel = config.rollout, config.parallel
     own = rollout.samples_per_step / (replicas * parallel.context)
-    waves = math.ceil(own / rollout.max_batch)
-    batch = own / waves
-    running = batch * work.response / rollout.max_new_tokens  # finished sequences leave
-    token = max(decode_seconds(clock, running, work.prompt + work.response / 2))
+    slots = min(own, rollout.max_batch)
+    longest = work.prompt + rollout.max_new_tokens
+    response = min(work.response, rollout.max_new_tokens)
+    if rollout.max_cache_tokens is not None:
+        slots = min(slots, max(1.0, rollout.max_cache_tokens / (work.prompt + response / 2)))
+    token = max(decode_seconds(clock, slots, work.prompt + response / 2))
+    last = max(decode_seconds(clock, 1, longest))
+    # Slots stay full until no request waits; then the longest responses finish alone.
+    seconds = own / slots * response * token
+    seconds += (rollout.max_new_tokens - response) * last
     prompts = own / rollout.samples_per_prompt
     flops = prompts * work.prompt * body_flops_per_token(config.model, work.prompt)
-    return waves * rollout.max_new_tokens * token + clock.compute(flops / parallel.tensor), token
+    return seconds + clock.compute(flops / parallel.tensor), token
 
 
 def step_time(

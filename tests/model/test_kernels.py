@@ -13,11 +13,9 @@ import torch
 
 from megatron_rpp.config import ModelConfig, ParallelConfig
 from megatron_rpp.model import build, kernels
-from megatron_rpp.model.language_model import chunks, decoding
+from megatron_rpp.model.language_model import chunks
 from megatron_rpp.parallel import device as devices
 from megatron_rpp.parallel import groups
-from megatron_rpp.records import Request, Sampling
-from megatron_rpp.rollout.engine import MegatronEngine
 from megatron_rpp.stages.logprobs import response_logprobs
 from tests.rollout.test_buffer import make_buffer
 
@@ -44,8 +42,8 @@ def test_the_log_names_the_kernels(stage, monkeypatch):
     assert "rotary positions PyTorch, SwiGLU torch.compile" in kernels.describe(stage)
     config.transformer_impl, config.apply_rope_fusion = "transformer_engine", True
     assert kernels.describe(stage) == (
-        "kernels: RMSNorm TransformerEngine, rotary positions TransformerEngine (PyTorch while "
-        "decoding), SwiGLU torch.compile"
+        "kernels: RMSNorm TransformerEngine, rotary positions TransformerEngine, "
+        "SwiGLU torch.compile"
     )
 
 
@@ -77,28 +75,3 @@ def test_packed_rows_may_be_turned_by_the_fused_kernel(stage, monkeypatch):
     assert torch.allclose(logprobs(), plain, atol=1e-6)
     rows = len(calls) // (2 * MODEL.layers)  # queries and keys of each layer
     assert rows > 1 and len(calls) == rows * 2 * MODEL.layers
-
-
-class Tokens:
-    """As much of a tokenizer as the engine asks for without stop texts."""
-
-    eos_ids = frozenset({49})
-
-
-def test_decoding_does_without_the_fused_kernel(stage, monkeypatch):
-    """Each sequence of a batch is at another position, which the kernel does not take."""
-    config = chunks(stage)[0].config
-
-    def generated() -> list[list[int]]:
-        engine = MegatronEngine(stage, Tokens(), max_batch=8)
-        requests = [Request((1, 2), 0), Request((3, 4, 5), 1)]
-        sampling = Sampling(max_new_tokens=6)
-        return [found.tokens for found in engine.generate(requests, sampling, seed=0, step=0)]
-
-    plain = generated()
-    config.apply_rope_fusion = True
-    monkeypatch.setattr(rope_utils, "fused_apply_rotary_pos_emb", None)
-    with decoding(stage, 8):
-        assert not config.apply_rope_fusion
-    assert config.apply_rope_fusion
-    assert generated() == plain

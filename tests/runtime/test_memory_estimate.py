@@ -5,15 +5,17 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-import torch
 
 from megatron_rpp.checkpoint import state as checkpoint
 from megatron_rpp.checkpoint.run_state import RunState
 from megatron_rpp.config import ParallelConfig
 from megatron_rpp.model.build import build_model
-from megatron_rpp.model.language_model import decoding, unwrap
+from megatron_rpp.model.decoder import decoders
+from megatron_rpp.model.language_model import unwrap
 from megatron_rpp.parallel import groups
-from megatron_rpp.runtime.activation_memory import rows_in_flight
+from megatron_rpp.rollout.blocks import Blocks
+from megatron_rpp.rollout.engine import new_cache
+from megatron_rpp.runtime.activation_memory import CPU, rows_in_flight
 from megatron_rpp.runtime.memory_estimate import checkpoint_bytes, estimate, host_estimate
 from megatron_rpp.runtime.model_size import stage_parameters
 from megatron_rpp.runtime.policy import build_policy
@@ -108,16 +110,20 @@ def optimizer_state(optimizer) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def test_the_cache(tmp_path):
-    """The cache of generation for eight sequences of the whole context."""
-    config = small(tmp_path, rollout__max_batch=8)
+@pytest.mark.parametrize("limit", [None, 50, 1000])
+def test_the_cache(tmp_path, limit):
+    """Eight sequences of the whole context, and what a limit leaves of that."""
+    settings = {} if limit is None else {"rollout__max_cache_tokens": limit}
+    config = small(tmp_path, rollout__max_batch=8, **settings)
     with layout(config):
-        (model,) = build_model(config.model, config.parallel, vocab_size=VOCAB, seed=1)
-        with torch.no_grad(), decoding(model, config.model.max_length) as state:
-            model(torch.zeros(8, 4, dtype=torch.int64))
-            caches = [attention.cache for attention in state.attentions]
-            held = sum(c.keys.nbytes + c.values.nbytes for c in caches)
-    assert held == estimate(config, VOCAB, replicas=1).cache
+        model = build_model(config.model, config.parallel, vocab_size=VOCAB, seed=1)
+        longest = config.model.max_length
+        blocks = Blocks.within(limit or 10**9, sequences=8, at_once=8, longest=longest)
+        cache = new_cache(decoders(model), blocks.total)
+        held = sum(tensor.nbytes for tensor in (*cache.keys, *cache.values))
+    expected = estimate(config, VOCAB, replicas=1, device=CPU).cache
+    block = held / (blocks.total + 1)
+    assert abs(held - expected) <= (0 if limit is None else block)
 
 
 def written_bytes(rank, folder, settings) -> tuple[int, int]:
