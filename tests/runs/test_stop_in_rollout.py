@@ -19,7 +19,7 @@ import pytest
 import torch.distributed as dist
 
 from megatron_rpp.lifecycle import heartbeat
-from megatron_rpp.rollout.engine import MegatronEngine
+from megatron_rpp.rollout.batch import Batch
 from megatron_rpp.runtime.checkpointing import Preempted
 from tests.distributed import run_ranks
 from tests.small_run import config_of, make_data
@@ -38,9 +38,9 @@ SETTINGS = {
 @contextmanager
 def slow(slow_ranks: set[int], victim: int) -> Iterator[None]:
     """Rollouts are slow on `slow_ranks`, and `victim` gets a signal soon after one has begun."""
-    original, rank = MegatronEngine._next_tokens, dist.get_rank()
+    original, rank = Batch.sample, dist.get_rank()
 
-    def next_tokens(self, *args, position, **kwargs):
+    def sample(self, *args, position, **kwargs):
         in_rollout = heartbeat.current.name == "rollout"  # and not in the evaluation before it
         if in_rollout and position == 0 and rank == victim:
             threading.Timer(AFTER, os.kill, (os.getpid(), signal.SIGTERM)).start()
@@ -48,11 +48,11 @@ def slow(slow_ranks: set[int], victim: int) -> Iterator[None]:
             time.sleep(PAUSE)
         return original(self, *args, position=position, **kwargs)
 
-    MegatronEngine._next_tokens = next_tokens
+    Batch.sample = sample
     try:
         yield
     finally:
-        MegatronEngine._next_tokens = original
+        Batch.sample = original
 
 
 def stopped(base: Path, slow_ranks: set[int], victim: int, **layout) -> tuple[float, list[str]]:
