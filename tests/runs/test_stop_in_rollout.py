@@ -38,15 +38,16 @@ SETTINGS = {
 @contextmanager
 def slow(slow_ranks: set[int], victim: int) -> Iterator[None]:
     """Rollouts are slow on `slow_ranks`, and `victim` gets a signal soon after one has begun."""
-    original, rank = Batch.sample, dist.get_rank()
+    original, rank, started = Batch.sample, dist.get_rank(), threading.Event()
 
-    def sample(self, *args, position, **kwargs):
+    def sample(batch):
         in_rollout = heartbeat.current.name == "rollout"  # and not in the evaluation before it
-        if in_rollout and position == 0 and rank == victim:
+        if in_rollout and rank == victim and not started.is_set():
+            started.set()
             threading.Timer(AFTER, os.kill, (os.getpid(), signal.SIGTERM)).start()
         if in_rollout and rank in slow_ranks:
             time.sleep(PAUSE)
-        return original(self, *args, position=position, **kwargs)
+        original(batch)
 
     Batch.sample = sample
     try:
