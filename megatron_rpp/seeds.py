@@ -35,3 +35,8 @@ def uniforms(
             word = np.asarray(part, dtype=np.int64).astype(np.uint64)
             state = _mix(state + (word + np.uint64(1)) * _GOLDEN)
     return (state >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def request_seed(seed: int, step: int, sample_id: int) -> int:
+    """A seed below 2^63 for the generator of another program, for one sample."""
+    return int(uniforms(seed, step, np.array([sample_id]), position=-1)[0] * 2.0**53)

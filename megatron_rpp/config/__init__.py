@@ -23,10 +23,11 @@ from megatron_rpp.config.training import (
     SftConfig,
     TrainConfig,
 )
+from megatron_rpp.config.vllm import VllmConfig
 
 __all__ = [
     "AlgorithmConfig", "CheckpointConfig", "Config", "DataConfig", "EvaluationConfig",
     "LoggingConfig", "ModelConfig", "OptimizerConfig", "ParallelConfig", "ReferenceConfig",
     "RewardConfig", "RolloutConfig", "RopeScalingConfig", "SftConfig", "TaskConfig", "TrainConfig",
-    "check_world_size", "count_replicas",
+    "VllmConfig", "check_world_size", "count_replicas",
 ]  # fmt: skip

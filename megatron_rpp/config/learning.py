@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from megatron_rpp.config.validation import check_characters, check_choices, check_range
+from megatron_rpp.config.vllm import VllmConfig
 from megatron_rpp.lifecycle.config_error import ConfigError
 
 LOWEST_TEMPERATURE = 1e-3
@@ -43,11 +44,18 @@ class RolloutConfig:
     """Token ids that end a response, in addition to the end-of-sequence tokens of tokenizer and
     model."""
     max_batch: int = 256
-    """Largest number of sequences that a data-parallel replica decodes at once."""
+    """Largest number of sequences that a data-parallel replica decodes at once; with engine vllm,
+    each server."""
     max_cache_tokens: int | None = None
     """Largest number of tokens whose keys and values a data-parallel replica holds while it decodes,
     at least model.max_length. If they do not suffice for max_batch sequences, fewer are decoded at
     once. null = what the free memory allows."""
+    engine: Literal["megatron", "vllm"] = "megatron"
+    """What samples the responses and answers the evaluations of train. megatron = the training
+    processes themselves, on the layout of the policy; vllm = vLLM servers, which get the new weights
+    after every update."""
+    vllm: VllmConfig = field(default_factory=VllmConfig)
+    """vLLM servers, which rollout.engine vllm uses."""
 
     @property
     def samples_per_step(self) -> int:
@@ -56,6 +64,7 @@ class RolloutConfig:
 
     def __post_init__(self) -> None:
         counts = "prompts_per_step samples_per_prompt max_new_tokens max_batch"
+        check_choices("rollout", self)
         check_range("rollout", self, counts, at_least=1)
         check_range("rollout", self, "max_cache_tokens", at_least=1)
         check_range("rollout", self, "min_new_tokens top_k", at_least=0)

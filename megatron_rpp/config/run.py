@@ -31,6 +31,7 @@ from megatron_rpp.config.validation import (
     check_recompute,
     check_rollout,
 )
+from megatron_rpp.config.vllm import check_vllm
 from megatron_rpp.lifecycle.config_error import ConfigError
 
 
@@ -79,6 +80,7 @@ class Config:
         check_overlap(self)
         check_recompute(self)
         check_rollout(self)
+        check_vllm(self)
 
 
 def count_replicas(sizes: ParallelConfig, world_size: int) -> int:

@@ -18,6 +18,7 @@ from megatron_rpp.records import StepKey
 from megatron_rpp.reporting.console import Console
 from megatron_rpp.reporting.metrics import MetricsLog, evaluation_row
 from megatron_rpp.rollout.engine import MegatronEngine, RolloutEngine
+from megatron_rpp.rollout.vllm.engine import VllmEngine
 from megatron_rpp.runtime.inputs import Inputs
 from megatron_rpp.runtime.policy import build_policy, build_reference
 from megatron_rpp.runtime.step_progress import StepProgress
@@ -103,7 +104,26 @@ def build(config: Config, inputs: Inputs, console: Console) -> Run:
     """Builds the run of train.py before its first step; writes nothing. Collective."""
     policy = build_policy(config, config.optimizer, inputs.vocab_size, source=inputs.source)
     reference = build_reference(config, policy, inputs.vocab_size)
-    return assemble(config, inputs, console, policy=policy, reference=reference)
+    engine = build_engine(config, policy, inputs, log=console.log)
+    return assemble(config, inputs, console, policy=policy, reference=reference, engine=engine)
+
+
+def build_engine(
+    config: Config, policy: Policy, inputs: Inputs, *, log: Callable[[str], None]
+) -> RolloutEngine:
+    """The engine of rollout.engine. Collective."""
+    if config.rollout.engine == "vllm":
+        return VllmEngine(config, policy, inputs.tokenizer, log=log)
+    return _megatron_engine(config, policy, inputs)
+
+
+def _megatron_engine(config: Config, policy: Policy, inputs: Inputs) -> MegatronEngine:
+    return MegatronEngine(
+        policy.model,
+        inputs.tokenizer,
+        max_batch=config.rollout.max_batch,
+        max_cache_tokens=config.rollout.max_cache_tokens,
+    )
 
 
 def assemble(
@@ -113,14 +133,10 @@ def assemble(
     *,
     policy: Policy,
     reference: Reference | None = None,
+    engine: RolloutEngine | None = None,
 ) -> Run:
-    """Makes a run of these models, with an engine that samples from `policy`."""
-    engine = MegatronEngine(
-        policy.model,
-        inputs.tokenizer,
-        max_batch=config.rollout.max_batch,
-        max_cache_tokens=config.rollout.max_cache_tokens,
-    )
+    """Makes a run of these models. engine: None = Megatron's, which samples from `policy`."""
+    engine = engine or _megatron_engine(config, policy, inputs)
     metrics = MetricsLog(config.logging.dir)
     return Run(config, inputs, policy, reference, engine, console, metrics)
 

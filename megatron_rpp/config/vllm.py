@@ -1,0 +1,87 @@
+"""The section about vLLM servers that sample the responses (rollout.engine vllm)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+from urllib.parse import urlsplit
+
+from megatron_rpp.config.validation import check_choices, check_divides, check_filled, check_range
+from megatron_rpp.lifecycle.config_error import ConfigError
+
+if TYPE_CHECKING:
+    from megatron_rpp.config import Config
+
+
+@dataclass(frozen=True, kw_only=True)
+class VllmConfig:
+    """vLLM servers, which rollout.engine vllm uses."""
+
+    python: str | None = None
+    """Python of the environment in which vLLM is installed, on every node. The run starts its servers
+    with it, watches them and ends them."""
+    urls: list[str] = field(default_factory=list)
+    """Addresses of servers that tools/vllm_server.py has started, such as http://node1:8000; they are
+    used instead of servers of the run."""
+    replicas: int | None = None
+    """Servers of the run, on all nodes together; null = one for each data-parallel replica."""
+    tensor: int = 1
+    """Tensor-parallel size of each server."""
+    transport: Literal["shared", "nccl", "ipc"] = "shared"
+    """How new weights come to the servers. shared = files in dir; nccl = a broadcast to servers on
+    other GPUs of the same nodes; ipc = through the memory of the same GPUs, while the server sleeps
+    during training."""
+    dir: str = "/dev/shm"
+    """Directory of the weights with transport shared, which ranks and servers see; the memory of the
+    host by default, which serves a single node."""
+    memory_share: float = 0.5
+    """Share of a GPU's memory that a server takes; a CPU's server takes what rollout.max_batch
+    sequences need."""
+    arguments: list[str] = field(default_factory=list)
+    """Further arguments of each server, as its command line has them."""
+    start_timeout: float = 900.0
+    """Time limit in seconds for a server to start, and for one push of weights."""
+    timeout: float = 120.0
+    """Time limit in seconds for a response, besides the time for its tokens."""
+    seconds_per_token: float = 0.5
+    """Time limit in seconds for each token of the longest response; the limit of a response also
+    grows with those that wait before it."""
+    retries: int = 3
+    """Failures in a row, with growing pauses, after which a server counts as lost; and how often lost
+    servers are started again in one rollout."""
+
+    def __post_init__(self) -> None:
+        check_choices("vllm", self)
+        check_filled("vllm", self, "dir")
+        check_range("vllm", self, "replicas tensor", at_least=1)
+        check_range("vllm", self, "retries", at_least=0)
+        check_range("vllm", self, "memory_share", above=0, below=1)
+        check_range("vllm", self, "start_timeout timeout", above=0)
+        check_range("vllm", self, "seconds_per_token", at_least=0)
+        for url in self.urls:
+            parts = urlsplit(url)
+            if parts.scheme != "http" or not parts.hostname or parts.path.strip("/"):
+                raise ConfigError(f"vllm.urls must each be http://host:port, got {url!r}")
+
+
+def check_vllm(config: Config) -> None:
+    """Checks what concerns the vLLM servers and other sections."""
+    if config.rollout.engine != "vllm":
+        return
+    vllm, name = config.rollout.vllm, "rollout.vllm"
+    if bool(vllm.urls) == (vllm.python is not None):
+        raise ConfigError(
+            f"rollout.engine vllm needs {name}.python or {name}.urls, and not both: got "
+            f"{vllm.python} and {vllm.urls}"
+        )
+    if vllm.urls and vllm.transport != "shared":
+        raise ConfigError(
+            f"{name}.transport must be shared with {name}.urls, got {vllm.transport}: the run does "
+            "not know the GPUs of servers that it has not started"
+        )
+    if vllm.urls and vllm.replicas is not None:
+        raise ConfigError(
+            f"{name}.replicas must be null with {name}.urls, got {vllm.replicas}: the URLs are the "
+            "servers"
+        )
+    check_divides("model.heads", config.model.heads, f"{name}.tensor", divisor=vllm.tensor)

@@ -1,0 +1,155 @@
+"""HTTP to one vLLM server: a new connection for each request, so that none is idle when it is used.
+
+Answers are JSON. Every failure that may pass is a `Failure`; what cannot pass, because the server
+refuses the request itself, is a `Refused`.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from http.client import HTTPConnection, HTTPException, HTTPResponse
+from socket import SHUT_RDWR
+from threading import Lock
+from typing import Any
+
+from megatron_rpp.lifecycle.exit_codes import RunFailure
+
+_SHOWN = 300
+"""Characters of an answer that messages show."""
+_HEALTH_SECONDS = 10.0
+
+
+class Failure(Exception):
+    """A request failed in a way that may not occur again."""
+
+
+class Refused(RunFailure):
+    """The server answers that the request is wrong: sending it again would not help."""
+
+
+class Connections:
+    """The open connections, which another thread may close to end all requests at once."""
+
+    def __init__(self) -> None:
+        self._lock, self._open, self.closed = Lock(), set[HTTPConnection](), False
+
+    @contextmanager
+    def opened(self, address: str, timeout: float) -> Iterator[HTTPConnection]:
+        connection = HTTPConnection(address, timeout=timeout)
+        try:
+            connection.connect()
+            with self._lock:
+                if self.closed:
+                    raise Failure("the requests were abandoned")
+                self._open.add(connection)
+            yield connection
+        finally:
+            with self._lock:
+                self._open.discard(connection)
+            connection.close()
+
+    def close(self) -> None:
+        """Ends all requests; vLLM aborts a request whose connection is closed."""
+        with self._lock:
+            self.closed = True
+            for connection in self._open:
+                if connection.sock is not None:
+                    with suppress(OSError):  # the other side has closed it
+                        connection.sock.shutdown(SHUT_RDWR)
+
+
+class Server:
+    """A server's address and the requests to it."""
+
+    def __init__(self, address: str, name: str = ""):
+        """address: host:port."""
+        self.address, self.name = address, name or f"the vLLM server at {address}"
+
+    def ask(
+        self,
+        path: str,
+        body: Any = None,
+        *,
+        timeout: float,
+        method: str = "POST",
+        connections: Connections | None = None,
+    ) -> Any:
+        """The answer to one request. Raises Failure or Refused."""
+        with self._sent(path, body, method, timeout=timeout, connections=connections) as response:
+            return _parsed(response.read())
+
+    def stream(
+        self, path: str, body: Any, *, timeout: float, connections: Connections | None = None
+    ) -> Iterator[Any]:
+        """The events of one request, as they come. Closing the iterator aborts the request."""
+        deadline = time.monotonic() + timeout
+        with self._sent(path, body, "POST", timeout=timeout, connections=connections) as response:
+            for line in response:
+                if time.monotonic() > deadline:
+                    raise Failure(f"the answer took longer than {timeout:.0f} s")
+                text = line.removeprefix(b"data:").strip()
+                if line.startswith(b"data:") and text != b"[DONE]":
+                    yield _parsed(text)
+
+    @contextmanager
+    def _sent(
+        self,
+        path: str,
+        body: Any,
+        method: str,
+        *,
+        timeout: float,
+        connections: Connections | None,
+    ) -> Iterator[HTTPResponse]:
+        content = None if body is None else json.dumps(body)
+        headers = {"Content-Type": "application/json", "Connection": "close"}
+        try:
+            with (connections or Connections()).opened(self.address, timeout) as connection:
+                connection.request(method, path, content, headers)
+                response = connection.getresponse()
+                if response.status != 200:
+                    shown = response.read()[:_SHOWN].decode(errors="replace")
+                    problem = f"{path} answered {response.status}: {shown}"
+                    if response.status in range(400, 500):
+                        raise Refused(f"{self.name} refuses a request: {problem}")
+                    raise Failure(problem)
+                yield response
+        except TimeoutError as error:
+            raise Failure(f"{path} gave no answer within {timeout:.0f} s") from error
+        except (OSError, HTTPException) as error:  # lost, refused or broken off
+            raise Failure(f"{path}: {type(error).__name__}: {error}") from error
+
+    def is_healthy(self) -> bool:
+        """Whether the server answers and its engine lives."""
+        with suppress(Failure, Refused):
+            self.ask("/health", method="GET", timeout=_HEALTH_SECONDS)
+            return True
+        return False
+
+    def weight_version(self) -> str:
+        """The version that the last push has set. Raises Failure or Refused."""
+        return self.ask("/weight_info", method="GET", timeout=_HEALTH_SECONDS)["weight_version"]
+
+    def update(self, version: str, send: Callable[[Server], None], *, timeout: float) -> None:
+        """Replaces the weights: `send` makes the calls of /update_weights.
+
+        Requests in flight are aborted and the prefix cache is emptied, which an update does not do.
+        Raises Failure or Refused; the old version is then still set, and the server must not be used.
+        """
+        self.ask("/pause?mode=abort&clear_cache=true", timeout=timeout)
+        self.ask("/start_weight_update", timeout=timeout)
+        send(self)
+        self.ask("/finish_weight_update", {"weight_version": version}, timeout=timeout)
+        self.ask("/resume", timeout=timeout)
+        if self.weight_version() != version:
+            raise Failure(f"the weights are of version {self.weight_version()}, not {version}")
+
+
+def _parsed(content: bytes) -> Any:
+    try:
+        return json.loads(content) if content else None
+    except ValueError:
+        raise Failure(f"the answer is no JSON: {content[:_SHOWN]!r}") from None

@@ -1,0 +1,196 @@
+"""The rollout engine on vLLM servers.
+
+Before a rollout, servers that do not run are started and all servers get the weights of the policy,
+unless they have them. Then the first rank of each replica sends the requests and passes the responses
+on. If servers are lost, they are started again, get the weights, and are sent what is missing; after
+several such rounds the run ends.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_rpp.config import Config
+from megatron_rpp.config.infer_settings import hf_source
+from megatron_rpp.data.tokenizer import Tokenizer
+from megatron_rpp.hf.architecture import CONFIG, config_json
+from megatron_rpp.lifecycle import heartbeat
+from megatron_rpp.lifecycle.atomic_files import write_atomic
+from megatron_rpp.lifecycle.exit_codes import RunFailure
+from megatron_rpp.model.language_model import chunks
+from megatron_rpp.model.policy import Policy
+from megatron_rpp.parallel import groups, progress_wait
+from megatron_rpp.records import Generation, Request, Sampling
+from megatron_rpp.rollout.engine import Abandoned
+from megatron_rpp.rollout.vllm.client import Client, Limits
+from megatron_rpp.rollout.vllm.fleet import Fleet, raise_first
+from megatron_rpp.rollout.vllm.samples import Sampler
+from megatron_rpp.rollout.vllm.weights import SharedFiles
+
+
+@dataclass
+class _Round:
+    """What a round of a rollout gave on one rank; only the first of a replica sends requests."""
+
+    generations: list[Generation | None] = field(default_factory=list)
+    lost: dict[int, str] = field(default_factory=dict)
+    """Lost servers, by number in the run, and what happened."""
+    abandoned: bool = False
+    problem: str | None = None
+
+
+class VllmEngine:
+    """Samples on vLLM servers with the weights of `policy`."""
+
+    def __init__(
+        self,
+        config: Config,
+        policy: Policy,
+        tokenizer: Tokenizer,
+        *,
+        log: Callable[[str], None],
+    ):
+        """Starts no server yet. Collective.
+
+        log: called with a line about each server that is lost, on every rank.
+        """
+        vllm = config.rollout.vllm
+        self._policy, self._tokenizer, self._log = policy, tokenizer, log
+        self._run = groups.broadcast_object(uuid.uuid4().hex[:12])
+        self._pushes, self._version = 0, ""
+        self._pushed_at: int | None = None  # optimizer steps behind the weights of the servers
+        self._retries = vllm.retries
+        self._limits = Limits(
+            retries=vllm.retries, timeout=vllm.timeout, seconds_per_token=vllm.seconds_per_token,
+            at_once=config.rollout.max_batch,
+        )  # fmt: skip
+        model = (Path(config.logging.dir) / "vllm" / "model").absolute()
+        if groups.is_main():
+            _write_config(config, chunks(policy.model)[0].architecture, model)
+        weights = Path(vllm.dir).absolute() / f"megatron_rpp-{self._run}"
+        dist.barrier()
+        self._fleet = Fleet(config, model=model, weights=weights)
+        self._transport = SharedFiles(weights, vllm.start_timeout)
+
+    def generate(
+        self,
+        requests: list[Request],
+        sampling: Sampling,
+        *,
+        seed: int,
+        step: int,
+        progress: Callable[[int], None] = lambda finished: None,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> list[Generation]:
+        """See RolloutEngine. Collective over the world.
+
+        Raises RunFailure on every rank if servers are lost again and again.
+        """
+        found: list[Generation | None] = [None] * len(requests)
+        for attempt in range(self._retries + 1):
+            self._prepare(stop)
+            missing = [i for i, generation in enumerate(found) if generation is None]
+            sampler = Sampler(self._tokenizer, sampling, seed, step, self._version)
+            heartbeat.enter("rollout on vLLM")
+            asked = [requests[i] for i in missing]
+            done = self._round(asked, sampler, progress, stop=stop)
+            progress_wait.wait_for_all(idle=stop)
+            for i, generation in zip(missing, done.generations):
+                found[i] = generation
+            incomplete = groups.is_replica_leader() and None in found
+            if not self._agree(done, incomplete, last=attempt == self._retries):
+                break
+        whole = groups.broadcast_object(found, groups.replica_group())
+        return [generation for generation in whole if generation is not None]
+
+    def end(self) -> None:
+        """Ends the servers that this rank has started."""
+        self._fleet.end()
+
+    def _prepare(self, stop: Callable[[], bool]) -> None:
+        """Makes all servers run with the weights of the policy. Collective."""
+        for attempt in range(self._retries + 1):
+            fresh = self._fleet.ensure_running(stop)
+            steps = self._policy.scheduler.num_steps
+            if not fresh and steps == self._pushed_at:
+                return
+            self._pushes += 1
+            version = f"{self._run}-{self._pushes}"
+            heartbeat.enter("weights to vLLM")
+            problems = self._transport.push(
+                self._policy.model, self._fleet.cared_for, version, idle=stop
+            )
+            if not self._drop(problems, last=attempt == self._retries):
+                self._pushed_at, self._version = steps, version
+                return
+
+    def _round(
+        self,
+        requests: list[Request],
+        sampler: Sampler,
+        progress: Callable[[int], None],
+        *,
+        stop: Callable[[], bool],
+    ) -> _Round:
+        if not groups.is_replica_leader():
+            return _Round()
+        servers = self._fleet.known
+        client = Client(list(servers.values()), self._limits, self._fleet.first)
+        try:
+            outcome = client.run(requests, sampler, progress=progress, stop=stop)
+        except Abandoned:
+            return _Round(abandoned=True)
+        except RunFailure as error:
+            return _Round(problem=str(error))
+        numbers = list(servers)
+        return _Round(outcome.generations, {numbers[i]: why for i, why in outcome.lost.items()})
+
+    def _agree(self, done: _Round, incomplete: bool, *, last: bool) -> bool:
+        """Gives up what was lost; returns whether any replica lacks responses. Collective.
+
+        last: raise if any does.
+        """
+        rounds = groups.gather_objects(
+            (done.abandoned, done.problem, done.lost, incomplete), dist.group.WORLD
+        )
+        raise_first(problem for _, problem, _, _ in rounds)
+        if any(abandoned for abandoned, _, _, _ in rounds):
+            raise Abandoned
+        again = any(incomplete for _, _, _, incomplete in rounds)
+        lost = {number: why for _, _, lost, _ in rounds for number, why in lost.items()}
+        self._drop(lost, last=last and again)
+        return again
+
+    def _drop(self, lost: dict[int, str], *, last: bool) -> bool:
+        """Ends lost servers; returns whether there are any. Collective.
+
+        last: raise RunFailure, with the log of one of them, because they have been started again
+            often enough.
+        """
+        reasons = groups.gather_objects(self._fleet.give_up(lost), dist.group.WORLD)
+        found = [reason for own in reasons for reason in own.values()]
+        if found:
+            self._pushed_at = None
+        for reason in found:
+            if last:
+                raise RunFailure(reason)
+            self._log(reason)
+        return bool(found)
+
+
+def _write_config(config: Config, architecture: dict[str, Any], folder: Path) -> None:
+    """Writes the config.json that vLLM builds the model from; the weights come later."""
+    source = hf_source(config.model.hf_path, config.model.init_path)
+    if source is not None:
+        content = (source / CONFIG).read_bytes()
+    else:
+        content = (json.dumps(config_json(architecture), indent=2) + "\n").encode()
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(folder / CONFIG, content)

@@ -1,0 +1,55 @@
+"""Starts a command and ends all of its processes when it, this process or its parent ends.
+
+    python supervisor.py PARENT FOLDER command ...
+
+Only the standard library is used, and nothing is imported from the package: a rank starts this file.
+PARENT is the process id of the rank. A rank that is killed by SIGKILL tells nobody, so this process
+looks for its parent several times a second. If the parent is gone, FOLDER, where it may have left
+weights, is removed. This process exits with the code of the command.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+
+INTERVAL = 0.2
+GRACE = 10.0
+"""Seconds that the command has to end by itself after SIGTERM."""
+
+
+def main(arguments: list[str]) -> int:
+    parent, folder, command = int(arguments[0]), arguments[1], arguments[2:]
+    ending: list[int] = []
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, lambda received, frame: ending.append(received))
+    process = subprocess.Popen(command, start_new_session=True)
+    try:
+        while process.poll() is None and not ending and os.getppid() == parent:
+            time.sleep(INTERVAL)
+        code = process.poll()
+    finally:
+        end(process)
+        if os.getppid() != parent:
+            shutil.rmtree(folder, ignore_errors=True)
+    return code or 0
+
+
+def end(process: subprocess.Popen) -> None:
+    """Ends the session of `process`: vLLM's front end ends its workers; what is left is killed."""
+    if process.poll() is None:
+        process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE)
+    with suppress(ProcessLookupError):  # all of them have ended
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
