@@ -144,7 +144,9 @@ def _update(
 
 
 def _rollout(config: Config, vocab_size: int, *, replicas: int, device: Device) -> tuple[int, int]:
-    """(the cache, the largest step of prefill and sampling) of a stage."""
+    """(the cache, the largest step of prefill and sampling) of a stage; vLLM has its own."""
+    if config.rollout.engine == "vllm":
+        return 0, 0
     model, parallel, rollout = config.model, config.parallel, config.rollout
     width = weight_bytes(model)
     own = -(-rollout.samples_per_step // (replicas * parallel.context))

@@ -129,6 +129,12 @@ def best_plans(
 
     Raises ConfigError if none of these fits.
     """
+    if config.rollout.engine != "megatron":
+        raise ConfigError(
+            f"rollout.engine {config.rollout.engine} is not planned for: add --rollout.engine "
+            "megatron. With vLLM on other GPUs, the memory of an update stays the same; with transport "
+            "ipc, train --dry-run on the GPUs checks that the server's share fits"
+        )
     found: list[list[Plan]] = []
     problem = None
     while gpus >= 1:

@@ -22,11 +22,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_rpp.config import Config, check_world_size
+from megatron_rpp.config import Config, ParallelConfig, check_world_size
 from megatron_rpp.lifecycle.config_error import ConfigError
 from megatron_rpp.parallel import device as devices
 from megatron_rpp.parallel import gpu_facts, groups
 from megatron_rpp.reporting.console import Console
+from megatron_rpp.runtime.engine_check import check_engine
 from megatron_rpp.runtime.memory_estimate import (
     CPU,
     GPU,
@@ -34,6 +35,7 @@ from megatron_rpp.runtime.memory_estimate import (
     estimate,
     host_estimate,
 )
+from megatron_rpp.runtime.model_size import stage_parameters, weight_bytes
 from megatron_rpp.runtime.preflight_gpu import (
     Check,
     judge_gpu,
@@ -66,6 +68,7 @@ def run(config: Config, vocab_size: int, console: Console) -> None:
         _shared(Path(config.checkpoint.dir)),
         _shared(Path(config.logging.dir)),
         _bandwidth(),
+        *_engine(config, vocab_size),
     ]
     rows = [["ok" if c.passed else "FAILED", c.name, c.found] for c in checks]
     console.table("preflight", ["", "check", "found"], rows)
@@ -145,6 +148,10 @@ def _memory(config: Config, vocab_size: int) -> Check:
     kind = CPU if devices.ON_CPU else GPU
     need = estimate(config, vocab_size, _replicas(config), device=kind)
     free, each = devices.free_memory(), need.total
+    if config.rollout.engine == "vllm" and config.rollout.vllm.transport == "ipc":
+        # A server wakes up on the GPU of this rank once the update's memory is free.
+        server = int(config.rollout.vllm.memory_share * devices.total_memory())
+        each = max(each, each - need.update + server)
     if devices.ON_CPU:
         # The ranks of a host share it.
         free //= _gather(socket.gethostname()).count(socket.gethostname())
@@ -203,6 +210,30 @@ def _shared(directory: Path) -> Check:
             f"{directory} is not one directory on all nodes: {', '.join(blind)}; use a shared one"
         )
     return Check("shared directory", not blind, text)
+
+
+def _engine(config: Config, vocab_size: int) -> list[Check]:
+    """The servers of rollout.engine vllm, and the directory of their weights."""
+    if config.rollout.engine != "vllm":
+        return []
+    try:
+        found = check_engine(config, vocab_size, thorough=True)
+    except ConfigError as error:
+        return [Check("rollout engine", False, str(error))]
+    checks = [Check("rollout engine", True, str(found))]
+    if config.rollout.vllm.transport == "shared":
+        checks += [_shared(Path(config.rollout.vllm.dir)), _weights_room(config, vocab_size)]
+    return checks
+
+
+def _weights_room(config: Config, vocab_size: int) -> Check:
+    """The room for one copy of the weights in rollout.vllm.dir."""
+    vllm = config.rollout.vllm
+    alone = stage_parameters(config.model, ParallelConfig(), vocab_size=vocab_size, stage=0)
+    need = alone * weight_bytes(config.model)
+    free = groups.broadcast_object(shutil.disk_usage(vllm.dir).free)
+    text = f"weights of {_size(need)} in {_size(free)} free at rollout.vllm.dir {vllm.dir}"
+    return Check("room for weights", need <= free, text)
 
 
 def _bandwidth() -> Check:

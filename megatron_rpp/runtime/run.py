@@ -19,6 +19,7 @@ from megatron_rpp.reporting.console import Console
 from megatron_rpp.reporting.metrics import MetricsLog, evaluation_row
 from megatron_rpp.rollout.engine import MegatronEngine, RolloutEngine
 from megatron_rpp.rollout.vllm.engine import VllmEngine
+from megatron_rpp.runtime.engine_check import check_engine
 from megatron_rpp.runtime.inputs import Inputs
 from megatron_rpp.runtime.policy import build_policy, build_reference
 from megatron_rpp.runtime.step_progress import StepProgress
@@ -102,6 +103,7 @@ class Run:
 
 def build(config: Config, inputs: Inputs, console: Console) -> Run:
     """Builds the run of train.py before its first step; writes nothing. Collective."""
+    check_engine(config, inputs.vocab_size)
     policy = build_policy(config, config.optimizer, inputs.vocab_size, source=inputs.source)
     reference = build_reference(config, policy, inputs.vocab_size)
     engine = build_engine(config, policy, inputs, log=console.log)

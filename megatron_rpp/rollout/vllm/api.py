@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from http.client import HTTPConnection, HTTPException, HTTPResponse
 from socket import SHUT_RDWR
@@ -133,19 +133,22 @@ class Server:
         """The version that the last push has set. Raises Failure or Refused."""
         return self.ask("/weight_info", method="GET", timeout=_HEALTH_SECONDS)["weight_version"]
 
-    def update(self, version: str, send: Callable[[Server], None], *, timeout: float) -> None:
-        """Replaces the weights: `send` makes the calls of /update_weights.
-
-        Requests in flight are aborted and the prefix cache is emptied, which an update does not do.
-        Raises Failure or Refused; the old version is then still set, and the server must not be used.
-        """
+    def begin_update(self, timeout: float) -> None:
+        """Aborts all requests, empties the prefix cache, which an update does not do, and starts an
+        update; then come the calls of /update_weights. Raises Failure or Refused."""
         self.ask("/pause?mode=abort&clear_cache=true", timeout=timeout)
         self.ask("/start_weight_update", timeout=timeout)
-        send(self)
+
+    def finish_update(self, version: str, timeout: float) -> None:
+        """Ends the update: all new responses say `version`. Raises Failure or Refused."""
         self.ask("/finish_weight_update", {"weight_version": version}, timeout=timeout)
+
+    def resume(self, version: str, timeout: float) -> None:
+        """Takes requests again. Raises Failure or Refused, also if the version is another."""
         self.ask("/resume", timeout=timeout)
-        if self.weight_version() != version:
-            raise Failure(f"the weights are of version {self.weight_version()}, not {version}")
+        found = self.weight_version()
+        if found != version:
+            raise Failure(f"the weights are of version {found}, not {version}")
 
 
 def _parsed(content: bytes) -> Any:

@@ -8,31 +8,28 @@ several such rounds the run ends.
 
 from __future__ import annotations
 
-import json
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 
 from megatron_rpp.config import Config
-from megatron_rpp.config.infer_settings import hf_source
 from megatron_rpp.data.tokenizer import Tokenizer
-from megatron_rpp.hf.architecture import CONFIG, config_json
 from megatron_rpp.lifecycle import heartbeat
-from megatron_rpp.lifecycle.atomic_files import write_atomic
 from megatron_rpp.lifecycle.exit_codes import RunFailure
 from megatron_rpp.model.language_model import chunks
 from megatron_rpp.model.policy import Policy
 from megatron_rpp.parallel import groups, progress_wait
 from megatron_rpp.records import Generation, Request, Sampling
 from megatron_rpp.rollout.engine import Abandoned
+from megatron_rpp.rollout.vllm.buckets import Broadcast, SameGpu
 from megatron_rpp.rollout.vllm.client import Client, Limits
+from megatron_rpp.rollout.vllm.environment import write_model_config
 from megatron_rpp.rollout.vllm.fleet import Fleet, raise_first
 from megatron_rpp.rollout.vllm.samples import Sampler
-from megatron_rpp.rollout.vllm.weights import SharedFiles
+from megatron_rpp.rollout.vllm.weights import SharedFiles, Transport
 
 
 @dataclass
@@ -73,11 +70,12 @@ class VllmEngine:
         )  # fmt: skip
         model = (Path(config.logging.dir) / "vllm" / "model").absolute()
         if groups.is_main():
-            _write_config(config, chunks(policy.model)[0].architecture, model)
+            vocab_size = chunks(policy.model)[0].true_vocab_size
+            write_model_config(config, vocab_size, model)
         weights = Path(vllm.dir).absolute() / f"megatron_rpp-{self._run}"
         dist.barrier()
         self._fleet = Fleet(config, model=model, weights=weights)
-        self._transport = SharedFiles(weights, vllm.start_timeout)
+        self._transport = _transport(config, self._fleet, weights)
 
     def generate(
         self,
@@ -107,12 +105,10 @@ class VllmEngine:
             incomplete = groups.is_replica_leader() and None in found
             if not self._agree(done, incomplete, last=attempt == self._retries):
                 break
+        if self._transport.rest(self._fleet.cared_for):
+            self._pushed_at = None
         whole = groups.broadcast_object(found, groups.replica_group())
         return [generation for generation in whole if generation is not None]
-
-    def end(self) -> None:
-        """Ends the servers that this rank has started."""
-        self._fleet.end()
 
     def _prepare(self, stop: Callable[[], bool]) -> None:
         """Makes all servers run with the weights of the policy. Collective."""
@@ -185,12 +181,10 @@ class VllmEngine:
         return bool(found)
 
 
-def _write_config(config: Config, architecture: dict[str, Any], folder: Path) -> None:
-    """Writes the config.json that vLLM builds the model from; the weights come later."""
-    source = hf_source(config.model.hf_path, config.model.init_path)
-    if source is not None:
-        content = (source / CONFIG).read_bytes()
-    else:
-        content = (json.dumps(config_json(architecture), indent=2) + "\n").encode()
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(folder / CONFIG, content)
+def _transport(config: Config, fleet: Fleet, weights: Path) -> Transport:
+    vllm = config.rollout.vllm
+    if vllm.transport == "nccl":
+        return Broadcast(fleet.count * vllm.tensor, vllm.tensor, vllm.start_timeout)
+    if vllm.transport == "ipc":
+        return SameGpu(vllm.start_timeout)
+    return SharedFiles(weights, vllm.start_timeout)

@@ -6,6 +6,7 @@ host is a child of the host's i-th rank. All methods that say so are collective 
 
 from __future__ import annotations
 
+import os
 import socket
 import time
 from collections.abc import Callable, Iterable
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import torch
 import torch.distributed as dist
 
 from megatron_rpp.config import Config
@@ -21,6 +23,7 @@ from megatron_rpp.lifecycle.config_error import ConfigError
 from megatron_rpp.lifecycle.exit_codes import RunFailure
 from megatron_rpp.parallel import device as devices
 from megatron_rpp.parallel import groups, progress_wait
+from megatron_rpp.parallel.ranks import raise_on_all_ranks
 from megatron_rpp.rollout.engine import Abandoned
 from megatron_rpp.rollout.vllm.api import Server
 from megatron_rpp.rollout.vllm.servers import Child, Site
@@ -79,6 +82,34 @@ def places(hosts: list[Host], replicas: int | None) -> list[Place]:
     ]
 
 
+def visible_gpus() -> list[str]:
+    """The GPUs that this process sees, as CUDA_VISIBLE_DEVICES names them."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return given.split(",") if given else [str(i) for i in range(torch.cuda.device_count())]
+
+
+def gpus_of(
+    visible: list[str], ranks: int, on_host: int, *, tensor: int, transport: str
+) -> list[str]:
+    """The GPUs of server `on_host` of a host with so many ranks, one GPU for each.
+
+    With transport ipc they are those of the ranks, else those after them. Raises ConfigError if there
+    are not enough.
+    """
+    first, end = (0, ranks) if transport == "ipc" else (ranks, len(visible))
+    chosen = visible[first:end][on_host * tensor : (on_host + 1) * tensor]
+    if len(chosen) < tensor:
+        whose = f"the {ranks} GPUs of its ranks" if transport == "ipc" else (
+            f"the {len(visible) - ranks} GPUs that its {ranks} ranks leave"
+        )  # fmt: skip
+        raise ConfigError(
+            f"rollout.vllm: server {on_host + 1} of tensor size {tensor} on a node does not find "
+            f"its GPUs among {whose} (transport {transport}): change rollout.vllm.replicas or "
+            "rollout.vllm.tensor, or start fewer ranks per node"
+        )
+    return chosen
+
+
 class Fleet:
     """The servers, seen from one rank. `servers` are those that this rank's host may use."""
 
@@ -107,6 +138,9 @@ class Fleet:
         rank = dist.get_rank()
         self.first = leaders.index(rank) % len(on_host or self.known) if rank in leaders else 0
         """Where this rank begins to count the servers, so that the ranks of a host share them."""
+        raise_on_all_ranks(lambda: [self._gpus(place.on_host) for place in on_host])
+        self.count = len(self._places) or len(self.known)
+        """Servers of the run."""
         self._own = [n for n, place in enumerate(self._places) if place.owner == dist.get_rank()]
 
     @property
@@ -164,7 +198,13 @@ class Fleet:
         return Child(self._site, name=self._name(number), gpus=self._gpus(place.on_host), log=log)
 
     def _gpus(self, on_host: int) -> str | None:
-        return None
+        """The value of CUDA_VISIBLE_DEVICES of a server. Raises ConfigError."""
+        if devices.ON_CPU:
+            return None
+        vllm, ranks = self._config.rollout.vllm, len(self._here.ranks)
+        return ",".join(
+            gpus_of(visible_gpus(), ranks, on_host, tensor=vllm.tensor, transport=vllm.transport)
+        )
 
     def _await(self, child: Child, stop: Callable[[], bool]) -> None:
         deadline = time.monotonic() + self._config.rollout.vllm.start_timeout
@@ -193,12 +233,6 @@ class Fleet:
             elif not self._places and groups.is_main():
                 reasons[number] = f"{self.known[number].name} is lost: {reason}"
         return reasons
-
-    def end(self) -> None:
-        """Ends the servers of this rank."""
-        for child in self._children.values():
-            child.end()
-        self._children.clear()
 
 
 def raise_first(problems: Iterable[str | None]) -> None:

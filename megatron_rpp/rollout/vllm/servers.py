@@ -21,7 +21,7 @@ from megatron_rpp.rollout.vllm.api import Server
 
 INSIDE = Path(__file__).parent / "inside"
 _SUPERVISOR = Path(__file__).parent / "supervisor.py"
-_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 _LOG_TAIL, _LOG_ERRORS = 10, 4
 """Lines of a server's log that messages show: the last ones, and errors before them."""
 _PORTS = range(20_000, 32_000)
@@ -58,7 +58,7 @@ def command(config: Config, model: Path, *, port: int, on_cpu: bool, host: str) 
         "served-model-name": "policy",
         "host": host,
         "port": port,
-        "dtype": _DTYPES[config.model.dtype],
+        "dtype": DTYPES[config.model.dtype],
         "load-format": "dummy",
         "max-model-len": config.model.max_length,
         "max-num-seqs": config.rollout.max_batch,

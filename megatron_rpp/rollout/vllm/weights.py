@@ -1,6 +1,6 @@
-"""Pushes the weights of the policy to vLLM servers through a directory (transport shared).
+"""Pushes the weights of the policy to vLLM servers: the interface, and transport shared.
 
-All ranks write their part of the tensors as safetensors files of bounded size at the same time. The
+Through a directory: all ranks write their part of the tensors as safetensors files of bounded size at the same time. The
 rank that looks after a server then asks it to read them. Whether every tensor of the model is in the
 files is checked here: vLLM does not notice if a part of a fused parameter is missing.
 """
@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -29,6 +30,31 @@ Problems = dict[int, str]
 """What went wrong with a server, by its number."""
 
 
+class Transport(Protocol):
+    """A way for weights to come from the ranks to the servers."""
+
+    def push(
+        self,
+        model: torch.nn.Module,
+        servers: Mapping[int, Server],
+        version: str,
+        *,
+        idle: Callable[[], object],
+    ) -> Problems:
+        """Gives all servers the weights of `model`. Collective over the world.
+
+        Args:
+            servers: those that this rank looks after, by number in the run.
+            idle: called while this rank waits for others.
+        Returns:
+            What went wrong with servers of this rank. They are half-updated and must not be used.
+        """
+
+    def rest(self, servers: Mapping[int, Server]) -> bool:
+        """Called when no more requests come before the next update. Returns whether the servers need
+        new weights even if the policy does not change. Collective."""
+
+
 class SharedFiles:
     """Weights in files that ranks and servers see."""
 
@@ -44,14 +70,7 @@ class SharedFiles:
         *,
         idle: Callable[[], object],
     ) -> Problems:
-        """Gives all servers the weights of `model`. Collective over the world.
-
-        Args:
-            servers: those that this rank looks after, by number.
-            idle: called while this rank waits for others.
-        Returns:
-            What went wrong with servers of this rank; they must not be used.
-        """
+        """See Transport."""
         self._folder.mkdir(parents=True, exist_ok=True)
         try:
             files = self._write(model, idle)
@@ -61,6 +80,10 @@ class SharedFiles:
             progress_wait.wait_for_all(idle=idle)
             if groups.is_main():
                 shutil.rmtree(self._folder, ignore_errors=True)
+
+    def rest(self, servers: Mapping[int, Server]) -> bool:
+        """The servers keep their weights."""
+        return False
 
     def _send(self, server: Server, files: list[str]) -> None:
         server.ask("/update_weights", {"update_info": {"paths": files}}, timeout=self._seconds)
@@ -111,15 +134,27 @@ def update_all(
     *,
     seconds: float,
 ) -> Problems:
-    """Updates servers at the same time; returns what went wrong."""
+    """Updates servers at the same time; `send` makes the calls of /update_weights of one server."""
 
-    def update(server: Server) -> str | None:
+    def update(server: Server) -> None:
+        server.begin_update(seconds)
+        send(server)
+        server.finish_update(version, seconds)
+        server.resume(version, seconds)
+
+    return ask_all(servers, update)
+
+
+def ask_all(servers: Mapping[int, Server], task: Callable[[Server], object]) -> Problems:
+    """Runs `task` for all servers at the same time; returns what went wrong."""
+
+    def run(server: Server) -> str | None:
         try:
-            server.update(version, send, timeout=seconds)
+            task(server)
         except (Failure, Refused) as error:
             return f"{server.name} did not take new weights: {error}"
         return None
 
     with ThreadPoolExecutor(max(1, len(servers))) as pool:
-        found = dict(zip(servers, pool.map(update, servers.values()), strict=True))
+        found = dict(zip(servers, pool.map(run, servers.values()), strict=True))
     return {number: problem for number, problem in found.items() if problem is not None}

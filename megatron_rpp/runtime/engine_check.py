@@ -1,0 +1,40 @@
+"""Checks, before models are built, that an outside rollout engine can be used."""
+
+from __future__ import annotations
+
+import os
+
+from megatron_rpp.config import Config
+from megatron_rpp.parallel import device as devices
+from megatron_rpp.parallel import groups
+from megatron_rpp.parallel.ranks import raise_on_all_ranks
+from megatron_rpp.rollout.vllm import environment
+
+
+def check_engine(config: Config, vocab_size: int, *, thorough: bool = False) -> str | None:
+    """Raises ConfigError, on every rank, if the servers of rollout.engine vllm could not start or have
+    another model. Collective.
+
+    thorough: also ask vLLM for the families that it knows, which takes seconds.
+
+    Returns a sentence about what was found; None with rollout.engine megatron.
+    """
+    if config.rollout.engine != "vllm":
+        return None
+    return raise_on_all_ranks(lambda: _check(config, vocab_size, thorough=thorough))
+
+
+def _check(config: Config, vocab_size: int, *, thorough: bool) -> str:
+    vllm = config.rollout.vllm
+    environment.check_transport(vllm.transport, devices.ON_CPU)
+    if vllm.python is None:
+        if groups.is_main():
+            environment.check_urls(config, vocab_size)
+        return f"{len(vllm.urls)} server(s) with this model"
+    expected = environment.expected_model(config, vocab_size)
+    if os.environ.get("LOCAL_RANK", "0") != "0":  # one rank of each node asks
+        return ""
+    version = environment.check_installed(vllm.python)
+    if thorough:
+        environment.check_family(vllm.python, expected["architecture"])
+    return f"vLLM {version} in {vllm.python}, {expected['architecture']}"
