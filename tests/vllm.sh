@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Tests rollout.engine vllm with the real vLLM on a CPU, which takes about ten minutes.
+#
+#   bash tests/vllm.sh [PYTEST_WORD ...]
+#
+# vLLM's environment is made in runs/vllm, unless VLLM_PYTHON names the Python of another one.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+export VLLM_PYTHON=${VLLM_PYTHON:-$PWD/runs/vllm/bin/python}
+bash launch/install.sh requirements.txt requirements-dev.txt
+if [[ ! -x $VLLM_PYTHON ]]; then
+  "${PYTHON:-python3.11}" -m venv runs/vllm
+  runs/vllm/bin/pip install --quiet --no-deps -r tools/requirements-vllm.txt \
+    --extra-index-url https://download.pytorch.org/whl/cpu
+fi
+(($#)) || set -- tests/vllm
+exec .venv/bin/python -m pytest -m vllm "$@"
