@@ -3,6 +3,7 @@
     python tools/benchmark.py rl-step [--nproc 2] [--steps 5] [--versus trl] [--section.key value]
     python tools/benchmark.py logprobs [--nproc 2] [--vocabularies V ...] [--rows N ...]
     python tools/benchmark.py checkpoint [--nproc 2] [--steps 5] [--section.key value]
+    python tools/benchmark.py weights [--nproc 2] [--steps 5] [--section.key value]
 
 rl-step: whole REINFORCE++ steps on the reference work. A random Llama-shaped fp32 model (hidden
 128, 4 layers, 4 heads, ffn 344, vocabulary 512, untied), 64 prompts × 4 samples, 16 prompt tokens,
@@ -18,6 +19,8 @@ unfused and gathered logits (tools/benchmarks/logprobs.py).
 
 checkpoint: how long a save stalls a run, in the foreground and in the background
 (tools/benchmarks/checkpoint.py).
+
+weights: bytes per second of new weights to vLLM, against a plain write (tools/benchmarks/weights.py).
 
 Left out: attention and memory of whole steps.
 """
@@ -87,7 +90,7 @@ def versus_trl(*, nproc: int, steps: int, rounds: int, settings: list[str]) -> d
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("benchmark", choices=["rl-step", "logprobs", "checkpoint"])
+    parser.add_argument("benchmark", choices=["rl-step", "logprobs", "checkpoint", "weights"])
     parser.add_argument("--nproc", type=int, default=2, help="processes (ranks)")
     parser.add_argument("--steps", type=int, default=5, help="timed steps, after two that warm up")
     parser.add_argument("--versus", choices=["trl"], help="compare with this trainer, interleaved")
@@ -116,9 +119,11 @@ def main() -> None:
 
 def work(benchmark: str, steps: int, settings: list[str]) -> None:
     """One rank of a benchmark that torchrun has started."""
-    from benchmarks import checkpoint, rl_step
+    from benchmarks import checkpoint, rl_step, weights
 
-    workers = {"rl-step": rl_step.worker, "checkpoint": checkpoint.worker}
+    workers = {
+        "rl-step": rl_step.worker, "checkpoint": checkpoint.worker, "weights": weights.worker
+    }  # fmt: skip
     workers[benchmark](steps, settings)
 
 

@@ -54,6 +54,27 @@ def test_the_full_size_fits_its_machines(tmp_path, recipe):
     assert memory.total < 0.9 * GPU_MEMORY, memory
 
 
+@pytest.mark.parametrize(
+    ("recipe", "processes", "more"),
+    [("same-gpus", 8, []), ("other-gpus", 4, ["--optimizer.offload=true"])],
+)
+def test_recipes_of_vllm_fit_on_top_of_another(tmp_path, recipe, processes, more):
+    content = PUBLISHED["qwen2.5-7b-math"][0]
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").write_text(json.dumps(content))
+    overlay = f"--config={FOLDER / 'vllm' / recipe}.yaml"
+    config = cli.parse(words("qwen2.5-7b-math", tmp_path, overlay, *more)).config
+    vllm = config.rollout.vllm
+    assert config.rollout.engine == "vllm" and config.algorithm.rollout_correction == "cap"
+    memory = estimate(config, content["vocab_size"], check_world_size(config, processes))
+    assert memory.rollout == 0  # vLLM has the cache
+    assert memory.total < 0.9 * GPU_MEMORY, memory
+    if vllm.transport == "ipc":
+        # Beside what stays on the GPU while the server is awake.
+        stays = memory.total - memory.update
+        assert stays + vllm.memory_share * GPU_MEMORY < GPU_MEMORY, memory
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("data")

@@ -9,7 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_rpp.config import Config, ModelConfig, ParallelConfig, RolloutConfig, TrainConfig
+from megatron_rpp.config import (
+    Config,
+    ModelConfig,
+    ParallelConfig,
+    RolloutConfig,
+    TrainConfig,
+    VllmConfig,
+)
 from megatron_rpp.lifecycle.config_error import ConfigError
 from megatron_rpp.runtime.assumptions import Assumptions
 from megatron_rpp.runtime.machines import MACHINES
@@ -36,6 +43,12 @@ def runs(draw) -> Config:
         ),
         train=TrainConfig(minibatches=4, max_tokens_per_microbatch=4096),
     )  # fmt: skip
+
+
+def test_rollouts_on_vllm_are_not_planned():
+    vllm = RolloutConfig(engine="vllm", vllm=VllmConfig(python="python"))
+    with pytest.raises(ConfigError, match="add --rollout.engine megatron"):
+        best_plans(Config(rollout=vllm), VOCAB, gpus=8, machine=H100, assumed=ASSUMED)
 
 
 def total(config: Config, replicas: int = 1, **parallel: int) -> int:

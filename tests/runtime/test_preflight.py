@@ -38,7 +38,8 @@ def outcome(config: Config) -> tuple[str, str]:
 
 
 def outcomes(rank, folder):
-    """Outcomes of a good run, of one too large, and of one whose ranks see different directories."""
+    """Outcomes of a good run, of one too large, of one whose ranks see different directories, and of one
+    without vLLM."""
     good = config_of(folder, folder / "good", parallel__tensor=2)
     apart = config_of(folder, folder / f"apart{rank}")
     for config in (good, apart):
@@ -48,7 +49,11 @@ def outcomes(rank, folder):
     preflight.VISIBLE_SECONDS = 1  # what is on no shared directory is not seen later either
     best_too = replace(good.checkpoint, keep_best=True)
     too_large = replace(good, model=huge(folder), checkpoint=best_too)
-    return [outcome(good), outcome(too_large), outcome(apart)]
+    vllm = config_of(
+        folder, folder / "good", parallel__tensor=2, rollout__engine="vllm",
+        rollout__vllm__python="/no/such/python", rollout__vllm__dir=folder,
+    )  # fmt: skip
+    return [outcome(good), outcome(too_large), outcome(apart), outcome(vllm)]
 
 
 def huge(folder):
@@ -57,7 +62,7 @@ def huge(folder):
 
 def test_two_ranks(tmp_path):
     first, second = run_ranks(outcomes, 2, tmp_path, tmp_path)
-    (table, error_text), (_, too_large), (_, unshared) = first
+    (table, error_text), (_, too_large), (_, unshared), (_, no_vllm) = first
     assert error_text == "" and "all 9 checks passed" in table
     assert "tensor 2 × pipeline 1 × context 1 × data 1" in table and "2 rank(s) on 1 host" in table
     assert "over 2 ranks: " in table and "B/s" in table and "FAILED" not in table
@@ -66,9 +71,11 @@ def test_two_ranks(tmp_path):
     assert "lower train.max_tokens_per_microbatch" in too_large
     assert "2 of 9 checks failed: shared directory: " in unshared
     assert "is not one directory on all nodes" in unshared
+    assert "1 of 10 checks failed: rollout engine: " in no_vllm
+    assert "rollout.vllm.python /no/such/python cannot be started" in no_vllm
     # The other rank is silent and ends alike.
-    assert [text for text, _ in second] == ["", "", ""]
-    assert [error_text for _, error_text in second] == ["", too_large, unshared]
+    assert [text for text, _ in second] == [""] * 4
+    assert [error_text for _, error_text in second] == ["", too_large, unshared, no_vllm]
 
 
 @pytest.mark.parametrize(("settings", "code"), [({}, None), (HUGE, 2)], ids=["ready", "too large"])

@@ -136,7 +136,7 @@ def single(tmp_path_factory):
 
 
 def child_of(engine):
-    return next(iter(engine._fleet._children.values()))
+    return next(iter(engine.fleet._children.values()))
 
 
 def workers(engine):

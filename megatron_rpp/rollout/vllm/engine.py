@@ -74,8 +74,8 @@ class VllmEngine:
             write_model_config(config, vocab_size, model)
         weights = Path(vllm.dir).absolute() / f"megatron_rpp-{self._run}"
         dist.barrier()
-        self._fleet = Fleet(config, model=model, weights=weights)
-        self._transport = _transport(config, self._fleet, weights)
+        self.fleet = Fleet(config, model=model, weights=weights)
+        self.transport = _transport(config, self.fleet, weights)
 
     def generate(
         self,
@@ -93,7 +93,7 @@ class VllmEngine:
         """
         found: list[Generation | None] = [None] * len(requests)
         for attempt in range(self._retries + 1):
-            self._prepare(stop)
+            self.prepare(stop)
             missing = [i for i, generation in enumerate(found) if generation is None]
             sampler = Sampler(self._tokenizer, sampling, seed, step, self._version)
             heartbeat.enter("rollout on vLLM")
@@ -105,23 +105,23 @@ class VllmEngine:
             incomplete = groups.is_replica_leader() and None in found
             if not self._agree(done, incomplete, last=attempt == self._retries):
                 break
-        if self._transport.rest(self._fleet.cared_for):
+        if self.transport.rest(self.fleet.cared_for):
             self._pushed_at = None
         whole = groups.broadcast_object(found, groups.replica_group())
         return [generation for generation in whole if generation is not None]
 
-    def _prepare(self, stop: Callable[[], bool]) -> None:
+    def prepare(self, stop: Callable[[], bool]) -> None:
         """Makes all servers run with the weights of the policy. Collective."""
         for attempt in range(self._retries + 1):
-            fresh = self._fleet.ensure_running(stop)
+            fresh = self.fleet.ensure_running(stop)
             steps = self._policy.scheduler.num_steps
             if not fresh and steps == self._pushed_at:
                 return
             self._pushes += 1
             version = f"{self._run}-{self._pushes}"
             heartbeat.enter("weights to vLLM")
-            problems = self._transport.push(
-                self._policy.model, self._fleet.cared_for, version, idle=stop
+            problems = self.transport.push(
+                self._policy.model, self.fleet.cared_for, version, idle=stop
             )
             if not self._drop(problems, last=attempt == self._retries):
                 self._pushed_at, self._version = steps, version
@@ -137,8 +137,8 @@ class VllmEngine:
     ) -> _Round:
         if not groups.is_replica_leader():
             return _Round()
-        servers = self._fleet.known
-        client = Client(list(servers.values()), self._limits, self._fleet.first)
+        servers = self.fleet.known
+        client = Client(list(servers.values()), self._limits, self.fleet.first)
         try:
             outcome = client.run(requests, sampler, progress=progress, stop=stop)
         except Abandoned:
@@ -170,7 +170,7 @@ class VllmEngine:
         last: raise RunFailure, with the log of one of them, because they have been started again
             often enough.
         """
-        reasons = groups.gather_objects(self._fleet.give_up(lost), dist.group.WORLD)
+        reasons = groups.gather_objects(self.fleet.give_up(lost), dist.group.WORLD)
         found = [reason for own in reasons for reason in own.values()]
         if found:
             self._pushed_at = None

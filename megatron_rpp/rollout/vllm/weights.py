@@ -73,7 +73,7 @@ class SharedFiles:
         """See Transport."""
         self._folder.mkdir(parents=True, exist_ok=True)
         try:
-            files = self._write(model, idle)
+            files = self.write(model, idle)
             return update_all(servers, version, lambda server: self._send(server, files),
                               seconds=self._seconds)  # fmt: skip
         finally:
@@ -88,8 +88,8 @@ class SharedFiles:
     def _send(self, server: Server, files: list[str]) -> None:
         server.ask("/update_weights", {"update_info": {"paths": files}}, timeout=self._seconds)
 
-    def _write(self, model: torch.nn.Module, idle: Callable[[], object]) -> list[str]:
-        """The files of all ranks. Raises RunFailure on every rank if one cannot write."""
+    def write(self, model: torch.nn.Module, idle: Callable[[], object]) -> list[str]:
+        """Writes the weights; returns the files of all ranks. Collective. Raises RunFailure on every rank if one cannot write."""
         written: dict[str, list[str]] = {}
         problem = None
         rank = dist.get_rank()
