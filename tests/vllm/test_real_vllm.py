@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import zlib
 from dataclasses import replace
 
 import pytest
@@ -26,6 +27,8 @@ from megatron_rpp.config import (
     VllmConfig,
 )
 from megatron_rpp.lifecycle.exit_codes import RunFailure
+from megatron_rpp.model.initialization import global_name
+from megatron_rpp.model.language_model import chunks
 from megatron_rpp.parallel import groups
 from megatron_rpp.records import Request, Sampling
 from megatron_rpp.rollout.engine import MegatronEngine
@@ -82,11 +85,13 @@ def start(config):
 
 
 def change(policy, seed):
-    """Stands for an update: new weights, equal on ranks that share them."""
-    generator = torch.Generator().manual_seed(seed)
+    """Stands for an update: new weights, equal on all ranks that have a copy of them."""
     with torch.no_grad():
-        for parameter in policy.model.parameters():
-            parameter.mul_(1 + 0.2 * torch.randn((), generator=generator))
+        for chunk in chunks(policy.model):
+            for name, parameter in chunk.named_parameters():
+                key = zlib.crc32(f"{seed}/{global_name(chunk, name)}".encode())
+                generator = torch.Generator().manual_seed(key)
+                parameter.mul_(1 + 0.2 * torch.randn((), generator=generator))
     policy.scheduler.step(increment=1)
 
 
