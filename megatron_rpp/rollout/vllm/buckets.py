@@ -199,9 +199,13 @@ class Broadcast:
 class SameGpu:
     """Transport ipc."""
 
-    def __init__(self, seconds: float):
-        """seconds: time limit of each call."""
-        self._seconds = seconds
+    def __init__(self, shares: bool, seconds: float):
+        """
+        Args:
+            shares: whether a worker runs on the GPU of this rank.
+            seconds: time limit of each call.
+        """
+        self._shares, self._seconds = shares, seconds
 
     def push(
         self,
@@ -220,7 +224,8 @@ class SameGpu:
         with devices.shareable_allocations():
             largest = max(bucket.bytes for bucket in buckets)
             buffer = torch.empty(largest, dtype=torch.uint8, device=devices.device())
-        handle = {devices.uuid(): reduce_tensor(buffer)[1]}
+        # A handle that nobody opens would keep the buffer for good.
+        handle = {devices.uuid(): reduce_tensor(buffer)[1]} if self._shares else {}
         handles: dict[str, tuple] = {}
         for other in groups.gather_objects(handle, dist.group.WORLD):
             handles |= other

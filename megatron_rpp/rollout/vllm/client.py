@@ -17,7 +17,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from threading import Condition
 
-from megatron_rpp.lifecycle import heartbeat
 from megatron_rpp.records import Generation, Request
 from megatron_rpp.rollout.engine import Abandoned
 from megatron_rpp.rollout.vllm.api import Connections, Failure, Refused, Server
@@ -210,7 +209,6 @@ def _watch(
         done, waiting = wait(waiting, timeout=_POLL)
         finished = sum(future.result() is not None for future in done)
         if finished:
-            heartbeat.current.beat()
             progress(finished)
         if stop():
             raise Abandoned

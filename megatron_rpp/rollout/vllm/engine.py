@@ -137,10 +137,15 @@ class VllmEngine:
     ) -> _Round:
         if not groups.is_replica_leader():
             return _Round()
+
+        def told() -> bool:
+            heartbeat.current.beat()  # the limits of the requests end a rollout that hangs
+            return stop()
+
         servers = self.fleet.known
         client = Client(list(servers.values()), self._limits, self.fleet.first)
         try:
-            outcome = client.run(requests, sampler, progress=progress, stop=stop)
+            outcome = client.run(requests, sampler, progress=progress, stop=told)
         except Abandoned:
             return _Round(abandoned=True)
         except RunFailure as error:
@@ -186,5 +191,5 @@ def _transport(config: Config, fleet: Fleet, weights: Path) -> Transport:
     if vllm.transport == "nccl":
         return Broadcast(fleet.count * vllm.tensor, vllm.tensor, vllm.start_timeout)
     if vllm.transport == "ipc":
-        return SameGpu(vllm.start_timeout)
+        return SameGpu(fleet.shares_gpu, vllm.start_timeout)
     return SharedFiles(weights, vllm.start_timeout)

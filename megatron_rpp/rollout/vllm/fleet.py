@@ -139,6 +139,8 @@ class Fleet:
         self.first = leaders.index(rank) % len(on_host or self.known) if rank in leaders else 0
         """Where this rank begins to count the servers, so that the ranks of a host share them."""
         raise_on_all_ranks(lambda: [self._gpus(place.on_host) for place in on_host])
+        self.shares_gpu = here.ranks.index(rank) < len(on_host) * vllm.tensor
+        """With transport ipc: whether a worker of a server runs on the GPU of this rank."""
         self.count = len(self._places) or len(self.known)
         """Servers of the run."""
         self._own = [n for n, place in enumerate(self._places) if place.owner == dist.get_rank()]

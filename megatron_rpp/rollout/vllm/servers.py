@@ -96,8 +96,9 @@ def environment(
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
         "VLLM_USE_V2_MODEL_RUNNER": "0",  # rpp_vllm.py changes the sampler of the first
-        "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # handles of transport ipc, from this host alone
     }
+    if config.rollout.vllm.transport == "ipc":
+        kept["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # handles, which only this host can send
     if on_cpu:
         kept |= {
             "VLLM_CPU_KVCACHE_SPACE": str(math.ceil(cache_bytes(config) / 2**30)),

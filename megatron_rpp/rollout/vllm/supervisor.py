@@ -10,6 +10,7 @@ weights, is removed. This process exits with the code of the command.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import signal
@@ -18,6 +19,7 @@ import sys
 import time
 from contextlib import suppress
 
+_PR_SET_PDEATHSIG = 1
 INTERVAL = 0.2
 GRACE = 10.0
 """Seconds that the command has to end by itself after SIGTERM."""
@@ -26,9 +28,9 @@ GRACE = 10.0
 def main(arguments: list[str]) -> int:
     parent, folder, command = int(arguments[0]), arguments[1], arguments[2:]
     ending: list[int] = []
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, lambda received, frame: ending.append(received))
-    process = subprocess.Popen(command, start_new_session=True)
+    process = subprocess.Popen(command, start_new_session=True, preexec_fn=end_with_parent)
     try:
         while process.poll() is None and not ending and os.getppid() == parent:
             time.sleep(INTERVAL)
@@ -38,6 +40,11 @@ def main(arguments: list[str]) -> int:
         if os.getppid() != parent:
             shutil.rmtree(folder, ignore_errors=True)
     return code or 0
+
+
+def end_with_parent() -> None:
+    """Asks the kernel to send this process SIGTERM if the supervisor itself is killed (Linux)."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def end(process: subprocess.Popen) -> None:
