@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 
 LAYOUTS = [
     ParallelConfig(tensor=2),
-    ParallelConfig(pipeline=2),
+    ParallelConfig(pipeline=2, virtual_pipeline=2),
     ParallelConfig(context=2),
     ParallelConfig(),  # two replicas
 ]

@@ -7,6 +7,7 @@ that vLLM's attention on CPUs knows.
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -261,3 +262,62 @@ def test_a_killed_run_leaves_no_server_and_no_weights(tmp_path):
     while vllm_processes(tmp_path) or list(run.glob("megatron_rpp-*")):
         assert time.monotonic() < deadline, vllm_processes(tmp_path)
         time.sleep(0.2)
+
+
+@pytest.fixture
+def server(tmp_path):
+    """A server that tools/vllm_server.py has started: (its URL, the settings of a run)."""
+    from megatron_rpp.rollout.vllm.api import Server
+    from megatron_rpp.rollout.vllm.servers import _free_port
+
+    make_data(tmp_path)
+    port = _free_port()
+    words = command(tmp_path, tmp_path / "run")[6:]
+    tool = [sys.executable, "tools/vllm_server.py", "--port", str(port), *words]
+    process = subprocess.Popen(tool, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + SECONDS
+    while not Server(f"127.0.0.1:{port}").is_healthy():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.5)
+    yield f"[http://127.0.0.1:{port}]", {"rollout__vllm__python": None}
+    process.terminate()
+    process.wait(60)
+
+
+def test_servers_that_are_there_already(tmp_path, server):
+    urls, settings = server
+    run = command(tmp_path, tmp_path / "run", rollout__vllm__urls=urls, **settings)
+    done = subprocess.run(run, capture_output=True, text=True, timeout=SECONDS)
+    assert done.returncode == 0, done.stderr
+    assert len(rows(tmp_path / "run/logs/metrics.jsonl")) == 2
+    # A server takes the weights of the next run, too, but not those of another model.
+    other = command(
+        tmp_path, tmp_path / "other", rollout__vllm__urls=urls, model__layers=2, **settings
+    )
+    done = subprocess.run(other, capture_output=True, text=True, timeout=SECONDS)
+    assert done.returncode == 2
+    assert "has another model: layers is 4 there, 2 here" in done.stderr
+
+
+def test_the_quickstart_learns(tmp_path):
+    """The warm start, then five steps of REINFORCE++ on vLLM."""
+    folder = {name: tmp_path / name for name in ("data", "sft", "checkpoints", "logs")}
+    settings = [
+        "--config=launch/recipes/quickstart.yaml", "--config=launch/recipes/vllm/cpu.yaml",
+        f"--rollout.vllm.python={PYTHON}", f"--data.train={folder['data']}/train.jsonl",
+        f"--data.eval={folder['data']}/eval.jsonl",
+        f"--data.tokenizer={folder['data']}/tokenizer.model", f"--sft.dir={folder['sft']}",
+        f"--checkpoint.dir={folder['checkpoints']}", f"--logging.dir={folder['logs']}",
+        "--train.steps=5",
+    ]  # fmt: skip
+    ranks = [sys.executable, "-m", "megatron_rpp.torchrun", "--nproc-per-node", "2", "-m"]
+    for words in (
+        [sys.executable, "tools/make_task.py", *settings],
+        [*ranks, "megatron_rpp.sft", *settings],
+        [*ranks, "megatron_rpp.train", *settings, f"--model.init_path={folder['sft']}"],
+    ):
+        done = subprocess.run(words, capture_output=True, text=True, timeout=SECONDS)
+        assert done.returncode == 0, done.stderr
+    before, after = re.findall(r"step [05]: held-out accuracy ([\d.]+)%", done.stdout)
+    print(f"held-out accuracy from {before}% to {after}% in five steps")
+    assert float(after) > float(before) + 10
