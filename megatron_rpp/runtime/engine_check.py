@@ -9,6 +9,7 @@ from megatron_rpp.parallel import device as devices
 from megatron_rpp.parallel import groups
 from megatron_rpp.parallel.ranks import raise_on_all_ranks
 from megatron_rpp.rollout.vllm import environment
+from megatron_rpp.rollout.vllm.fleet import check_placement
 
 
 def check_engine(config: Config, vocab_size: int, *, thorough: bool = False) -> str | None:
@@ -21,7 +22,10 @@ def check_engine(config: Config, vocab_size: int, *, thorough: bool = False) -> 
     """
     if config.rollout.engine != "vllm":
         return None
-    return raise_on_all_ranks(lambda: _check(config, vocab_size, thorough=thorough))
+    found = raise_on_all_ranks(lambda: _check(config, vocab_size, thorough=thorough))
+    if config.rollout.vllm.python is not None:
+        check_placement(config)
+    return found
 
 
 def _check(config: Config, vocab_size: int, *, thorough: bool) -> str:

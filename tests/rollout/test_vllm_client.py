@@ -16,7 +16,7 @@ from megatron_rpp.rollout.vllm import client as clients
 from megatron_rpp.rollout.vllm.api import Refused, Server
 from megatron_rpp.rollout.vllm.client import Client, Limits
 from megatron_rpp.rollout.vllm.samples import Sampler
-from megatron_rpp.rollout.vllm.servers import _free_port
+from megatron_rpp.rollout.vllm.servers import free_port
 from tests.rollout import vllm_server as fake
 from tests.rollout.vllm_server import FakeVllm
 
@@ -101,7 +101,7 @@ def test_a_fault_that_passes_costs_a_request_and_not_the_rollout(sampler, fault)
 
 
 def test_requests_of_a_dead_server_go_to_another(sampler):
-    dead = Server(f"127.0.0.1:{_free_port()}")
+    dead = Server(f"127.0.0.1:{free_port()}")
     with running(FakeVllm()) as (alive,):
         outcome = run([dead, alive], sampler)
     assert tokens(outcome) == expected(sampler)

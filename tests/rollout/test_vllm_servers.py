@@ -193,7 +193,7 @@ time.sleep(300)
 
 
 def test_a_server_ends_when_its_owner_lets_it_go(tmp_path):
-    site = Site(config(), tmp_path, tmp_path / "weights", on_cpu=True, servers=1, local_ranks=1)
+    site = Site(config(), tmp_path, tmp_path / "weights", on_cpu=True, servers=1)
     child = Child(site, name="vLLM server 0", gpus=None, log=tmp_path / "logs/server.log")
     # This environment has no vLLM, so the server ends at once, and its log says why.
     until(lambda: not child.alive)

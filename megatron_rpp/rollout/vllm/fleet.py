@@ -110,8 +110,28 @@ def gpus_of(
     return chosen
 
 
+def check_placement(config: Config) -> None:
+    """Raises ConfigError, on every rank, if servers do not find their GPUs. Collective."""
+    everywhere, vllm = hosts(), config.rollout.vllm
+    here = _here(everywhere)
+
+    def check() -> None:
+        for place in places(everywhere, vllm.replicas):
+            if place.host == here.name and not devices.ON_CPU:
+                gpus_of(
+                    visible_gpus(), len(here.ranks), place.on_host, tensor=vllm.tensor,
+                    transport=vllm.transport,
+                )  # fmt: skip
+
+    raise_on_all_ranks(check)
+
+
+def _here(everywhere: list[Host]) -> Host:
+    return next(host for host in everywhere if dist.get_rank() in host.ranks)
+
+
 class Fleet:
-    """The servers, seen from one rank. `servers` are those that this rank's host may use."""
+    """The servers, seen from one rank."""
 
     def __init__(self, config: Config, *, model: Path, weights: Path):
         """Starts nothing. Collective.
@@ -122,13 +142,12 @@ class Fleet:
         """
         self._config, self._children = config, dict[int, Child]()
         everywhere, vllm = hosts(), config.rollout.vllm
-        here = next(host for host in everywhere if dist.get_rank() in host.ranks)
-        self._here = here
+        self._here = here = _here(everywhere)
         self._places = [] if vllm.urls else places(everywhere, vllm.replicas)
         on_host = [place for place in self._places if place.host == here.name]
         self._site = Site(
             config=config, model=model, weights=weights, on_cpu=devices.ON_CPU,
-            servers=len(on_host), local_ranks=len(here.ranks),
+            servers=len(on_host),
         )  # fmt: skip
         self.known: dict[int, Server] = {
             number: Server(urlsplit(url).netloc) for number, url in enumerate(vllm.urls)
@@ -138,7 +157,6 @@ class Fleet:
         rank = dist.get_rank()
         self.first = leaders.index(rank) % len(on_host or self.known) if rank in leaders else 0
         """Where this rank begins to count the servers, so that the ranks of a host share them."""
-        raise_on_all_ranks(lambda: [self._gpus(place.on_host) for place in on_host])
         self.shares_gpu = here.ranks.index(rank) < len(on_host) * vllm.tensor
         """With transport ipc: whether a worker of a server runs on the GPU of this rank."""
         self.count = len(self._places) or len(self.known)
@@ -200,7 +218,7 @@ class Fleet:
         return Child(self._site, name=self._name(number), gpus=self._gpus(place.on_host), log=log)
 
     def _gpus(self, on_host: int) -> str | None:
-        """The value of CUDA_VISIBLE_DEVICES of a server. Raises ConfigError."""
+        """The value of CUDA_VISIBLE_DEVICES of a server; None = as it is."""
         if devices.ON_CPU:
             return None
         vllm, ranks = self._config.rollout.vllm, len(self._here.ranks)

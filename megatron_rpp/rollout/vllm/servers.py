@@ -46,7 +46,6 @@ class Site:
     on_cpu: bool
     servers: int
     """Servers on this host."""
-    local_ranks: int
 
 
 def command(config: Config, model: Path, *, port: int, on_cpu: bool, host: str) -> list[str]:
@@ -123,7 +122,7 @@ def cache_bytes(config: Config) -> int:
     return tokens * model.layers * 2 * kv_heads * size * (2 if model.dtype == "bf16" else 4)
 
 
-def _free_port() -> int:
+def free_port() -> int:
     """A port on which nothing listens now."""
     while True:
         port = random.choice(_PORTS)
@@ -137,7 +136,7 @@ class Child:
     def __init__(self, site: Site, *, name: str, gpus: str | None, log: Path):
         """Starts it. gpus: the value of CUDA_VISIBLE_DEVICES; None = as it is here."""
         self.log = log
-        port = _free_port()
+        port = free_port()
         words = command(site.config, site.model, port=port, on_cpu=site.on_cpu, host="127.0.0.1")
         threads = max(1, len(os.sched_getaffinity(0)) // site.servers)
         threads = max(1, threads // site.config.rollout.vllm.tensor)
