@@ -65,6 +65,8 @@ def command(config: Config, model: Path, *, port: int, on_cpu: bool, host: str) 
         "generation-config": "vllm",
         "weight-transfer-config": json.dumps({"backend": f"rpp_{vllm.transport}"}),
         "worker-extension-cls": "rpp_vllm.Extension",
+        # Without it workers are killed at the end, and leave segments in /dev/shm.
+        "shutdown-timeout": 5,
     }
     switches = ["skip-tokenizer-init", "enable-scale-out", "disable-uvicorn-access-log"]
     if on_cpu:
