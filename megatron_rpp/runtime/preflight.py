@@ -148,18 +148,14 @@ def _memory(config: Config, vocab_size: int) -> Check:
     kind = CPU if devices.ON_CPU else GPU
     need = estimate(config, vocab_size, _replicas(config), device=kind)
     free, each = devices.free_memory(), need.total
-    if (
-        config.rollout.engine == "vllm"
-        and config.rollout.vllm.transport == "ipc"
-        and not devices.ON_CPU
-    ):
-        # A server wakes up on the GPU of this rank once the update's memory is free.
-        server = int(config.rollout.vllm.memory_share * devices.total_memory())
-        each = max(each, each - need.update + server)
     if devices.ON_CPU:
         # The ranks of a host share it.
         free //= _gather(socket.gethostname()).count(socket.gethostname())
         each += PROCESS_BYTES
+    elif config.rollout.engine == "vllm" and config.rollout.vllm.transport == "ipc":
+        # A server wakes up on the GPU of this rank once the update's memory is free.
+        server = int(config.rollout.vllm.memory_share * devices.total_memory())
+        each = max(each, each - need.update + server)
     least = min(_gather(free))
     parts = ", ".join(f"{name} {_size(size)}" for name, size in asdict(need).items() if size)
     text = f"{_size(each)} a rank of {_size(least)} free ({parts})"
