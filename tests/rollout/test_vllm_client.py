@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import threading
 import time
 from contextlib import contextmanager
@@ -176,6 +177,17 @@ def test_the_time_limit_grows_with_tokens_and_with_those_that_wait():
     assert limits.seconds(100, before=0) == limits.seconds(100, before=3) == 60.0
     assert limits.seconds(100, before=4) == 110.0
     assert limits.seconds(200, before=0) == 110.0
+
+
+def test_as_many_requests_are_in_flight_as_files_may_be_open():
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (300, hard))
+        assert clients._allowed(0) == 1
+        assert clients._allowed(500) == 500
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] >= 756
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_a_request_says_everything_about_its_sampling(tokenizer):

@@ -10,6 +10,7 @@ Nothing here is collective, so a rollout may also run in a thread beside the tra
 from __future__ import annotations
 
 import math
+import resource
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -26,7 +27,7 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 0.25, 10.0
 """Seconds after a failure; each pause is twice the one before."""
 _POLL = 0.2
 """Seconds between two looks at the request to stop."""
-_MOST_THREADS = 4096
+_MOST_THREADS, _OTHER_FILES = 4096, 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +108,7 @@ class Client:
         """
         connections = Connections()
         homes = self._homes(requests)
-        with ThreadPoolExecutor(min(max(1, len(requests)), _MOST_THREADS)) as pool:
+        with ThreadPoolExecutor(_allowed(len(requests))) as pool:
             futures = [
                 pool.submit(self._sample, request, home, sampler=sampler, connections=connections)
                 for request, home in zip(requests, homes, strict=True)
@@ -198,6 +199,17 @@ class Client:
                     if found != version:
                         raise Refused(f"{state.server.name} got weights of another run: {found}")
         return problems
+
+
+def _allowed(requests: int) -> int:
+    """How many of so many requests this process may have in flight; raises its limit of open files."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = min(max(1, requests), _MOST_THREADS)
+    if soft < wanted + _OTHER_FILES:
+        soft = wanted + _OTHER_FILES
+        soft = soft if hard == resource.RLIM_INFINITY else min(soft, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return max(1, min(wanted, soft - _OTHER_FILES))
 
 
 def _watch(
