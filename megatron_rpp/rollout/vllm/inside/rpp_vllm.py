@@ -134,16 +134,15 @@ class NcclEngine(_Checked):
 
     def init_transfer_engine(self, init_info):
         self.shutdown()
-        rank, limit = init_info.first_rank + self.parallel_config.rank, init_info.seconds
-        store = dist.TCPStore(
-            init_info.host, init_info.port, is_master=False, timeout=timedelta(seconds=limit)
-        )
+        rank, size = init_info.first_rank + self.parallel_config.rank, init_info.world_size
+        limit = timedelta(seconds=init_info.seconds)
+        store = dist.TCPStore(init_info.host, init_info.port, is_master=False, timeout=limit)
         if init_info.backend == "nccl":
-            self.group = dist.ProcessGroupNCCL(store, rank, init_info.world_size)
+            options = dist.ProcessGroupNCCL.Options()
+            options._timeout = limit
+            self.group = dist.ProcessGroupNCCL(store, rank, size, options)
         else:
-            self.group = dist.ProcessGroupGloo(
-                store, rank, init_info.world_size, timedelta(seconds=limit)
-            )
+            self.group = dist.ProcessGroupGloo(store, rank, size, limit)
 
     def shutdown(self):
         if self.group is not None:
