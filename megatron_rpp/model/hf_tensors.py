@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from megatron_rpp.hf.architecture import family_of
 from megatron_rpp.hf.families import EMBEDDING, OUTPUT, Row, canonical, rows_of
-from megatron_rpp.model import initialization
+from megatron_rpp.model import initialization, overlap
 from megatron_rpp.model.language_model import LanguageModel, chunks
 from megatron_rpp.parallel import groups
 
@@ -78,6 +78,7 @@ def all_rows(model: torch.nn.Module) -> list[Row]:
 
 def _held(model: torch.nn.Module) -> dict[str, _Held]:
     """This stage's parameters, in the order of the rows; a tied copy of the embedding is left out."""
+    assert overlap.are_weights_complete(model)
     found = {}
     for chunk in chunks(model):
         for name, parameter in chunk.named_parameters():
