@@ -94,6 +94,7 @@ def environment(
     kept |= {
         "PYTHONPATH": str(INSIDE),
         "VLLM_SERVER_DEV_MODE": "1",  # pause, weight updates, sleep
+        "VLLM_HOST_IP": "127.0.0.1",  # of a server's workers, which are all on this host
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
         "VLLM_USE_V2_MODEL_RUNNER": "0",  # rpp_vllm.py changes the sampler of the first
