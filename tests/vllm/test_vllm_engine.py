@@ -77,7 +77,7 @@ def config_of(folder, model="llama", parallel=None, **vllm):
 def start(config):
     groups.start(**config.parallel.sizes(), seed=3)
     policy = build_policy(config, config.optimizer, VOCAB)
-    ours = MegatronEngine(policy.model, NoEnd(), 64)
+    ours = MegatronEngine(policy.model, NoEnd(), max_batch=64)
     return policy, VllmEngine(config, policy, NoEnd(), log=print), ours
 
 
