@@ -30,7 +30,7 @@ from megatron_rpp.lifecycle import heartbeat
 from megatron_rpp.model import hf_tensors
 from megatron_rpp.model.language_model import chunks
 from megatron_rpp.parallel import device as devices
-from megatron_rpp.parallel import groups, progress_wait
+from megatron_rpp.parallel import gpu_sharing, groups, progress_wait
 from megatron_rpp.rollout.vllm.api import Server
 from megatron_rpp.rollout.vllm.weights import Problems, ask_all, update_all
 
@@ -216,16 +216,16 @@ class SameGpu:
         idle: Callable[[], object],
     ) -> Problems:
         """See Transport. The servers wake up for it."""
-        devices.free_cached_memory()
+        gpu_sharing.free_cached_memory()
         progress_wait.wait_for_all(idle=idle)
         problems = ask_all(servers, self._begin)
         buckets, dtype = _plan(model)
         tensors = hf_tensors.on_every_rank(model)
-        with devices.shareable_allocations():
+        with gpu_sharing.shareable_allocations():
             largest = max(bucket.bytes for bucket in buckets)
             buffer = torch.empty(largest, dtype=torch.uint8, device=devices.device())
         # A handle that nobody opens would keep the buffer for good.
-        handle = {devices.uuid(): reduce_tensor(buffer)[1]} if self._shares else {}
+        handle = {gpu_sharing.uuid(): reduce_tensor(buffer)[1]} if self._shares else {}
         handles: dict[str, tuple] = {}
         for other in groups.gather_objects(handle, dist.group.WORLD):
             handles |= other
@@ -240,7 +240,7 @@ class SameGpu:
         healthy = {n: server for n, server in servers.items() if n not in problems}
         problems |= ask_all(healthy, partial(self._finish, version=version))
         del buffer
-        devices.free_shared_memory()
+        gpu_sharing.free_shared_memory()
         return problems
 
     def rest(self, servers: Mapping[int, Server]) -> bool:
