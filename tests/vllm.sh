@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Tests rollout.engine vllm with the real vLLM on a CPU, which takes about ten minutes.
+# Tests rollout.engine vllm with the real vLLM on a CPU, which takes up to half an hour on two cores.
 #
 #   bash tests/vllm.sh [PYTEST_WORD ...]
 #
