@@ -1,5 +1,6 @@
 """Benchmarks of the trainer; one JSON line each.
 
+    python tools/benchmark.py generate [--work NAME ...] [--versus trl vllm] [--vllm-python FILE]
     python tools/benchmark.py rl-step [--nproc 2] [--steps 5] [--versus trl] [--section.key value]
     python tools/benchmark.py logprobs [--nproc 2] [--vocabularies V ...] [--rows N ...]
     python tools/benchmark.py checkpoint [--nproc 2] [--steps 5] [--section.key value]
@@ -13,6 +14,10 @@ exactly 64 new tokens at temperature 1, KL against a reference, one AdamW update
 --versus trl: runs TRL's RLOOTrainer on the same work in turn with ours (tools/benchmarks/trl.py, two
 threads, in an environment of its own made from tools/requirements-trl.txt) and prints the ratio
 theirs / ours of whole steps and of each phase (above 1: ours is faster).
+
+generate: tokens per second of the engine on the works of tools/benchmarks/generation_work.py, in two
+replicas. --versus trl vllm runs these on the same work in turn with ours and prints the ratio ours /
+theirs (above 1: ours is faster). vLLM's environment is made from tools/requirements-vllm.txt.
 
 logprobs: peak memory and time of token log-probs over --nproc tensor-parallel ranks, against
 unfused and gathered logits (tools/benchmarks/logprobs.py).
@@ -88,12 +93,39 @@ def versus_trl(*, nproc: int, steps: int, rounds: int, settings: list[str]) -> d
     return {"ours": ours, "trl": theirs, "ratio": {"step": steps_theirs / steps_ours, **ratios}}
 
 
+def compare_generation(
+    *, works: list[str], peers: list[str], nproc: int, rounds: int, python: dict[str, Path]
+) -> dict:
+    """Rates of all engines on each work, in turn, and the ratios of the medians."""
+    script, found = str(ROOT / "tools" / "benchmarks" / "peers_generate.py"), {}
+    for work in works:
+        rates: dict[str, list[float]] = {name: [] for name in ("ours", *peers)}
+        for _ in range(rounds):
+            for peer in peers:
+                result = last_json([str(python[peer]), script, peer, work])
+                rates[peer].append(result["tokens_per_second"])
+            ours = run_ours("generate", nproc=nproc, steps=3, settings=[work])
+            rates["ours"].append(ours["tokens_per_second"])
+        middle = {name: statistics.median(values) for name, values in rates.items()}
+        ratio = {peer: middle["ours"] / middle[peer] for peer in peers}
+        found[work] = {"tokens_per_second": rates, "ratio": ratio}
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("benchmark", choices=["rl-step", "logprobs", "checkpoint", "weights"])
+    parser.add_argument(
+        "benchmark", choices=["rl-step", "generate", "logprobs", "checkpoint", "weights"]
+    )
     parser.add_argument("--nproc", type=int, default=2, help="processes (ranks)")
     parser.add_argument("--steps", type=int, default=5, help="timed steps, after two that warm up")
-    parser.add_argument("--versus", choices=["trl"], help="compare with this trainer, interleaved")
+    parser.add_argument(
+        "--versus", nargs="+", default=[], choices=["trl", "vllm"], help="compare, in turn"
+    )
+    parser.add_argument("--work", nargs="+", default=["reference", "smollm2", "long-tail"])
+    parser.add_argument(
+        "--vllm-python", type=Path, default=ROOT / "runs/vllm/bin/python", help="of its environment"
+    )
     parser.add_argument("--rounds", type=int, default=3, help="runs of each trainer, with --versus")
     parser.add_argument("--vocabularies", type=int, nargs="+", default=[8192, 32768])
     parser.add_argument("--rows", type=int, nargs="+", default=[1024, 2048, 4096])
@@ -106,6 +138,14 @@ def main() -> None:
         from benchmarks import logprobs  # only now: --help needs no torch
 
         result = logprobs.run(options.nproc, options.vocabularies, options.rows)
+    elif options.benchmark == "generate":
+        python = {"vllm": options.vllm_python}
+        if "trl" in options.versus:
+            python["trl"] = trl_python()
+        result = compare_generation(
+            works=options.work, peers=options.versus, nproc=options.nproc, rounds=options.rounds,
+            python=python,
+        )  # fmt: skip
     elif options.versus:
         result = versus_trl(
             nproc=options.nproc, steps=options.steps, rounds=options.rounds, settings=settings
@@ -119,10 +159,11 @@ def main() -> None:
 
 def work(benchmark: str, steps: int, settings: list[str]) -> None:
     """One rank of a benchmark that torchrun has started."""
-    from benchmarks import checkpoint, rl_step, weights
+    from benchmarks import checkpoint, generate, rl_step, weights
 
     workers = {
-        "rl-step": rl_step.worker, "checkpoint": checkpoint.worker, "weights": weights.worker
+        "rl-step": rl_step.worker, "generate": generate.worker, "checkpoint": checkpoint.worker,
+        "weights": weights.worker,
     }  # fmt: skip
     workers[benchmark](steps, settings)
 

@@ -49,15 +49,15 @@ class NumberTokenizer:
         raise NotImplementedError("the reference work has no conversations")
 
 
-def reference_run(settings: list[str]) -> Run:
+def reference_run(settings: list[str], tokenizer: NumberTokenizer | None = None) -> Run:
     """One rank's run of the reference work, changed by `settings`. Starts the process groups."""
+    tokenizer = tokenizer or NumberTokenizer()
     work = [f"--{name}={value}" for name, value in SETTINGS.items()]
     config = cli.parse([*work, *settings]).config
     check_world_size(config, launched_world_size())
     generator = torch.Generator().manual_seed(0)
     rows = torch.randint(VOCABULARY - 1, (1024, PROMPT_TOKENS), generator=generator).tolist()
     prompts = [Prompt(Example("benchmark"), tuple(row)) for row in rows]
-    tokenizer = NumberTokenizer()
     sampling, greedy = samplings(config.rollout, tokenizer)
     inputs = Inputs(
         tokenizer=tokenizer,
@@ -65,7 +65,7 @@ def reference_run(settings: list[str]) -> Run:
         train=PromptSet([prompts]),
         held_out=prompts[:1],
         rewards=open_rewards(config.reward),
-        vocab_size=VOCABULARY,
+        vocab_size=tokenizer.vocab_size,
         response_form=response_format(config, tokenizer, sampling),
         sampling=sampling,
         greedy=greedy,
