@@ -1,6 +1,6 @@
 """Keys and values of many growing sequences in blocks (PagedAttention: Kwon et al., arXiv 2309.06180).
 
-The cache is a number of blocks of `devices.cache_block()` positions each. A sequence has as many as
+The cache is a number of blocks of `block_size()` positions each. A sequence has as many as
 its length needs, anywhere (rollout/blocks.py decides which). So the number of blocks bounds the
 memory, and not the number of sequences times the longest one.
 
@@ -19,7 +19,14 @@ from functools import cached_property
 import torch
 import torch.nn.functional as F
 
+from megatron_rpp.model import decode_sizes
 from megatron_rpp.parallel import device as devices
+
+
+def block_size() -> int:
+    """Positions in a block."""
+    sizes = decode_sizes
+    return sizes.CACHE_BLOCK_ON_CPU if devices.ON_CPU else sizes.CACHE_BLOCK_ON_GPU
 
 
 @dataclass(frozen=True)
@@ -58,7 +65,7 @@ class Places:
     @cached_property
     def cells(self) -> torch.Tensor:
         """[t]: where in the p·c cells of the cache each token's key and value belong."""
-        size = devices.cache_block()
+        size = block_size()
         column = torch.div(self.positions, size, rounding_mode="floor")
         rows = torch.arange(len(self.table), device=column.device) if self.row is None else self.row
         return self.table[rows, column] * size + self.positions % size
@@ -92,7 +99,7 @@ class KeyValueCache:
     def __init__(
         self, *, layers: int, blocks: int, kv_heads: int, head_size: int, dtype: torch.dtype
     ):
-        shape = (blocks + 1, devices.cache_block(), kv_heads, head_size)
+        shape = (blocks + 1, block_size(), kv_heads, head_size)
         place = devices.device()
         self.keys = [torch.empty(shape, dtype=dtype, device=place) for _ in range(layers)]
         self.values = [torch.empty(shape, dtype=dtype, device=place) for _ in range(layers)]

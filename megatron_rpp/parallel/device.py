@@ -19,7 +19,7 @@ import psutil
 import torch
 
 from megatron_rpp.lifecycle.config_error import ConfigError
-from megatron_rpp.parallel import accelerators, cuda_on_cpu, decode_sizes, determinism
+from megatron_rpp.parallel import accelerators, cuda_on_cpu, determinism
 
 # Every rank of Megatron-Core warns about each missing accelerator (`describe()` lists them in one
 # line), and Megatron-Core calls collectives by names that torch has deprecated.
@@ -76,11 +76,6 @@ def _tune_cuda(local_world_size: int) -> None:
     # cuDNN plans attention anew for every length, and never forgets a plan. While decoding, the
     # length grows with each token.
     torch.backends.cuda.enable_cudnn_sdp(False)
-
-
-def cache_block() -> int:
-    """Positions in a block of the key-value cache."""
-    return decode_sizes.CACHE_BLOCK_ON_CPU if ON_CPU else decode_sizes.CACHE_BLOCK_ON_GPU
 
 
 def scans_cache() -> bool:

@@ -6,7 +6,7 @@ import heapq
 
 import numpy as np
 
-from megatron_rpp.parallel import device as devices
+from megatron_rpp.model import kv_cache
 
 FULL_SHARE = 0.8
 """Gaps between blocks are closed if less than this share of the blocks up to the highest is owned."""
@@ -24,7 +24,7 @@ class Blocks:
             blocks: blocks of the cache.
             longest: most positions of a sequence.
         """
-        self.size = devices.cache_block()
+        self.size = kv_cache.block_size()
         self.total = blocks
         self.highest = 0
         """One more than the highest block that has ever been owned."""
@@ -38,8 +38,8 @@ class Blocks:
     def within(cls, positions: int, *, sequences: int, at_once: int, longest: int) -> Blocks:
         """As many blocks as `at_once` sequences of `longest` positions need, but no more than hold
         `positions` positions, unless a single sequence needs them."""
-        one = -(-longest // devices.cache_block())
-        limit = positions // devices.cache_block()
+        one = -(-longest // kv_cache.block_size())
+        limit = positions // kv_cache.block_size()
         return cls(sequences, max(one, min(one * at_once, limit)), longest)
 
     def count(self, positions: int) -> int:

@@ -20,11 +20,11 @@ from torch.distributed import ReduceOp
 
 from megatron_rpp.data.tokenizer import Tokenizer
 from megatron_rpp.lifecycle import heartbeat
+from megatron_rpp.model.decode_sizes import PASS_TOKENS
 from megatron_rpp.model.decoder import Decoder, decoders
 from megatron_rpp.model.kv_cache import KeyValueCache
 from megatron_rpp.parallel import device as devices
 from megatron_rpp.parallel import groups, progress_wait
-from megatron_rpp.parallel.decode_sizes import PASS_TOKENS
 from megatron_rpp.records import Generation, Request, Sampling
 from megatron_rpp.rollout.batch import Abandoned, Batch
 from megatron_rpp.rollout.blocks import Blocks

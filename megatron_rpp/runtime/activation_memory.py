@@ -11,8 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_rpp.config import ModelConfig, ParallelConfig, TrainConfig
-from megatron_rpp.model import head_chunks
-from megatron_rpp.parallel import decode_sizes
+from megatron_rpp.model import decode_sizes, head_chunks
 from megatron_rpp.runtime.model_size import FP32, heads_of, vocabulary_rows, weight_bytes
 
 

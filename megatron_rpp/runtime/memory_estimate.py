@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_rpp.config import Config, ParallelConfig
-from megatron_rpp.parallel.decode_sizes import PASS_TOKENS
+from megatron_rpp.model.decode_sizes import PASS_TOKENS
 from megatron_rpp.runtime import activation_memory as activation
 from megatron_rpp.runtime.activation_memory import CPU, GPU, Device
 from megatron_rpp.runtime.model_size import (

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_rpp.model import kv_cache
 from megatron_rpp.model.kv_cache import KeyValueCache
 from megatron_rpp.parallel import device as devices
 from megatron_rpp.rollout.blocks import Blocks
@@ -89,7 +90,7 @@ def path(request, monkeypatch):
 
 @pytest.fixture(params=[4, 64])
 def block(request, monkeypatch):
-    monkeypatch.setattr(devices, "cache_block", lambda: request.param)
+    monkeypatch.setattr(kv_cache, "block_size", lambda: request.param)
 
 
 @pytest.mark.usefixtures("path", "block")
@@ -121,7 +122,7 @@ def test_memory_that_was_never_used_may_hold_anything(monkeypatch):
     monkeypatch.setattr(
         torch, "empty", lambda *shape, **kwargs: torch.full(*shape, math.nan, **kwargs)
     )
-    monkeypatch.setattr(devices, "cache_block", lambda: 4)
+    monkeypatch.setattr(kv_cache, "block_size", lambda: 4)
     sequences = Sequences(2, 9, 15)
     sequences.grow([0, 1], [3, 6])
     for _ in range(6):
@@ -132,7 +133,7 @@ def test_memory_that_was_never_used_may_hold_anything(monkeypatch):
 def test_rows_that_fill_up_a_batch_touch_no_sequence(filled, monkeypatch):
     monkeypatch.setattr(devices, "scans_cache", lambda: False)
     monkeypatch.setattr(devices, "row_multiple", lambda: filled)
-    monkeypatch.setattr(devices, "cache_block", lambda: 4)
+    monkeypatch.setattr(kv_cache, "block_size", lambda: 4)
     blocks = Blocks(2, 6, 9)
     cache = KeyValueCache(layers=1, blocks=6, kv_heads=1, head_size=2, dtype=torch.float32)
     blocks.grow(0, 2)
@@ -157,7 +158,7 @@ steps = st.lists(
 def test_every_block_has_one_owner_and_copies_keep_what_sequences_hold(actions):
     """Any order of growth, ends and closed gaps leaves the attention right and the blocks unshared."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(devices, "cache_block", lambda: 2)
+        patch.setattr(kv_cache, "block_size", lambda: 2)
         sequences = Sequences(5, 30, 12)
         for action, row in actions:
             if action == "grow" and len(sequences.keys[row]) < 12:
@@ -177,7 +178,7 @@ def check_owners(sequences):
 
 
 def test_gaps_are_closed_once_they_are_many(monkeypatch):
-    monkeypatch.setattr(devices, "cache_block", lambda: 2)
+    monkeypatch.setattr(kv_cache, "block_size", lambda: 2)
     sequences = Sequences(5, 10, 4)
     sequences.grow(list(range(5)), [4] * 5)  # ten blocks
     sequences.end(4)
@@ -189,7 +190,7 @@ def test_gaps_are_closed_once_they_are_many(monkeypatch):
 
 
 def test_the_number_of_blocks_follows_the_limit_but_holds_one_sequence(monkeypatch):
-    monkeypatch.setattr(devices, "cache_block", lambda: 10)
+    monkeypatch.setattr(kv_cache, "block_size", lambda: 10)
     assert Blocks.within(1000, sequences=9, at_once=4, longest=25).total == 4 * 3
     assert Blocks.within(105, sequences=9, at_once=4, longest=25).total == 10
     assert Blocks.within(20, sequences=9, at_once=4, longest=25).total == 3

@@ -17,10 +17,9 @@ import torch
 
 from megatron_rpp.config import ModelConfig, ParallelConfig
 from megatron_rpp.data.prompts import Example, Prompt
-from megatron_rpp.model import build, pipeline
+from megatron_rpp.model import build, kv_cache, pipeline
 from megatron_rpp.model.decoder import decoders
 from megatron_rpp.model.language_model import chunks
-from megatron_rpp.parallel import device as devices
 from megatron_rpp.parallel import groups
 from megatron_rpp.records import Generation, Request
 from megatron_rpp.rollout import engine, places
@@ -197,7 +196,7 @@ def run_stages(parts, cache, tokens, where):
 @torch.no_grad()
 @pytest.mark.parametrize("block", [3, 64])
 def test_decoding_with_a_cache_equals_the_full_forward(model, block, monkeypatch):
-    monkeypatch.setattr(devices, "cache_block", lambda: block)
+    monkeypatch.setattr(kv_cache, "block_size", lambda: block)
     found, full = decode_all(model, 12), model(SEQUENCES).transpose(0, 1)
     for row, length in enumerate(PROMPT_LENGTHS):
         expected = full[row, length - 1 : length + 11]

@@ -13,7 +13,7 @@ from megatron_rpp.config import ModelConfig, ParallelConfig
 from megatron_rpp.data.chat import prompt_tokens
 from megatron_rpp.data.prompts import Example, Prompt
 from megatron_rpp.data.tokenizer import load_tokenizer, train_sentencepiece
-from megatron_rpp.model import build
+from megatron_rpp.model import build, kv_cache
 from megatron_rpp.parallel import device as devices
 from megatron_rpp.parallel import groups
 from megatron_rpp.records import Request, Sampling
@@ -141,8 +141,8 @@ def test_another_seed_step_or_sample_gives_other_tokens(model, tokenizer, genera
 
 
 MACHINES = {
-    "small blocks": {"cache_block": 4},
-    "GPU": {"cache_block": 4, "scans_cache": False, "tokens_per_look": 5, "row_multiple": 8},
+    "CPU": {},
+    "GPU": {"scans_cache": False, "tokens_per_look": 5, "row_multiple": 8},
     "GPU, one look": {"scans_cache": False, "tokens_per_look": 100},
 }
 """What devices differ in; the last two as on a GPU, without its kernels."""
@@ -153,6 +153,7 @@ MACHINES = {
 def test_tokens_do_not_depend_on_the_device(generate, requests, machine, settings, monkeypatch):
     expected = generate(requests, temperature=1.2, **settings)
     assert len({len(generation.tokens) for generation in expected}) >= 4
+    monkeypatch.setattr(kv_cache, "block_size", lambda: 4)
     for name, value in MACHINES[machine].items():
         monkeypatch.setattr(devices, name, lambda value=value: value)
     assert_same(generate(requests, temperature=1.2, **settings), expected)
@@ -186,7 +187,7 @@ def test_a_small_cache_makes_sequences_wait(
 ):
     """Some leave the cache before they have ended, and go on later with the tokens that they had."""
     expected = generate(requests)
-    monkeypatch.setattr(devices, "cache_block", lambda: 4)
+    monkeypatch.setattr(kv_cache, "block_size", lambda: 4)
     monkeypatch.setattr(devices, "tokens_per_look", lambda: look)
     left, give_way = [], Scheduler._give_way
 
