@@ -3,7 +3,7 @@
 Shape legend: t tokens of a packed row on this rank, c context-parallel ranks, m sequences in it,
 s sequence, b batch, n query heads of this rank, k key-value heads of this rank, d head size.
 
-Training and log-probs: sequences lie end to end in one row (`PackedRow`), and attention is causal
+Training and log-probs: sequences lie end to end in one row (`Row`), and attention is causal
 within each of them. With TransformerEngine, its kernels take the row as it is. Without it, so does
 PyTorch's kernel on GPUs, for 16-bit numbers and rows that ranks do not share; otherwise the row is
 laid out as m padded sequences for this operation only. If the row is split over context-parallel
@@ -23,6 +23,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from megatron_rpp.model.rotary import Rotation
 from megatron_rpp.parallel import device as devices
 from megatron_rpp.records import Packing
 
@@ -33,18 +34,21 @@ from megatron.core.transformer.module import MegatronModule
 
 
 @dataclass
-class PackedRow(PackedSeqParams):
-    """Carries a `Packing` through Megatron to its attention modules.
+class Row(PackedSeqParams):
+    """Carries what our attention needs through Megatron to its modules.
 
     The format is not "thd", because Megatron then applies rotary angles of its own. The angles here
     are computed from each token's position.
     """
 
     packing: Packing | None = None
+    """None for whole sequences."""
+    rotation: Rotation | None = None
+    """None if Megatron has already turned queries and keys."""
 
     @classmethod
-    def of(cls, packing: Packing | None) -> PackedRow | None:
-        return None if packing is None else cls(qkv_format="sbhd", packing=packing)
+    def of(cls, packing: Packing | None, rotation: Rotation | None = None) -> Row:
+        return cls(qkv_format="sbhd", packing=packing, rotation=rotation)
 
     def for_transformer_engine(self) -> PackedSeqParams:
         assert self.packing is not None
@@ -101,18 +105,20 @@ class CoreAttention(MegatronModule):
         attention_mask: torch.Tensor | None = None,
         attn_mask_type: AttnMaskType | None = None,
         attention_bias: torch.Tensor | None = None,
-        packed_seq_params: PackedRow | None = None,
+        packed_seq_params: Row | None = None,
     ) -> torch.Tensor:
         """Maps query [s, b, n, d], key and value [s, b, k, d] to context [s, b, n·d].
 
         In packed rows [t, 1, ...] takes the place of [s, b, ...].
         """
-        assert attention_bias is None
-        if packed_seq_params is not None and self.fused:
-            return self._transformer_engine(query, key, value, row=packed_seq_params)
-        if packed_seq_params is not None:
-            assert packed_seq_params.packing is not None
-            return self._packed(query, key, value, packing=packed_seq_params.packing)
+        assert attention_bias is None and packed_seq_params is not None
+        row = packed_seq_params
+        if row.rotation is not None:
+            query, key = row.rotation.turn(query), row.rotation.turn(key)
+        if row.packing is not None and self.fused:
+            return self._transformer_engine(query, key, value, row=row)
+        if row.packing is not None:
+            return self._packed(query, key, value, packing=row.packing)
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [b, heads, s, d]
         return self._attend(query, key, value).permute(2, 0, 1, 3).flatten(2)
 
@@ -156,7 +162,10 @@ class CoreAttention(MegatronModule):
             _side_by_side(value, packing.key_cells, count=count, width=packing.longest),
             visible=packing.visible,
         )
-        return context.transpose(1, 2).flatten(0, 1)[packing.query_cells].flatten(1)[:, None]
+        context = context.transpose(1, 2).flatten(0, 1)
+        if len(context) != len(query):
+            context = context[packing.query_cells]
+        return context.flatten(1)[:, None]
 
     def _gather(self, values: torch.Tensor, packing: Packing) -> torch.Tensor:
         """Gathers [t, 1, k, d] of this rank into [t·c, 1, k, d] in the order of the row."""
@@ -164,7 +173,7 @@ class CoreAttention(MegatronModule):
         return ranks[packing.gathered]
 
     def _transformer_engine(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, row: PackedRow
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, row: Row
     ) -> torch.Tensor:
         query, key, value = (x.squeeze(1) for x in (query, key, value))
         context = self.fused[0](
@@ -210,6 +219,8 @@ def _side_by_side(
     values: torch.Tensor, cells: torch.Tensor, *, count: int, width: int
 ) -> torch.Tensor:
     """Lays [t, 1, heads, d] out as [count, heads, width, d]; cells without a token are zero."""
+    if len(values) == count * width:  # all sequences are as long, so each token is in its cell
+        return values.view(count, width, *values.shape[2:]).transpose(1, 2)
     flat = values.new_zeros(count * width, *values.shape[2:])
     flat = flat.index_copy(0, cells, values[:, 0])
     return flat.view(count, width, *values.shape[2:]).transpose(1, 2)

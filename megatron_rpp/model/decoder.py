@@ -20,6 +20,7 @@ import torch.nn.functional as F
 
 from megatron_rpp.model import overlap
 from megatron_rpp.model.language_model import LanguageModel, chunks
+from megatron_rpp.model.rotary import Rotation
 
 
 class Attend(Protocol):
@@ -79,13 +80,7 @@ class Decoder:
         self._first_layer, self._group, self._eps = first_layer, group, config.layernorm_epsilon
         self.kv_heads = config.num_query_groups // group.size()
         self.head_size = config.kv_channels
-        angles = chunk.rotary_angles()[:, 0, 0]
-        half = self.head_size // 2
-        # The second half of the channels is the partner of the first: (x, y) -> (x c - y s, y c + x s)
-        sign = torch.ones(self.head_size, device=angles.device)
-        sign[:half] = -1
-        self._cosines = angles.cos().to(config.params_dtype)
-        self._sines = (angles.sin() * sign).to(config.params_dtype)
+        self._rotation = chunk.rotation()
 
     @property
     def layers(self) -> int:
@@ -102,10 +97,9 @@ class Decoder:
             positions: [t], of each token in its sequence.
         """
         hidden = self._embed(tokens_or_hidden) if self.chunk.pre_process else tokens_or_hidden
-        cosines = self._cosines[positions][:, None, None]
-        sines = self._sines[positions][:, None, None]
+        rotation = self._rotation.at(positions)
         for number, layer in enumerate(self._layers, self._first_layer):
-            query, key, value = self._project(layer, hidden, cosines=cosines, sines=sines)
+            query, key, value = self._project(layer, hidden, rotation)
             context = attend(number, query=query, key=key, value=value)
             hidden += self._sum(F.linear(context, layer.projection))
             gate, up = F.linear(self._norm(hidden, layer.mlp_norm), layer.gate_and_up).chunk(2, -1)
@@ -115,7 +109,7 @@ class Decoder:
         return hidden
 
     def _project(
-        self, layer: _Layer, hidden: torch.Tensor, *, cosines: torch.Tensor, sines: torch.Tensor
+        self, layer: _Layer, hidden: torch.Tensor, rotation: Rotation
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Query [t, k, n/k, d], key and value [t, k, d], with rotary positions."""
         mixed = F.linear(self._norm(hidden, layer.attention_norm), layer.qkv, layer.qkv_bias)
@@ -125,8 +119,7 @@ class Decoder:
         if layer.query_norm is not None and layer.key_norm is not None:
             query = self._norm(turning[:, :, :-1], layer.query_norm)
             turning = torch.cat([query, self._norm(turning[:, :, -1:], layer.key_norm)], 2)
-        partner = turning.roll(self.head_size // 2, -1)
-        turned = torch.addcmul(turning * cosines, partner, sines)
+        turned = rotation.turn(turning)
         return turned[:, :, :-1], turned[:, :, -1], value
 
     def _embed(self, tokens: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from megatron_rpp.model.attention import PackedRow
+from megatron_rpp.model.attention import Row
+from megatron_rpp.model.rotary import Rotation
 from megatron_rpp.parallel import device as devices
 from megatron_rpp.records import Packing
 
@@ -32,7 +33,8 @@ class LanguageModel(GPTModel):
         super().__init__(position_embedding_type="rope", **kwargs)
         self.architecture = architecture  # see ModelConfig.architecture; checkpoints keep it
         self.true_vocab_size = architecture["vocab_size"]  # without the embedding's padding rows
-        self._rotary_table: torch.Tensor | None = None
+        self._angles: torch.Tensor | None = None
+        self._rotation: Rotation | None = None
 
     def forward(
         self,
@@ -53,15 +55,16 @@ class LanguageModel(GPTModel):
             the sequence dimension is split over the tensor-parallel ranks, except after the last
             chunk.
         """
-        angles = self.rotary_angles()
+        taken = slice(tokens.shape[1]) if positions is None else positions
+        fused = self.config.apply_rope_fusion
         hidden = None  # later chunks read the input that set_input_tensor stored in the decoder
         if self.pre_process:
             hidden = self.embedding(input_ids=tokens, position_ids=None)
         hidden = self.decoder(
             hidden_states=hidden,
             attention_mask=None,
-            rotary_pos_emb=angles[: tokens.shape[1]] if positions is None else angles[positions],
-            packed_seq_params=PackedRow.of(packing),
+            rotary_pos_emb=self._rotary_angles()[taken] if fused else None,
+            packed_seq_params=Row.of(packing, None if fused else self.rotation().at(taken)),
         )
         if self.post_process and self.config.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(
@@ -69,13 +72,20 @@ class LanguageModel(GPTModel):
             )
         return hidden
 
-    def rotary_angles(self) -> torch.Tensor:
-        """The rotary angle of each position and channel, [s, 1, 1, d]."""
-        if self._rotary_table is None:
+    def _rotary_angles(self) -> torch.Tensor:
+        """The angle of each position and channel, [s, 1, 1, d]."""
+        if self._angles is None:
             # If ranks share a sequence, it is padded, even one of the maximum length.
             padding = 2 * self.pg_collection.cp.size() * self.pg_collection.tp.size()
-            self._rotary_table = self.rotary_pos_emb.get_emb(self.max_sequence_length + padding)
-        return self._rotary_table
+            self._angles = self.rotary_pos_emb.get_emb(self.max_sequence_length + padding)
+        return self._angles
+
+    def rotation(self) -> Rotation:
+        """The rotation of each position."""
+        if self._rotation is None:
+            angles = self._rotary_angles()[:, 0, 0]
+            self._rotation = Rotation.of(angles, self.config.params_dtype)
+        return self._rotation
 
     @property
     def output_weight(self) -> torch.Tensor:

@@ -1,11 +1,16 @@
-"""Frequencies of rotary position embeddings (arXiv 2104.09864), with Llama 3's scaling.
+"""Rotary position embeddings (Su et al., arXiv 2104.09864), with Llama 3's scaling.
 
-Megatron-Core implements this scaling with fixed constants; here they come from the model's config.
+Megatron-Core implements this scaling with fixed constants; here they come from the model's config. Its
+unfused rotation computes cosines and sines in every layer, and takes about twice as many passes over
+queries and keys.
+
+Shape legend: t tokens, d head size.
 """
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 
@@ -29,3 +34,48 @@ def _scaled(frequencies: torch.Tensor, scaling: RopeScalingConfig) -> torch.Tens
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     unscaled = ((turns - low) / (high - low)).clamp(0.0, 1.0)
     return (1 - unscaled) * frequencies / scaling.factor + unscaled * frequencies
+
+
+class Rotation(NamedTuple):
+    """How far each token's channels are turned.
+
+    Channel i and its partner i + d/2 are the plane in which (x, y) becomes (x c - y s, y c + x s).
+    """
+
+    cosines: torch.Tensor
+    """[t, d]."""
+    sines: torch.Tensor
+    """[t, d]: -s in the first half of the channels, s in the second."""
+
+    @classmethod
+    def of(cls, angles: torch.Tensor, dtype: torch.dtype) -> Rotation:
+        """angles: [t, d] fp32, equal in both halves."""
+        sign = torch.ones(angles.shape[-1], device=angles.device)
+        sign[: len(sign) // 2] = -1
+        return cls(angles.cos().to(dtype), (angles.sin() * sign).to(dtype))
+
+    def at(self, positions: torch.Tensor | slice) -> Rotation:
+        """The rows of these positions, to turn [t, heads, d] or [t, b, heads, d]."""
+        return Rotation(*(table[positions] for table in self))
+
+    def turn(self, heads: torch.Tensor) -> torch.Tensor:
+        """Turns [t, ..., d]."""
+        shape = (len(self.cosines), *(1,) * (heads.dim() - 2), heads.shape[-1])
+        turned = _Turn.apply(heads, self.cosines.view(shape), self.sines.view(shape))
+        assert isinstance(turned, torch.Tensor)
+        return turned
+
+
+class _Turn(torch.autograd.Function):
+    """Its gradient is turned back: by the same cosines and the opposite sines."""
+
+    @staticmethod
+    def forward(ctx, heads, cosines, sines):  # noqa: PLR0917 (autograd calls it by position)
+        ctx.save_for_backward(cosines, sines)
+        return torch.addcmul(heads * cosines, heads.roll(heads.shape[-1] // 2, -1), sines)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        cosines, sines = ctx.saved_tensors
+        partner = gradient.roll(gradient.shape[-1] // 2, -1)
+        return torch.addcmul(gradient * cosines, partner, sines, value=-1), None, None

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from megatron_rpp.config import ModelConfig, ParallelConfig
-from megatron_rpp.model.attention import CoreAttention, PackedRow
+from megatron_rpp.model.attention import CoreAttention, Row
 from megatron_rpp.model.build import transformer_config
 from megatron_rpp.parallel import groups
 from megatron_rpp.rollout.packing import Split, pack, zigzag
@@ -73,7 +73,7 @@ def attend(rank, context):
     packing, own, pieces = row_on(groups.context_group().rank(), context)
     query, key, value, upstream = (x[own, None].float() for x in inputs(sum(pieces)))
     wanted = [x.requires_grad_() for x in (query, key, value)]
-    output = attention(*wanted, packed_seq_params=PackedRow.of(packing))
+    output = attention(*wanted, packed_seq_params=Row.of(packing))
     gradients = torch.autograd.grad(output, wanted, upstream.flatten(2))
     groups.destroy()
     found = [output.unflatten(2, (HEADS, SIZE)).detach(), *gradients]

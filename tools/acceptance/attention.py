@@ -15,7 +15,7 @@ from acceptance import work
 from acceptance.figures import Figure
 from acceptance.measure import relative
 from acceptance.scale import Scale
-from megatron_rpp.model.attention import CoreAttention, PackedRow
+from megatron_rpp.model.attention import CoreAttention, Row
 from megatron_rpp.parallel import device as devices
 from megatron_rpp.records import Packing
 from megatron_rpp.rollout.packing import Split, pack
@@ -84,7 +84,7 @@ def _own(module: CoreAttention, packing: Packing) -> Attend:
 def _engine(module: CoreAttention, packing: Packing) -> Attend:
     def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         row = (x[:, None] for x in (query, key, value))
-        return module(*row, packed_seq_params=PackedRow.of(packing)).view_as(query)
+        return module(*row, packed_seq_params=Row.of(packing)).view_as(query)
 
     return attend
 
