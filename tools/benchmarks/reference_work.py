@@ -24,6 +24,7 @@ SETTINGS = {
     "rollout.max_new_tokens": NEW_TOKENS, "rollout.min_new_tokens": NEW_TOKENS,
     "reward.functions": f"[{Path(__file__).with_name('even_share.py').resolve()}:even_share]",
     "algorithm.kl_coef": 0.05, "optimizer.lr": 1e-5,
+    "train.max_tokens_per_microbatch": 2048,  # activations of a layer fit a core's cache
 }  # fmt: skip
 
 
