@@ -45,6 +45,7 @@ def main(argv: list[str] | None = None) -> None:
     # torch is imported only now, so that --help and a mistake on the command line answer at once.
     from megatron_rpp.parallel import groups
     from megatron_rpp.rollout.engine import MegatronEngine
+    from megatron_rpp.runtime.cache_size import max_cache_tokens
     from megatron_rpp.runtime.initial_weights import check_initial_weights
     from megatron_rpp.runtime.inputs import check_writable, load_inputs
     from megatron_rpp.runtime.policy import build_start
@@ -61,7 +62,7 @@ def main(argv: list[str] | None = None) -> None:
     stage = build_start(config, inputs.vocab_size, source).requires_grad_(False)
     engine = MegatronEngine(
         stage, inputs.tokenizer,
-        max_batch=config.rollout.max_batch, max_cache_tokens=config.rollout.max_cache_tokens,
+        max_batch=config.rollout.max_batch, max_cache_tokens=max_cache_tokens(config, inputs.vocab_size),
     )  # fmt: skip
     result = evaluate(
         engine, inputs.held_out, inputs.rewards, form=inputs.response_form,

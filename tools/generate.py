@@ -118,13 +118,14 @@ def generate(
     from megatron_rpp.parallel import groups
     from megatron_rpp.records import Request
     from megatron_rpp.rollout.engine import MegatronEngine
+    from megatron_rpp.runtime.cache_size import max_cache_tokens
     from megatron_rpp.runtime.policy import build_start
     from megatron_rpp.stages.rollout import shard
 
     stage = build_start(config, vocab_size, source)
     engine = MegatronEngine(
         stage.requires_grad_(False), tokenizer,
-        max_batch=config.rollout.max_batch, max_cache_tokens=config.rollout.max_cache_tokens,
+        max_batch=config.rollout.max_batch, max_cache_tokens=max_cache_tokens(config, vocab_size),
     )  # fmt: skip
     local = shard(len(prompts), groups.data_rank(), groups.data_size())
     requests = [Request(prompts[i], sample_id=i) for i in local]

@@ -49,7 +49,7 @@ class RolloutConfig:
     max_cache_tokens: int | None = None
     """Largest number of tokens whose keys and values a data-parallel replica holds while it decodes,
     at least model.max_length. If they do not suffice for max_batch sequences, fewer are decoded at
-    once. null = what the free memory allows."""
+    once. null = what a rank's memory leaves beside the model, by estimate."""
     engine: Literal["megatron", "vllm"] = "megatron"
     """What samples the responses and answers the evaluations of train. megatron = the training
     processes themselves, on the layout of the policy; vllm = vLLM servers, which get the new weights

@@ -63,6 +63,11 @@ class Places:
         return torch.arange(size, device=self.table.device, dtype=torch.int32)
 
     @cached_property
+    def pages(self) -> torch.Tensor:
+        """[b, m] int32: `table`."""
+        return self.table.int()
+
+    @cached_property
     def cells(self) -> torch.Tensor:
         """[t]: where in the p·c cells of the cache each token's key and value belong."""
         size = block_size()
@@ -167,7 +172,7 @@ def _paged(
         window_size=(-1, 0),  # causal, aligned to the last position
         enable_gqa=query.shape[2] > 1,
         seqused_k=places.lengths,
-        block_table=places.table.int(),
+        block_table=places.pages,
     )
     assert isinstance(context, torch.Tensor)
     return context

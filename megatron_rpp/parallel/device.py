@@ -195,14 +195,14 @@ def free_memory() -> int:
     """Free bytes: of this rank's GPU, or of the host's memory, which its ranks share."""
     if ON_CPU:
         return free_host_memory()
-    kept = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()  # by PyTorch, for reuse
-    return torch.cuda.mem_get_info()[0] + kept
+    return torch.cuda.mem_get_info()[0]
 
 
-def free_memory_of_rank() -> int:
-    """Free bytes for this rank alone: of its GPU, or its share of the host's memory."""
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if ON_CPU else 1
-    return free_memory() // ranks
+def total_memory_of_rank() -> int:
+    """All bytes that this rank can have: its GPU's, or its share of the host's memory."""
+    if ON_CPU:
+        return psutil.virtual_memory().total // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return total_memory()
 
 
 def total_memory() -> int:

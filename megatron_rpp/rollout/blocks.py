@@ -35,12 +35,14 @@ class Blocks:
         self._free = list(range(blocks))
 
     @classmethod
-    def within(cls, positions: int, *, sequences: int, at_once: int, longest: int) -> Blocks:
-        """As many blocks as `at_once` sequences of `longest` positions need, but no more than hold
-        `positions` positions, unless a single sequence needs them."""
+    def within(cls, positions: int | None, *, sequences: int, at_once: int, longest: int) -> Blocks:
+        """As many blocks as `at_once` sequences of `longest` positions need. They hold no more than
+        `positions` (None = any number), unless a single sequence needs more."""
         one = -(-longest // kv_cache.block_size())
-        limit = positions // kv_cache.block_size()
-        return cls(sequences, max(one, min(one * at_once, limit)), longest)
+        total = one * at_once
+        if positions is not None:
+            total = max(one, min(total, positions // kv_cache.block_size()))
+        return cls(sequences, total, longest)
 
     def count(self, positions: int) -> int:
         """Blocks that hold this many positions."""

@@ -16,14 +16,12 @@ from functools import partial
 from typing import Protocol
 
 import torch
-from torch.distributed import ReduceOp
 
 from megatron_rpp.data.tokenizer import Tokenizer
 from megatron_rpp.lifecycle import heartbeat
 from megatron_rpp.model.decode_sizes import PASS_TOKENS
 from megatron_rpp.model.decoder import Decoder, decoders
 from megatron_rpp.model.kv_cache import KeyValueCache
-from megatron_rpp.parallel import device as devices
 from megatron_rpp.parallel import groups, progress_wait
 from megatron_rpp.records import Generation, Request, Sampling
 from megatron_rpp.rollout.batch import Abandoned, Batch
@@ -31,9 +29,6 @@ from megatron_rpp.rollout.blocks import Blocks
 from megatron_rpp.rollout.responses import Responses
 from megatron_rpp.rollout.scheduler import Scheduler
 from megatron_rpp.seeds import uniforms
-
-CACHE_SHARE = 0.8
-"""Share of the free memory that the cache may take, if rollout.max_cache_tokens does not say."""
 
 
 class RolloutEngine(Protocol):
@@ -74,8 +69,8 @@ class MegatronEngine:
         """
         Args:
             max_batch: most sequences of this replica at once.
-            max_cache_tokens: most positions of its cache; None = by the free memory. It must hold
-                one sequence.
+            max_cache_tokens: most positions of its cache, at least those of one sequence; None = as
+                many as max_batch sequences need.
         """
         self.model = model
         self.tokenizer = tokenizer
@@ -122,7 +117,8 @@ class MegatronEngine:
         stages, queue = decoders(self.model), _by_prompt(responses.requests)
         count = min(groups.pipeline_group().size(), len(queue))
         slots = -(-min(self.max_batch, len(queue)) // count)
-        room, longest = self._cache_tokens(stages) // count, responses.longest
+        longest = responses.longest
+        room = None if self.max_cache_tokens is None else self.max_cache_tokens // count
         batches = []
         for _ in range(count):
             blocks = Blocks.within(room, sequences=len(queue), at_once=slots, longest=longest)
@@ -141,16 +137,6 @@ class MegatronEngine:
         finally:
             for batch in batches:
                 batch.settle()
-
-    def _cache_tokens(self, stages: list[Decoder]) -> int:
-        """Positions that the cache may have, on every rank of the replica. Collective."""
-        if self.max_cache_tokens is not None:
-            return self.max_cache_tokens
-        heads = sum(decoder.layers * decoder.kv_heads for decoder in stages)
-        values = 2 * heads * stages[0].head_size
-        width = values * stages[0].chunk.config.params_dtype.itemsize
-        free = CACHE_SHARE * devices.free_memory_of_rank()
-        return int(groups.reduce_sums([free / width], groups.model_group(), ReduceOp.MIN)[0])
 
 
 def _next_token(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_rpp.config import Config, ParallelConfig
+from megatron_rpp.config import Config, ModelConfig, ParallelConfig
 from megatron_rpp.model.decode_sizes import PASS_TOKENS
 from megatron_rpp.runtime import activation_memory as activation
 from megatron_rpp.runtime.activation_memory import CPU, GPU, Device
@@ -49,6 +49,11 @@ class Memory:
         return self.activations + self.backward
 
     @property
+    def resident(self) -> int:
+        """What is there all the time."""
+        return self.weights + self.gradients + self.optimizer + self.reference + self.overhead
+
+    @property
     def rollout(self) -> int:
         """What only the rollout needs."""
         return self.cache + self.prefill
@@ -56,7 +61,7 @@ class Memory:
     @property
     def total(self) -> int:
         """The peak. The cache is freed before the update, which needs the activations."""
-        return sum(vars(self).values()) - min(self.update, self.rollout)
+        return self.resident + max(self.update, self.rollout)
 
 
 def has_reference(config: Config) -> bool:
@@ -151,19 +156,24 @@ def _rollout(config: Config, vocab_size: int, *, replicas: int, device: Device) 
     width = weight_bytes(model)
     own = -(-rollout.samples_per_step // (replicas * parallel.context))
     sequences = min(rollout.max_batch, own)
-    layers = model.layers // parallel.pipeline
-    _, kv_heads, size = heads_of(model)
     # The engine takes less if rollout.max_cache_tokens is null and memory is short.
     positions = sequences * -(-model.max_length // device.cache_block) * device.cache_block
     positions = min(positions, rollout.max_cache_tokens or positions)
     positions += parallel.pipeline * device.cache_block  # of no sequence, one for each batch
-    cached = positions * layers * 2 * kv_heads * size // parallel.tensor
+    cached = positions * cache_bytes_per_token(model, parallel)
     prompts = -(-sequences // rollout.samples_per_prompt)
     tokens = min(prompts * (model.max_length - rollout.max_new_tokens), PASS_TOKENS)
     layer = 3 * model.ffn_hidden // parallel.tensor + 4 * model.hidden
     # Logits, probabilities, and as integers of twice that size, and their sums.
     sampling = 6 * sequences * vocab_size * FP32
-    return cached * width, max(tokens * layer * width, sampling)
+    return cached, max(tokens * layer * width, sampling)
+
+
+def cache_bytes_per_token(model: ModelConfig, parallel: ParallelConfig) -> int:
+    """Bytes of the keys and values of one token on a rank."""
+    _, kv_heads, size = heads_of(model)
+    layers = model.layers // parallel.pipeline
+    return layers * 2 * kv_heads * size * weight_bytes(model) // parallel.tensor
 
 
 def checkpoint_bytes(config: Config, vocab_size: int) -> int:

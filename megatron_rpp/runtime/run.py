@@ -19,6 +19,7 @@ from megatron_rpp.reporting.console import Console
 from megatron_rpp.reporting.metrics import MetricsLog, evaluation_row
 from megatron_rpp.rollout.engine import MegatronEngine, RolloutEngine
 from megatron_rpp.rollout.vllm.engine import VllmEngine
+from megatron_rpp.runtime.cache_size import max_cache_tokens
 from megatron_rpp.runtime.engine_check import check_engine
 from megatron_rpp.runtime.inputs import Inputs
 from megatron_rpp.runtime.policy import build_policy, build_reference
@@ -124,7 +125,7 @@ def _megatron_engine(config: Config, policy: Policy, inputs: Inputs) -> Megatron
         policy.model,
         inputs.tokenizer,
         max_batch=config.rollout.max_batch,
-        max_cache_tokens=config.rollout.max_cache_tokens,
+        max_cache_tokens=max_cache_tokens(config, inputs.vocab_size),
     )
 
 

@@ -63,7 +63,7 @@ PER_CALL: dict[str, Budget] = {
             1, "context-parallel ranks exchange their responses"
         ),
         "megatron_rpp/parallel/groups.py reduce_sums": Allowance(
-            4, "ranks agree on the size of the cache, and that none was told to stop"
+            2, "the replicas agree that none was told to stop"
         ),
     },
     "log-probs": {

@@ -64,8 +64,7 @@ def _pretend_runtime(patch: pytest.MonkeyPatch, watch: Watch) -> None:
     properties = SimpleNamespace(name=NAME, major=9, minor=0, total_memory=MEMORY)
     patch.setattr(torch.cuda, "get_device_properties", lambda *args: properties)
     patch.setattr(torch.cuda, "mem_get_info", lambda *args: (MEMORY, MEMORY))
-    for name in ("max_memory_allocated", "memory_allocated", "memory_reserved"):
-        patch.setattr(torch.cuda, name, lambda *args: 0)
+    patch.setattr(torch.cuda, "max_memory_allocated", lambda *args: 0)
     patch.setattr(torch.cuda.nccl, "version", lambda: (2, 27, 3))
     # A torch built for CUDA would look for the stream of the real one.
     patch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: None)

@@ -12,10 +12,12 @@ from megatron_rpp.config import ParallelConfig
 from megatron_rpp.model.build import build_model
 from megatron_rpp.model.decoder import decoders
 from megatron_rpp.model.language_model import unwrap
+from megatron_rpp.parallel import device as devices
 from megatron_rpp.parallel import groups
 from megatron_rpp.rollout.blocks import Blocks
 from megatron_rpp.rollout.engine import new_cache
 from megatron_rpp.runtime.activation_memory import CPU, rows_in_flight
+from megatron_rpp.runtime.cache_size import max_cache_tokens
 from megatron_rpp.runtime.memory_estimate import checkpoint_bytes, estimate, host_estimate
 from megatron_rpp.runtime.model_size import stage_parameters
 from megatron_rpp.runtime.policy import build_policy
@@ -118,12 +120,27 @@ def test_the_cache(tmp_path, limit):
     with layout(config):
         model = build_model(config.model, config.parallel, vocab_size=VOCAB, seed=1)
         longest = config.model.max_length
-        blocks = Blocks.within(limit or 10**9, sequences=8, at_once=8, longest=longest)
+        blocks = Blocks.within(limit, sequences=8, at_once=8, longest=longest)
         cache = new_cache(decoders(model), blocks.total)
         held = sum(tensor.nbytes for tensor in (*cache.keys, *cache.values))
     expected = estimate(config, VOCAB, replicas=1, device=CPU).cache
     block = held / (blocks.total + 1)
     assert abs(held - expected) <= (0 if limit is None else block)
+
+
+def test_the_default_size_of_the_cache_follows_from_the_machine(tmp_path, monkeypatch):
+    """Not from the free memory, or a resumed run would decode other batches."""
+    config = small(tmp_path)
+    need = estimate(config, VOCAB, replicas=1, device=CPU)
+    each = 4 * 2 * 2 * 8 * 4  # layers, keys and values, heads, channels, bytes
+    with layout(config):
+        monkeypatch.setattr(devices, "total_memory_of_rank", lambda: 10**8)
+        left = 0.8 * 10**8 - need.resident - need.prefill
+        assert max_cache_tokens(config, VOCAB) == int(left / each)
+        monkeypatch.setattr(devices, "total_memory_of_rank", lambda: 1)
+        assert max_cache_tokens(config, VOCAB) == config.model.max_length
+        set_by_user = small(tmp_path, rollout__max_cache_tokens=77)
+        assert max_cache_tokens(set_by_user, VOCAB) == 77
 
 
 def written_bytes(rank, folder, settings) -> tuple[int, int]:

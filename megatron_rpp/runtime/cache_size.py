@@ -1,0 +1,29 @@
+"""How many tokens the key-value cache of the engine in the training process may hold."""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+
+from megatron_rpp.config import Config
+from megatron_rpp.parallel import device as devices
+from megatron_rpp.parallel import groups
+from megatron_rpp.runtime.memory_estimate import CPU, GPU, cache_bytes_per_token, estimate
+
+CACHE_SHARE = 0.8
+"""Share of a rank's memory that model and cache may fill together: the estimate is right within 15%."""
+
+
+def max_cache_tokens(config: Config, vocab_size: int) -> int:
+    """rollout.max_cache_tokens, or else what the memory leaves beside the model. Collective.
+
+    It follows from the settings and the machine alone, and not from the memory that is free at the
+    moment. So a resumed run decodes the same batches, which decide how log-probs are rounded.
+    """
+    if config.rollout.max_cache_tokens is not None:
+        return config.rollout.max_cache_tokens
+    kind = CPU if devices.ON_CPU else GPU
+    need = estimate(config, vocab_size, groups.data_size(), device=kind)
+    left = CACHE_SHARE * devices.total_memory_of_rank() - (need.resident + need.prefill)
+    least = groups.reduce_sums([left], None, dist.ReduceOp.MIN)[0]
+    each = cache_bytes_per_token(config.model, config.parallel)
+    return max(config.model.max_length, int(least / each))
