@@ -157,7 +157,7 @@ def test_values_on_the_edge_are_accepted():
             "model.layers must be divisible by parallel.pipeline = 3, got 4",
         ),
         (
-            ["--rollout.max_cache_tokens=255"],
+            {"rollout": RolloutConfig(max_cache_tokens=255)},
             "rollout.max_cache_tokens must hold one sequence of model.max_length = 256 tokens, got 255",
         ),
         (
