@@ -47,8 +47,7 @@ class RolloutConfig:
     """Largest number of sequences that a data-parallel replica decodes at once; with engine vllm,
     each server."""
     max_cache_tokens: int | None = None
-    """Largest number of tokens whose keys and values a data-parallel replica holds while it decodes,
-    at least model.max_length. If they do not suffice for max_batch sequences, fewer are decoded at
+    """Largest number of tokens whose keys and values are held for them, at least model.max_length. If they do not suffice for max_batch sequences, fewer are decoded at
     once. null = what a rank's memory leaves beside the model, by estimate."""
     engine: Literal["megatron", "vllm"] = "megatron"
     """What samples the responses and answers the evaluations of train. megatron = the training

@@ -114,7 +114,7 @@ class CoreAttention(MegatronModule):
         assert attention_bias is None and packed_seq_params is not None
         row = packed_seq_params
         if row.rotation is not None:
-            query, key = row.rotation.turn(query), row.rotation.turn(key)
+            query, key = row.rotation.rotate(query), row.rotation.rotate(key)
         if row.packing is not None and self.fused:
             return self._transformer_engine(query, key, value, row=row)
         if row.packing is not None:

@@ -2,8 +2,8 @@
 
 A token of generation has so little work per layer that calls and kernel launches decide its time:
 Megatron's modules make about 45 of them, this pass about 15. It takes tokens in a flat row, of any
-number of sequences, and leaves attention to the cache. tests/model/test_decoder.py compares it with
-the modules, on every layout and family.
+number of sequences, and leaves attention to the cache. tests/model/test_language_model.py compares
+it with the modules, on every layout, and for the families' biases and norms.
 
 Shape legend: t tokens of the row, h hidden, n query heads of this rank, k key-value heads of this
 rank, d head size.
@@ -53,7 +53,8 @@ class _Layer:
         return cls(
             attention_norm=_norm_before(attention.linear_qkv, layer.input_layernorm),
             qkv=attention.linear_qkv.weight,
-            qkv_bias=attention.linear_qkv.bias,
+            # Without a bias, TransformerEngine's module has an empty tensor.
+            qkv_bias=attention.linear_qkv.bias if attention.config.add_qkv_bias else None,
             query_norm=attention.q_layernorm.weight if normed else None,
             key_norm=attention.k_layernorm.weight if normed else None,
             projection=attention.linear_proj.weight,
@@ -115,12 +116,12 @@ class Decoder:
         mixed = F.linear(self._norm(hidden, layer.attention_norm), layer.qkv, layer.qkv_bias)
         # Of each key-value head: its query heads, the key, the value.
         mixed = mixed.view(len(hidden), self.kv_heads, -1, self.head_size)
-        turning, value = mixed[:, :, :-1], mixed[:, :, -1]
+        rotating, value = mixed[:, :, :-1], mixed[:, :, -1]
         if layer.query_norm is not None and layer.key_norm is not None:
-            query = self._norm(turning[:, :, :-1], layer.query_norm)
-            turning = torch.cat([query, self._norm(turning[:, :, -1:], layer.key_norm)], 2)
-        turned = rotation.turn(turning)
-        return turned[:, :, :-1], turned[:, :, -1], value
+            query = self._norm(rotating[:, :, :-1], layer.query_norm)
+            rotating = torch.cat([query, self._norm(rotating[:, :, -1:], layer.key_norm)], 2)
+        rotated = rotation.rotate(rotating)
+        return rotated[:, :, :-1], rotated[:, :, -1], value
 
     def _embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """Hidden states [t, h] of token ids [t]; each tensor-parallel rank holds some of the rows."""

@@ -131,7 +131,8 @@ def receive(chunk: LanguageModel, *shape: int) -> torch.Tensor:
     group, config = groups.pipeline_group(), chunk.config
     shape = (*shape, config.hidden_size)
     hidden = torch.empty(shape, dtype=config.params_dtype, device=devices.device())
-    dist.recv(hidden, group=group, group_src=(group.rank() - 1) % group.size())
+    sender = (group.rank() - 1) % group.size()
+    dist.recv(hidden, dist.get_global_rank(group, sender), groups.pipeline_link(sender))
     return hidden
 
 
@@ -139,6 +140,7 @@ def send(hidden: torch.Tensor) -> dist.Work:
     """Starts to send a chunk's output to the rank that holds the next one. Keep `hidden` until the
     result has been waited for."""
     group = groups.pipeline_group()
-    work = dist.isend(hidden, group=group, group_dst=(group.rank() + 1) % group.size())
+    target = dist.get_global_rank(group, (group.rank() + 1) % group.size())
+    work = dist.isend(hidden, target, groups.pipeline_link(group.rank()))
     assert work is not None
     return work

@@ -37,7 +37,7 @@ def _scaled(frequencies: torch.Tensor, scaling: RopeScalingConfig) -> torch.Tens
 
 
 class Rotation(NamedTuple):
-    """How far each token's channels are turned.
+    """How far each token's channels are rotated.
 
     Channel i and its partner i + d/2 are the plane in which (x, y) becomes (x c - y s, y c + x s).
     """
@@ -55,27 +55,33 @@ class Rotation(NamedTuple):
         return cls(angles.cos().to(dtype), (angles.sin() * sign).to(dtype))
 
     def at(self, positions: torch.Tensor | slice) -> Rotation:
-        """The rows of these positions, to turn [t, heads, d] or [t, b, heads, d]."""
+        """The rows of these positions, to rotate [t, heads, d] or [t, b, heads, d]."""
         return Rotation(*(table[positions] for table in self))
 
-    def turn(self, heads: torch.Tensor) -> torch.Tensor:
-        """Turns [t, ..., d]."""
+    def rotate(self, heads: torch.Tensor) -> torch.Tensor:
+        """Rotates [t, ..., d]."""
         shape = (len(self.cosines), *(1,) * (heads.dim() - 2), heads.shape[-1])
-        turned = _Turn.apply(heads, self.cosines.view(shape), self.sines.view(shape))
-        assert isinstance(turned, torch.Tensor)
-        return turned
+        cosines, sines = self.cosines.view(shape), self.sines.view(shape)
+        if not heads.requires_grad:
+            return _rotated(heads, cosines, sines)
+        rotated = _Rotate.apply(heads, cosines, sines)
+        assert isinstance(rotated, torch.Tensor)
+        return rotated
 
 
-class _Turn(torch.autograd.Function):
-    """Its gradient is turned back: by the same cosines and the opposite sines."""
+def _rotated(heads: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
+    return torch.addcmul(heads * cosines, heads.roll(heads.shape[-1] // 2, -1), sines)
+
+
+class _Rotate(torch.autograd.Function):
+    """The gradient is rotated back: by the same cosines and the opposite sines."""
 
     @staticmethod
     def forward(ctx, heads, cosines, sines):  # noqa: PLR0917 (autograd calls it by position)
         ctx.save_for_backward(cosines, sines)
-        return torch.addcmul(heads * cosines, heads.roll(heads.shape[-1] // 2, -1), sines)
+        return _rotated(heads, cosines, sines)
 
     @staticmethod
     def backward(ctx, gradient):
         cosines, sines = ctx.saved_tensors
-        partner = gradient.roll(gradient.shape[-1] // 2, -1)
-        return torch.addcmul(gradient * cosines, partner, sines, value=-1), None, None
+        return _rotated(gradient, cosines, -sines), None, None

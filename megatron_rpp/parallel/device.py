@@ -69,12 +69,13 @@ def _tune_cuda(local_world_size: int) -> None:
     # Rows vary in length. Without this, the allocator keeps blocks of every size that occurred.
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
         torch.cuda.memory._set_allocator_settings("expandable_segments:True")
+    # With such segments, NCCL must not register the buffers of collectives in CUDA graphs.
+    os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
     # Every rank would start a compiler process per core.
     cores = len(os.sched_getaffinity(0))
     threads = max(1, min(8, cores // local_world_size))
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(threads))
-    # cuDNN plans attention anew for every length, and never forgets a plan. While decoding, the
-    # length grows with each token.
+    # cuDNN plans attention anew for every length, and never forgets a plan. Rows vary in length.
     torch.backends.cuda.enable_cudnn_sdp(False)
 
 
@@ -84,15 +85,19 @@ def scans_cache() -> bool:
     return ON_CPU
 
 
-def tokens_per_look() -> int:
-    """How many tokens of each sequence are generated before the host looks at them. A GPU waits while
-    the host looks; on a CPU the host does the work itself."""
+def tokens_per_sync() -> int:
+    """How many tokens of each sequence are generated before the host reads them. A GPU waits while
+    the host reads; on a CPU the host does the work itself."""
     return 1 if ON_CPU else 16
 
 
-def row_multiple() -> int:
-    """Batches of generation are filled up to a multiple of this, so that a GPU sees few shapes."""
-    return 1 if ON_CPU else 16
+def padded_batch(sequences: int) -> int:
+    """The rows of a batch of generation. A GPU sees few sizes: 16, 32, 64, 128, 192, 256, ..."""
+    if ON_CPU:
+        return sequences
+    if sequences > 128:
+        return -(-sequences // 64) * 64
+    return max(16, 1 << (sequences - 1).bit_length())
 
 
 @cache
@@ -119,7 +124,9 @@ def has_paged_attention() -> bool:
         return False
     from torch.nn.attention.varlen import varlen_attn
 
-    return {"seqused_k", "block_table"} <= inspect.signature(varlen_attn).parameters.keys()
+    return {"seqused_k", "block_table", "num_splits"} <= inspect.signature(
+        varlen_attn
+    ).parameters.keys()
 
 
 def upload(values: torch.Tensor, target: torch.device) -> torch.Tensor:

@@ -186,6 +186,17 @@ def data_size() -> int:
     return data_group().size()
 
 
+def pipeline_link(sender: int) -> dist.ProcessGroup:
+    """The group for messages from pipeline rank `sender` to the next one, in global ranks.
+
+    Two stages send each other messages in both directions. In one group they would queue up behind each
+    other on a GPU; so one direction goes through the world's group, as in Megatron.
+    """
+    group, world = pipeline_group(), dist.group.WORLD
+    assert world is not None
+    return world if group.size() == 2 and sender % 2 else group
+
+
 def is_first_stage() -> bool:
     return pipeline_group().rank() == 0
 

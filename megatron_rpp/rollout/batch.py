@@ -1,11 +1,13 @@
 """The device's side of a batch: reads prompts, generates tokens, and samples.
 
-The host looks at the tokens once in `devices.tokens_per_look()` tokens. In between, everything that
-the next token depends on (positions, random numbers, which sequences have ended) is on the device,
-and shapes stay the same. Sequences that end in between go on idly until the host looks.
+The host reads the tokens once in `devices.tokens_per_sync()` tokens. In between, everything that the
+next token depends on (positions, random numbers, which sequences have ended) is on the device, and
+shapes stay the same. A sequence that ends in between keeps its row until the host reads its tokens.
 
-Shape legend: b sequences, filled up to a multiple of `devices.row_multiple()`; n tokens between two
-looks.
+Left out: work for the device while the host searches for stop texts.
+
+Shape legend: b sequences, padded to `devices.padded_batch(b)` rows; n tokens between two
+synchronisations.
 """
 
 from __future__ import annotations
@@ -19,13 +21,14 @@ import torch
 import torch.distributed as dist
 
 from megatron_rpp.model import pipeline
+from megatron_rpp.model.attention_metadata import AttentionMetadata
 from megatron_rpp.model.cuda_graphs import Graphs
 from megatron_rpp.model.decoder import Decoder
-from megatron_rpp.model.kv_cache import KeyValueCache, Places
+from megatron_rpp.model.kv_cache import KeyValueCache
 from megatron_rpp.parallel import device as devices
 from megatron_rpp.parallel import groups
 from megatron_rpp.records import Sampling
-from megatron_rpp.rollout.places import prompt_places, token_places, upload
+from megatron_rpp.rollout.metadata import prompt_metadata, token_metadata, upload
 from megatron_rpp.rollout.sampling import choose
 from megatron_rpp.rollout.scheduler import Pass, Scheduler
 
@@ -43,10 +46,10 @@ class Abandoned(Exception):
 
 @dataclass
 class _Tokens:
-    """What the device works on between two looks."""
+    """What the device works on between two synchronisations."""
 
-    rows: np.ndarray  # the sequences, without the filling
-    places: Places  # of the tokens that are read next
+    rows: np.ndarray  # the sequences, without padding
+    metadata: AttentionMetadata  # of the tokens that are read next
     tokens: torch.Tensor  # [b] the tokens that are read next
     running: torch.Tensor  # [b] bool
     left: torch.Tensor  # [b] int64: tokens that each sequence may still get
@@ -57,7 +60,7 @@ class _Tokens:
 
     @property
     def complete(self) -> bool:
-        """Whether the host has to look before the next token."""
+        """Whether the host has to read the tokens before the next one."""
         return len(self.chosen) == len(self.uniforms)
 
 
@@ -70,32 +73,35 @@ class Batch:
         stages: list[Decoder],
         cache: KeyValueCache,
         *,
+        graphs: Graphs,
         sampling: Sampling,
         draw: Draw,
     ):
         """
         Args:
             stages: this rank's chunks, in order.
+            graphs: cleared when the cache is freed.
             draw: the random numbers of the step.
         """
+        self.abandoned = False
+        """Whether the rank that samples was asked to stop."""
         self.scheduler, self._stages, self._cache = scheduler, stages, cache
         self._responses, self._blocks = scheduler.responses, scheduler.blocks
         self._sampling, self._draw = sampling, draw
         self._ends = upload(np.array(self._responses.end_tokens, np.int64))
         self._now: _Tokens | None = None
         self._pass: Pass | None = None  # prompts that are being read
-        self._prompts: tuple[torch.Tensor, Places] | None = None  # and their tokens, until they are
+        self._prompts: tuple[torch.Tensor, AttentionMetadata] | None = (
+            None  # and their tokens, until they are
+        )
         self._hidden: torch.Tensor | None = None
         self._sending: list[tuple[dist.Work, torch.Tensor]] = []
-        self._graphs = Graphs()
-        self._stopping = False
+        self._graphs, self._stopping = graphs, False
 
     def begin(self, stopping: bool) -> int:
         """Prepares the next token; returns how many sequences the last ones have finished.
 
         stopping: whether this rank was asked to stop.
-        Raises:
-            Abandoned: on every rank, if the rank that samples was asked to stop.
         """
         self._stopping = stopping
         self._sent()
@@ -104,12 +110,12 @@ class Batch:
             if not self._now.complete:
                 self._advance(self._now)
                 return 0
-            self._look(self._now)
+            self._synchronise(self._now)
         finished = self.scheduler.retire()
         if self._pass is not None:
             self._copy(self.scheduler.has_read(self._pass))
-        self.scheduler.reserve(devices.tokens_per_look())
         self.scheduler.admit()
+        self.scheduler.reserve(devices.tokens_per_sync())
         self._pass = self.scheduler.next_pass()
         self._cache.use(self._blocks.highest)
         if devices.scans_cache():
@@ -128,11 +134,11 @@ class Batch:
             now.arriving.wait()
             now.arriving = None
 
-    def _look(self, now: _Tokens) -> None:
-        """Brings the tokens since the last look to the host."""
+    def _synchronise(self, now: _Tokens) -> None:
+        """Brings the tokens since the last synchronisation to the host."""
         found = torch.stack(now.chosen).cpu().numpy()
-        if found[:, 0, -1].any():
-            raise Abandoned
+        # Every rank finishes the round first, because the others have begun to send.
+        self.abandoned |= bool(found[:, 0, -1].any())
         for tokens, logprobs in found[:, :, :-1]:
             self._responses.append(now.rows, tokens, logprobs)
 
@@ -144,15 +150,21 @@ class Batch:
         ended = (tokens[:, None] == self._ends).any(1) | (now.left <= 0)
         now.running &= ~ended
         now.tokens[:count] = tokens
-        positions = now.places.positions.clone()
+        positions = now.metadata.positions.clone()
         positions[:count] += now.running
-        now.places = replace(now.places, positions=positions)
+        now.metadata = replace(now.metadata, positions=positions)
 
-    def _lay_out(self, prompts: Pass) -> tuple[torch.Tensor, Places]:
-        """The tokens of prompts end to end, and their places."""
+    def _lay_out(self, prompts: Pass) -> tuple[torch.Tensor, AttentionMetadata]:
+        """The tokens of prompts end to end, and their metadata."""
         lengths = [len(tokens) for tokens in prompts.tokens]
-        places = prompt_places(self._blocks, prompts.sequences, prompts.starts, lengths=lengths)
-        return upload(np.concatenate(prompts.tokens).astype(np.int64)), places
+        metadata = prompt_metadata(
+            self._blocks,
+            prompts.sequences,
+            prompts.starts,
+            lengths=lengths,
+            dtype=self._cache.dtype,
+        )
+        return upload(np.concatenate(prompts.tokens).astype(np.int64)), metadata
 
     def _copy(self, blocks: list[tuple[int, int]]) -> None:
         """Copies blocks of the cache: (source, target) each."""
@@ -164,21 +176,24 @@ class Batch:
         """The state of the device for the next tokens."""
         rows, responses, sampling = self.scheduler.running, self._responses, self._sampling
         left = sampling.max_new_tokens - responses.lengths[rows]
-        steps = min(devices.tokens_per_look(), int(left.max()))
+        # Prompts that have been read start at the next synchronisation.
+        most = 1 if self._pass is not None else devices.tokens_per_sync()
+        steps = min(most, int(left.max()))
         lengths = responses.lengths[rows]
         ahead = np.arange(steps)[:, None]
         random = [
             self._draw(responses.sample_ids[rows], position=lengths + i) for i in range(steps)
         ]
         early = lengths + ahead < sampling.min_new_tokens
-        places = token_places(
-            self._blocks, rows, responses.prompt_lengths[rows] + lengths - 1, ahead=steps
-        )
-        tokens = np.zeros(len(places.positions), np.int64)
+        metadata = token_metadata(
+            self._blocks, rows, responses.prompt_lengths[rows] + lengths - 1,
+            ahead=steps, dtype=self._cache.dtype,
+        )  # fmt: skip
+        tokens = np.zeros(len(metadata.positions), np.int64)
         tokens[: len(rows)] = responses.last_tokens(rows)
         return _Tokens(
             rows,
-            places,
+            metadata,
             upload(tokens),
             running=upload(np.ones(len(rows), bool)),
             left=upload(left),
@@ -191,26 +206,31 @@ class Batch:
         if self._prompts is not None:
             self._forward(decoder, *self._prompts)
         if self._now is not None:
-            self._hidden = self._forward(decoder, self._now.tokens, self._now.places)
+            self._hidden = self._forward(decoder, self._now.tokens, self._now.metadata)
 
-    def _forward(self, decoder: Decoder, tokens: torch.Tensor, places: Places) -> torch.Tensor:
+    def _forward(
+        self, decoder: Decoder, tokens: torch.Tensor, metadata: AttentionMetadata
+    ) -> torch.Tensor:
         given = (
             tokens if decoder.chunk.pre_process else pipeline.receive(decoder.chunk, len(tokens))
         )
-        if places.row is None:
-            key = (id(decoder), len(tokens), places.attended)
+        if metadata.row is None:
+            attended = 0 if metadata.paged else metadata.attended
+            key = (id(self), id(decoder), len(tokens), attended)
             hidden = self._graphs.run(
-                key, partial(self._compute, decoder), given=given, places=places
+                key, partial(self._compute, decoder), given=given, metadata=metadata
             )
         else:
-            hidden = self._compute(decoder, given, places)
+            hidden = self._compute(decoder, given, metadata)
         if not decoder.chunk.post_process:
             self._sending.append((pipeline.send(hidden), hidden))
         return hidden
 
-    def _compute(self, decoder: Decoder, given: torch.Tensor, places: Places) -> torch.Tensor:
-        attend = partial(self._cache.attend, places=places)
-        return decoder.forward(given, places.positions, attend)
+    def _compute(
+        self, decoder: Decoder, given: torch.Tensor, metadata: AttentionMetadata
+    ) -> torch.Tensor:
+        attend = partial(self._cache.attend, metadata=metadata)
+        return decoder.forward(given, metadata.positions, attend)
 
     def sample(self) -> None:
         """Samples on the last stage, and starts to send all ranks what one of its ranks has chosen.

@@ -6,7 +6,7 @@ import heapq
 
 import numpy as np
 
-from megatron_rpp.model import kv_cache
+from megatron_rpp.model import attention_metadata
 
 FULL_SHARE = 0.8
 """Gaps between blocks are closed if less than this share of the blocks up to the highest is owned."""
@@ -24,11 +24,11 @@ class Blocks:
             blocks: blocks of the cache.
             longest: most positions of a sequence.
         """
-        self.size = kv_cache.block_size()
+        self.size = attention_metadata.block_size()
         self.total = blocks
         self.highest = 0
         """One more than the highest block that has ever been owned."""
-        self.table = np.zeros((sequences, self.count(longest)), np.int64)
+        self.table = np.full((sequences, self.count(longest)), blocks)  # that block is nobody's
         self.owned = np.zeros(sequences, np.int64)
         self._owner = np.full(blocks, -1)  # of each block: a sequence
         self._column = np.zeros(blocks, np.int64)  # and its place in the table
@@ -38,10 +38,10 @@ class Blocks:
     def within(cls, positions: int | None, *, sequences: int, at_once: int, longest: int) -> Blocks:
         """As many blocks as `at_once` sequences of `longest` positions need. They hold no more than
         `positions` (None = any number), unless a single sequence needs more."""
-        one = -(-longest // kv_cache.block_size())
+        one = -(-longest // attention_metadata.block_size())
         total = one * at_once
         if positions is not None:
-            total = max(one, min(total, positions // kv_cache.block_size()))
+            total = max(one, min(total, positions // attention_metadata.block_size()))
         return cls(sequences, total, longest)
 
     def count(self, positions: int) -> int:
@@ -68,7 +68,7 @@ class Blocks:
         return self.table[sequence, : first + count]
 
     def owners(self, sequences: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Places.owner and Places.first of a batch of `sequences`."""
+        """AttentionMetadata.owner and AttentionMetadata.first of a batch of `sequences`."""
         table, owned = self.table[sequences], self.owned[sequences]
         row = np.repeat(np.arange(len(sequences)), owned)
         column = np.arange(len(row)) - np.repeat(np.cumsum(owned) - owned, owned)

@@ -19,12 +19,14 @@ import torch
 
 from megatron_rpp.data.tokenizer import Tokenizer
 from megatron_rpp.lifecycle import heartbeat
+from megatron_rpp.model import attention_metadata
+from megatron_rpp.model.cuda_graphs import Graphs
 from megatron_rpp.model.decode_sizes import PASS_TOKENS
 from megatron_rpp.model.decoder import Decoder, decoders
 from megatron_rpp.model.kv_cache import KeyValueCache
 from megatron_rpp.parallel import groups, progress_wait
 from megatron_rpp.records import Generation, Request, Sampling
-from megatron_rpp.rollout.batch import Abandoned, Batch
+from megatron_rpp.rollout.batch import Abandoned, Batch, Draw
 from megatron_rpp.rollout.blocks import Blocks
 from megatron_rpp.rollout.responses import Responses
 from megatron_rpp.rollout.scheduler import Scheduler
@@ -68,7 +70,7 @@ class MegatronEngine:
     ):
         """
         Args:
-            max_batch: most sequences of this replica at once.
+            max_batch: most sequences at once, on each context-parallel rank of this replica.
             max_cache_tokens: most positions of its cache, at least those of one sequence; None = as
                 many as max_batch sequences need.
         """
@@ -76,6 +78,7 @@ class MegatronEngine:
         self.tokenizer = tokenizer
         self.max_batch = max_batch
         self.max_cache_tokens = max_cache_tokens
+        self._graphs = Graphs()
 
     @torch.no_grad()
     def generate(
@@ -90,7 +93,8 @@ class MegatronEngine:
     ) -> list[Generation]:
         """See RolloutEngine. Context-parallel ranks hold the same weights and share the work."""
         group = groups.context_group()
-        share = requests[group.rank() :: group.size()]
+        bounds = [len(requests) * i // group.size() for i in range(group.size() + 1)]
+        share = requests[bounds[group.rank()] : bounds[group.rank() + 1]]
         own: list[Generation] | None = None
         with suppress(Abandoned):
             responses = Responses(share, sampling, self.tokenizer)
@@ -102,7 +106,7 @@ class MegatronEngine:
         parts: list[list[Generation]] = [part for part in found if part is not None]
         if len(parts) < len(found):
             raise Abandoned
-        return [parts[i % len(parts)][i // len(parts)] for i in range(len(requests))]
+        return [generation for part in parts for generation in part]
 
     def _run(
         self,
@@ -115,28 +119,49 @@ class MegatronEngine:
         stop: Callable[[], bool],
     ) -> None:
         stages, queue = decoders(self.model), _by_prompt(responses.requests)
-        count = min(groups.pipeline_group().size(), len(queue))
-        slots = -(-min(self.max_batch, len(queue)) // count)
-        longest = responses.longest
-        room = None if self.max_cache_tokens is None else self.max_cache_tokens // count
-        batches = []
-        for _ in range(count):
-            blocks = Blocks.within(room, sequences=len(queue), at_once=slots, longest=longest)
-            scheduler = Scheduler(
-                responses, queue, blocks=blocks, slots=slots, pass_tokens=PASS_TOKENS
-            )
-            batch = Batch(
-                scheduler, stages, new_cache(stages, blocks.total),
-                sampling=sampling, draw=partial(uniforms, seed, step),
-            )  # fmt: skip
-            batches.append(batch)
+        batches = self._batches(
+            stages, responses, queue, sampling=sampling, draw=partial(uniforms, seed, step)
+        )
         try:
             while queue or any(batch.scheduler.busy for batch in batches):
                 heartbeat.current.beat()
                 _next_token(stages, batches, progress=progress, stop=stop)
+        except Abandoned:
+            _settle(batches)
+            raise
         finally:
-            for batch in batches:
-                batch.settle()
+            self._graphs.clear()
+        _settle(batches)
+
+    def _batches(
+        self,
+        stages: list[Decoder],
+        responses: Responses,
+        queue: deque[int],
+        *,
+        sampling: Sampling,
+        draw: Draw,
+    ) -> list[Batch]:
+        """One for each pipeline stage, as far as sequences and cache allow."""
+        one, room = -(-responses.longest // attention_metadata.block_size()), self.max_cache_tokens
+        count = min(groups.pipeline_group().size(), len(queue), self.max_batch)
+        if room is not None:
+            count = max(1, min(count, room // (one * attention_metadata.block_size())))
+            room //= count
+        batches, total = [], min(self.max_batch, len(queue))
+        for number in range(count):
+            slots = total * (number + 1) // count - total * number // count
+            blocks = Blocks.within(
+                room, sequences=len(queue), at_once=slots, longest=responses.longest
+            )
+            scheduler = Scheduler(
+                responses, queue, blocks=blocks, slots=slots, pass_tokens=PASS_TOKENS
+            )
+            cache = new_cache(stages, blocks.total)
+            batches.append(
+                Batch(scheduler, stages, cache, graphs=self._graphs, sampling=sampling, draw=draw)
+            )
+        return batches
 
 
 def _next_token(
@@ -147,7 +172,11 @@ def _next_token(
     stop: Callable[[], bool],
 ) -> None:
     """One token of every sequence. Interleaved stages take all batches through one chunk before the
-    next, so that no stage waits for a batch while it could work on another."""
+    next, so that no stage waits for a batch while it could work on another.
+
+    Raises:
+        Abandoned: on every rank, if the rank that samples was asked to stop.
+    """
     for decoder in stages:
         for batch in batches:
             if decoder is stages[0]:
@@ -155,6 +184,14 @@ def _next_token(
             batch.forward(decoder)
             if decoder is stages[-1]:
                 batch.sample()
+    if any(batch.abandoned for batch in batches):
+        raise Abandoned
+
+
+def _settle(batches: list[Batch]) -> None:
+    """Waits for the messages that are under way."""
+    for batch in batches:
+        batch.settle()
 
 
 def _by_prompt(requests: list[Request]) -> deque[int]:

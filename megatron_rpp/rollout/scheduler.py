@@ -85,7 +85,7 @@ class Scheduler:
             lacking = self.blocks.lacking(self.running, self._lengths(ahead))
             if lacking.sum() <= self.blocks.free:
                 break
-            self._give_way()
+            self._preempt()
         for place in np.flatnonzero(lacking):
             self.blocks.grow(self.running[place], int(lacking[place]))
 
@@ -97,7 +97,7 @@ class Scheduler:
             responses.prompt_lengths[rows] + responses.lengths[rows] + ahead - 1, last
         )
 
-    def _give_way(self) -> None:
+    def _preempt(self) -> None:
         """Sends what came last back into the queue."""
         if self._prompts:
             leaving = self._prompts.pop().sequences
@@ -133,7 +133,9 @@ class Scheduler:
         may grow."""
         length = self.responses.prompt_lengths[sequence] + self.responses.lengths[sequence]
         may_grow = self.blocks.lacking(self.running, self._lengths(self.responses.most_tokens)) > 0
-        return self.blocks.count(int(length)) + int(may_grow.sum()) <= self.blocks.free
+        growing = int(may_grow.sum()) + sum(len(prompt.sequences) for prompt in self._prompts)
+        growing = growing if self.blocks.table.shape[1] > 1 else 0
+        return self.blocks.count(int(length)) + growing <= self.blocks.free
 
     def _start(self, sequences: list[int]) -> None:
         self.running = np.append(self.running, sequences)
@@ -143,7 +145,7 @@ class Scheduler:
         chosen, left = Pass(), self._pass_tokens
         for prompt in self._prompts:
             tokens = prompt.tokens[prompt.written :]
-            if chosen.tokens and len(tokens) > left:
+            if chosen.tokens and (len(tokens) > left or self._pads_too_much(chosen, tokens)):
                 break
             tokens = tokens[:left]
             chosen.sequences.append(prompt.sequences[0])
@@ -154,8 +156,14 @@ class Scheduler:
                 break
         return chosen if chosen.tokens else None
 
+    def _pads_too_much(self, chosen: Pass, tokens: tuple[int, ...]) -> bool:
+        """Whether a further prompt makes the pass, padded to its longest one, too large. Only kernels
+        for padded sequences need it."""
+        longest = max(map(len, (*chosen.tokens, tokens)))
+        return (len(chosen.tokens) + 1) * longest > 2 * self._pass_tokens
+
     def has_read(self, done: Pass) -> list[tuple[int, int]]:
-        """Takes note of a pass: prompts that are read join the running sequences.
+        """Notes a finished pass: prompts that are read join the running sequences.
 
         Returns pairs (source, target) of blocks to copy, for further samples of the prompts.
         """

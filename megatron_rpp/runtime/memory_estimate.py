@@ -39,7 +39,7 @@ class Memory:
     cache: int
     """Keys and values of the sequences that are decoded."""
     prefill: int
-    """The prompts of a batch in one layer, or the sampled distribution."""
+    """A pass over prompts in one layer, or the sampled distribution."""
     overhead: int
     """CUDA context and NCCL's buffers."""
 

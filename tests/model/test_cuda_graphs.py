@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megatron_rpp.config import ModelConfig, ParallelConfig
-from megatron_rpp.model import build, cuda_graphs, kv_cache
+from megatron_rpp.model import attention_metadata, build, cuda_graphs
 from megatron_rpp.parallel import device as devices
 from megatron_rpp.parallel import groups
 from megatron_rpp.records import Request, Sampling
@@ -72,16 +72,18 @@ def recorders(monkeypatch):
         return made[-1]
 
     @contextmanager
-    def record(recorder):
+    def record(recorder, pool, *, capture_error_mode):
         with recorder:
             yield
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", new)
     monkeypatch.setattr(torch.cuda, "graph", record)
-    monkeypatch.setattr(kv_cache, "block_size", lambda: 8)
-    for name, value in {"has_cuda_graphs": True, "scans_cache": False, "row_multiple": 4}.items():
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+    monkeypatch.setattr(attention_metadata, "block_size", lambda: 8)
+    monkeypatch.setattr(devices, "padded_batch", lambda count: -(-count // 4) * 4)
+    for name, value in {"has_cuda_graphs": True, "scans_cache": False}.items():
         monkeypatch.setattr(devices, name, lambda value=value: value)
-    monkeypatch.setattr(devices, "tokens_per_look", lambda: 3)
+    monkeypatch.setattr(devices, "tokens_per_sync", lambda: 3)
     return made
 
 
@@ -109,7 +111,7 @@ def test_replays_give_the_tokens_of_plain_passes(model, recorders, monkeypatch):
 
 def test_a_pass_that_cannot_be_recorded_runs_as_usual(model, recorders, monkeypatch, caplog):
     @contextmanager
-    def fail(recorder):
+    def fail(recorder, pool, *, capture_error_mode):
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
         yield
 
@@ -117,8 +119,12 @@ def test_a_pass_that_cannot_be_recorded_runs_as_usual(model, recorders, monkeypa
     expected = generate(model)
     monkeypatch.setattr(devices, "has_cuda_graphs", lambda: True)
     monkeypatch.setattr(torch.cuda, "graph", fail)
+    restored = []
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: "own stream")
+    monkeypatch.setattr(torch.cuda, "set_stream", restored.append)
     with caplog.at_level(logging.WARNING, cuda_graphs.__name__):
         same(generate(model), expected)
     assert [record.message for record in caplog.records] == [
         "generation without CUDA graphs: operation not permitted when stream is capturing"
     ]
+    assert restored == ["own stream"]

@@ -10,11 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_rpp.model import kv_cache
+from megatron_rpp.model import attention_metadata
 from megatron_rpp.model.kv_cache import KeyValueCache
 from megatron_rpp.parallel import device as devices
 from megatron_rpp.rollout.blocks import Blocks
-from megatron_rpp.rollout.places import prompt_places, token_places
+from megatron_rpp.rollout.metadata import prompt_metadata, token_metadata
 
 KV_HEADS, SHARED, SIZE = 2, 3, 8
 TOLERANCE = 1e-5  # fp32, sums in another order
@@ -57,13 +57,17 @@ class Sequences:
             self.blocks.grow(row, int(need))
         self.cache.use(self.blocks.highest)
         if all(count == 1 for count in counts):
-            places = token_places(self.blocks, np.array(rows), np.array(starts), ahead=1)
+            metadata = token_metadata(
+                self.blocks, np.array(rows), np.array(starts), ahead=1, dtype=torch.float32
+            )
         else:
-            places = prompt_places(self.blocks, rows, starts, lengths=counts)
+            metadata = prompt_metadata(
+                self.blocks, rows, starts, lengths=counts, dtype=torch.float32
+            )
         total = sum(counts)
         query = self.random(total, KV_HEADS, SHARED, SIZE)
         key, value = self.random(total, KV_HEADS, SIZE), self.random(total, KV_HEADS, SIZE)
-        found = self.cache.attend(0, query=query, key=key, value=value, places=places)
+        found = self.cache.attend(0, query=query, key=key, value=value, metadata=metadata)
         parts = zip(rows, *(x.split(counts) for x in (query, key, value, found)), strict=True)
         for row, queries, keys, values, context in parts:
             self.keys[row] = torch.cat([self.keys[row], keys])
@@ -90,7 +94,7 @@ def path(request, monkeypatch):
 
 @pytest.fixture(params=[4, 64])
 def block(request, monkeypatch):
-    monkeypatch.setattr(kv_cache, "block_size", lambda: request.param)
+    monkeypatch.setattr(attention_metadata, "block_size", lambda: request.param)
 
 
 @pytest.mark.usefixtures("path", "block")
@@ -122,7 +126,7 @@ def test_memory_that_was_never_used_may_hold_anything(monkeypatch):
     monkeypatch.setattr(
         torch, "empty", lambda *shape, **kwargs: torch.full(*shape, math.nan, **kwargs)
     )
-    monkeypatch.setattr(kv_cache, "block_size", lambda: 4)
+    monkeypatch.setattr(attention_metadata, "block_size", lambda: 4)
     sequences = Sequences(2, 9, 15)
     sequences.grow([0, 1], [3, 6])
     for _ in range(6):
@@ -132,18 +136,20 @@ def test_memory_that_was_never_used_may_hold_anything(monkeypatch):
 @pytest.mark.parametrize("filled", [1, 16])
 def test_rows_that_fill_up_a_batch_touch_no_sequence(filled, monkeypatch):
     monkeypatch.setattr(devices, "scans_cache", lambda: False)
-    monkeypatch.setattr(devices, "row_multiple", lambda: filled)
-    monkeypatch.setattr(kv_cache, "block_size", lambda: 4)
+    monkeypatch.setattr(devices, "padded_batch", lambda count: max(count, filled))
+    monkeypatch.setattr(attention_metadata, "block_size", lambda: 4)
     blocks = Blocks(2, 6, 9)
     cache = KeyValueCache(layers=1, blocks=6, kv_heads=1, head_size=2, dtype=torch.float32)
     blocks.grow(0, 2)
     blocks.grow(1, 3)
     cache.use(blocks.highest)
-    places = token_places(blocks, np.array([0, 1]), np.array([4, 8]), ahead=1)
-    rows = len(places.positions)
+    metadata = token_metadata(
+        blocks, np.array([0, 1]), np.array([4, 8]), ahead=1, dtype=torch.float32
+    )
+    rows = len(metadata.positions)
     assert rows == max(2, filled)
     new = torch.ones(rows, 1, 2)
-    cache.attend(0, query=new[:, :, None], key=new, value=new, places=places)
+    cache.attend(0, query=new[:, :, None], key=new, value=new, metadata=metadata)
     written = cache.keys[0][:5].flatten(0, 1).abs().sum((1, 2)).nonzero().flatten().tolist()
     assert written == [1 * 4 + 0, 4 * 4 + 0], "block 1 of sequence 0, block 4 of sequence 1"
 
@@ -158,7 +164,7 @@ steps = st.lists(
 def test_every_block_has_one_owner_and_copies_keep_what_sequences_hold(actions):
     """Any order of growth, ends and closed gaps leaves the attention right and the blocks unshared."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kv_cache, "block_size", lambda: 2)
+        patch.setattr(attention_metadata, "block_size", lambda: 2)
         sequences = Sequences(5, 30, 12)
         for action, row in actions:
             if action == "grow" and len(sequences.keys[row]) < 12:
@@ -178,7 +184,7 @@ def check_owners(sequences):
 
 
 def test_gaps_are_closed_once_they_are_many(monkeypatch):
-    monkeypatch.setattr(kv_cache, "block_size", lambda: 2)
+    monkeypatch.setattr(attention_metadata, "block_size", lambda: 2)
     sequences = Sequences(5, 10, 4)
     sequences.grow(list(range(5)), [4] * 5)  # ten blocks
     sequences.end(4)
@@ -190,7 +196,7 @@ def test_gaps_are_closed_once_they_are_many(monkeypatch):
 
 
 def test_the_number_of_blocks_follows_the_limit_but_holds_one_sequence(monkeypatch):
-    monkeypatch.setattr(kv_cache, "block_size", lambda: 10)
+    monkeypatch.setattr(attention_metadata, "block_size", lambda: 10)
     assert Blocks.within(1000, sequences=9, at_once=4, longest=25).total == 4 * 3
     assert Blocks.within(105, sequences=9, at_once=4, longest=25).total == 10
     assert Blocks.within(20, sequences=9, at_once=4, longest=25).total == 3

@@ -17,12 +17,12 @@ import torch
 
 from megatron_rpp.config import ModelConfig, ParallelConfig
 from megatron_rpp.data.prompts import Example, Prompt
-from megatron_rpp.model import build, kv_cache, pipeline
+from megatron_rpp.model import attention_metadata, build, pipeline
 from megatron_rpp.model.decoder import decoders
 from megatron_rpp.model.language_model import chunks
 from megatron_rpp.parallel import groups
 from megatron_rpp.records import Generation, Request
-from megatron_rpp.rollout import engine, places
+from megatron_rpp.rollout import engine, metadata
 from megatron_rpp.rollout.blocks import Blocks
 from megatron_rpp.rollout.buffer import from_generations
 from megatron_rpp.stages import logprobs
@@ -173,10 +173,12 @@ def decode_all(stage, steps):
     prompts = [row[:length] for row, length in zip(SEQUENCES, lengths)]
     run_stages(
         parts, cache, torch.cat(prompts),
-        places.prompt_places(blocks, sequences, [0] * len(sequences), lengths=lengths),
+        metadata.prompt_metadata(blocks, sequences, [0] * len(sequences), lengths=lengths, dtype=torch.float32),
     )  # fmt: skip
     for step in range(steps):
-        where = places.token_places(blocks, np.arange(len(sequences)), lengths + step, ahead=1)
+        where = metadata.token_metadata(
+            blocks, np.arange(len(sequences)), lengths + step, ahead=1, dtype=torch.float32
+        )
         tokens = SEQUENCES[torch.arange(len(sequences)), torch.from_numpy(lengths + step)]
         found.append(run_stages(parts, cache, tokens, where))
     return torch.stack(found, 1)
@@ -187,7 +189,7 @@ def run_stages(parts, cache, tokens, where):
     for decoder in parts:
         first = decoder.chunk.pre_process
         given = tokens if first else pipeline.receive(decoder.chunk, len(tokens))
-        hidden = decoder.forward(given, where.positions, partial(cache.attend, places=where))
+        hidden = decoder.forward(given, where.positions, partial(cache.attend, metadata=where))
         if not decoder.chunk.post_process:
             pipeline.send(hidden).wait()
     return hidden
@@ -196,7 +198,7 @@ def run_stages(parts, cache, tokens, where):
 @torch.no_grad()
 @pytest.mark.parametrize("block", [3, 64])
 def test_decoding_with_a_cache_equals_the_full_forward(model, block, monkeypatch):
-    monkeypatch.setattr(kv_cache, "block_size", lambda: block)
+    monkeypatch.setattr(attention_metadata, "block_size", lambda: block)
     found, full = decode_all(model, 12), model(SEQUENCES).transpose(0, 1)
     for row, length in enumerate(PROMPT_LENGTHS):
         expected = full[row, length - 1 : length + 11]

@@ -21,19 +21,19 @@ def test_channels_turn_as_complex_numbers():
     plane = torch.complex(*given.chunk(2, -1))
     turned = plane * torch.polar(torch.ones(()), ANGLES)[:, None, None].to(plane)
     expected = torch.cat([turned.real, turned.imag], -1)
-    found = ROTATION.turn(given)
+    found = ROTATION.rotate(given)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)  # sines of fp32 angles
-    assert torch.equal(ROTATION.turn(given[:, 0]), found[:, 0])
+    assert torch.equal(ROTATION.rotate(given[:, 0]), found[:, 0])
 
 
 def test_each_token_takes_the_angles_of_its_position():
     given, positions = heads(3, 2), torch.tensor([4, 0, 4])
-    found = ROTATION.at(positions).turn(given)
+    found = ROTATION.at(positions).rotate(given)
     for row, position in enumerate(positions.tolist()):
-        one = ROTATION.at(slice(position, position + 1)).turn(given[row : row + 1])
+        one = ROTATION.at(slice(position, position + 1)).rotate(given[row : row + 1])
         assert torch.equal(found[row], one[0])
 
 
 def test_the_gradient_is_that_of_finite_differences():
     given = heads(TOKENS, 2).requires_grad_()
-    assert torch.autograd.gradcheck(ROTATION.turn, given)
+    assert torch.autograd.gradcheck(ROTATION.rotate, given)

@@ -19,6 +19,7 @@ from megatron_rpp.config import CheckpointConfig, OptimizerConfig, ParallelConfi
 from megatron_rpp.conversion.convert import to_hf_alone, to_megatron
 from megatron_rpp.hf.families import canonical
 from megatron_rpp.model import build
+from megatron_rpp.model.decoder import decoders
 from megatron_rpp.model.hf_weights import load_hf
 from megatron_rpp.model.language_model import chunks
 from megatron_rpp.model.optimizer import build_optimizer
@@ -103,6 +104,9 @@ def compare(rank, directories, folder):
             problems += differences(f"{place}: drawn", parameters(theirs), parameters(own))
             for stage in (theirs, own):
                 load_hf(stage, directory)
+            for ours, fused in zip(decoders(own), decoders(theirs), strict=True):
+                if not same_weights(ours, fused):
+                    problems.append(f"{place}: generation reads other weights")
             loaded = parameters(own)
             problems += differences(f"{place}: loaded", parameters(theirs), loaded)
             if sharded(theirs) != sharded(own):
@@ -115,6 +119,18 @@ def compare(rank, directories, folder):
             export(theirs, directory, folder / layout / family)
         groups.destroy()
     return problems
+
+
+def same_weights(first, second):
+    """Whether two decoders read equal weights, and none where the other reads none."""
+    for left, right in zip(first._layers, second._layers, strict=True):
+        for name, weight in vars(left).items():
+            other = getattr(right, name)
+            if (weight is None) != (other is None):
+                return False
+            if weight is not None and not torch.equal(weight, other):
+                return False
+    return True
 
 
 def differences(place, theirs, own):

@@ -58,7 +58,7 @@ PER_HOP: dict[str, Budget] = {"token": {}} | dict.fromkeys(
 
 PER_CALL: dict[str, Budget] = {
     "token": {
-        f"{_BATCH}_look": Allowance(1, "the host looks for end tokens and stop texts"),
+        f"{_BATCH}_synchronise": Allowance(1, "the host reads the tokens, to find the ends"),
         "megatron_rpp/parallel/groups.py gather_objects": Allowance(
             1, "context-parallel ranks exchange their responses"
         ),
@@ -85,7 +85,7 @@ PER_CALL: dict[str, Budget] = {
 because Megatron's differ between its versions."""
 
 PER_PIPELINE: dict[str, Budget] = {
-    "token": {f"{_BATCH}_look": Allowance(2, "two stages decode two batches")}
+    "token": {f"{_BATCH}_synchronise": Allowance(2, "two stages decode two batches")}
 } | dict.fromkeys(("log-probs", "update", "supervised"), {})
 """The same, in its place, on two pipeline stages."""
 

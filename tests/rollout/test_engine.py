@@ -5,6 +5,7 @@ on its batch.
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from megatron_rpp.config import ModelConfig, ParallelConfig
 from megatron_rpp.data.chat import prompt_tokens
 from megatron_rpp.data.prompts import Example, Prompt
 from megatron_rpp.data.tokenizer import load_tokenizer, train_sentencepiece
-from megatron_rpp.model import build, kv_cache
+from megatron_rpp.model import attention_metadata, build
 from megatron_rpp.parallel import device as devices
 from megatron_rpp.parallel import groups
 from megatron_rpp.records import Request, Sampling
@@ -26,6 +27,9 @@ from megatron_rpp.stages import logprobs
 
 SEED, STEP, MAX_LENGTH = 21, 3, 48
 TEXTS = [f"{a} + {b} = {a + b}" for a in range(12) for b in range(12)]
+MODEL = ModelConfig(
+    layers=2, hidden=32, ffn_hidden=48, heads=4, kv_heads=2, max_length=MAX_LENGTH, init_std=0.3
+)
 QUESTIONS = ["1 + 2 = ", "11 + 4 = ", "7", "3 + 3 + 3 = ", "10 + 10 = ", "5 + 8 = "]
 
 
@@ -46,16 +50,7 @@ def tokenizer(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(tokenizer):
-    config = ModelConfig(
-        layers=2,
-        hidden=32,
-        ffn_hidden=48,
-        heads=4,
-        kv_heads=2,
-        max_length=MAX_LENGTH,
-        init_std=0.3,
-    )
-    return build.build_model(config, ParallelConfig(), vocab_size=tokenizer.vocab_size, seed=5)
+    return build.build_model(MODEL, ParallelConfig(), vocab_size=tokenizer.vocab_size, seed=5)
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +118,7 @@ def test_tokens_do_not_depend_on_the_order_of_the_requests(generate, requests):
 
 
 def test_samples_of_one_prompt_equal_single_ones(generate, requests):
-    """The prompt is prefilled once, and its cache is repeated."""
+    """The prompt is read once, and its blocks are copied."""
     four = requests[:4]
     assert len({request.prompt for request in four}) == 1
     together = generate(four)
@@ -142,8 +137,8 @@ def test_another_seed_step_or_sample_gives_other_tokens(model, tokenizer, genera
 
 MACHINES = {
     "CPU": {},
-    "GPU": {"scans_cache": False, "tokens_per_look": 5, "row_multiple": 8},
-    "GPU, one look": {"scans_cache": False, "tokens_per_look": 100},
+    "GPU": {"scans_cache": False, "tokens_per_sync": 5, "padded_batch": 32},
+    "GPU, read once": {"scans_cache": False, "tokens_per_sync": 100},
 }
 """What devices differ in; the last two as on a GPU, without its kernels."""
 
@@ -153,9 +148,9 @@ MACHINES = {
 def test_tokens_do_not_depend_on_the_device(generate, requests, machine, settings, monkeypatch):
     expected = generate(requests, temperature=1.2, **settings)
     assert len({len(generation.tokens) for generation in expected}) >= 4
-    monkeypatch.setattr(kv_cache, "block_size", lambda: 4)
+    monkeypatch.setattr(attention_metadata, "block_size", lambda: 4)
     for name, value in MACHINES[machine].items():
-        monkeypatch.setattr(devices, name, lambda value=value: value)
+        monkeypatch.setattr(devices, name, lambda *_, value=value: value)
     assert_same(generate(requests, temperature=1.2, **settings), expected)
     assert_same(generate(requests, 5, temperature=1.2, **settings), expected)
 
@@ -181,22 +176,21 @@ def test_slots_are_filled_again_while_others_run(generate, requests, monkeypatch
 
 
 @pytest.mark.parametrize("tokens", [MAX_LENGTH, 90])
-@pytest.mark.parametrize("look", [1, 5])
+@pytest.mark.parametrize("tokens_per_sync", [1, 5])
 def test_a_small_cache_makes_sequences_wait(
-    model, tokenizer, generate, requests, monkeypatch, tokens, look
+    model, tokenizer, generate, requests, monkeypatch, tokens, tokens_per_sync
 ):
     """Some leave the cache before they have ended, and go on later with the tokens that they had."""
     expected = generate(requests)
-    monkeypatch.setattr(kv_cache, "block_size", lambda: 4)
-    monkeypatch.setattr(devices, "tokens_per_look", lambda: look)
-    left, give_way = [], Scheduler._give_way
+    monkeypatch.setattr(attention_metadata, "block_size", lambda: 4)
+    monkeypatch.setattr(devices, "tokens_per_sync", lambda: tokens_per_sync)
+    left, give_way = [], Scheduler._preempt
 
     def counting(scheduler):
         left.append(1)
         give_way(scheduler)
-        assert scheduler.blocks.free >= 0
 
-    monkeypatch.setattr(Scheduler, "_give_way", counting)
+    monkeypatch.setattr(Scheduler, "_preempt", counting)
     engine = MegatronEngine(model, tokenizer, max_batch=64, max_cache_tokens=tokens)
     sampling = Sampling(max_new_tokens=16)
     assert_same(engine.generate(requests, sampling, seed=SEED, step=STEP), expected)
@@ -213,9 +207,54 @@ def test_long_prompts_are_read_in_parts(generate, requests, monkeypatch):
     monkeypatch.setattr(engine_module, "PASS_TOKENS", 4)
     monkeypatch.setattr(Batch, "_lay_out", noting)
     assert_same(generate(requests), expected)
-    assert max(map(sum, passes)) == 4 and max(map(len, passes)) >= 1
+    assert max(map(sum, passes)) == 4
     lengths = {len(request.prompt) - 1 for request in requests}
     assert max(lengths) > 4 and len(passes) > len(lengths)
+
+
+def test_a_long_prompt_does_not_pad_many_short_ones(model, tokenizer, monkeypatch):
+    """Twenty prompts of three tokens and one of thirty: side by side they would fill 609 cells."""
+    passes, lay_out = [], Batch._lay_out
+
+    def noting(batch, prompts):
+        passes.append([len(tokens) for tokens in prompts.tokens])
+        return lay_out(batch, prompts)
+
+    monkeypatch.setattr(engine_module, "PASS_TOKENS", 100)
+    monkeypatch.setattr(Batch, "_lay_out", noting)
+    prompts = [(3 + i, 4, 5, 6) for i in range(20)] + [tuple(range(3, 34))]
+    engine = MegatronEngine(model, tokenizer, max_batch=64)
+    requests = [Request(prompt, i) for i, prompt in enumerate(prompts)]
+    engine.generate(requests, Sampling(max_new_tokens=2), seed=SEED, step=STEP)
+    assert passes == [[3] * 20, [30]]
+
+
+@pytest.mark.parametrize("scans", [True, False], ids=["by block", "gathered"])
+def test_prompts_of_one_token_get_all_their_blocks(generate, requests, scans, monkeypatch):
+    """Five tokens are generated before the host reads them, and a block holds four."""
+    single = [Request(request.prompt[:1], request.sample_id) for request in requests]
+    expected = generate(single)
+    for name, value in {"scans_cache": scans, "tokens_per_sync": 5}.items():
+        monkeypatch.setattr(devices, name, lambda value=value: value)
+    monkeypatch.setattr(attention_metadata, "block_size", lambda: 4)
+    assert_same(generate(single), expected)
+
+
+@pytest.mark.parametrize("scans", [True, False], ids=["by block", "gathered"])
+def test_log_probs_in_bf16_are_those_of_scoring(tokenizer, requests, scans, monkeypatch):
+    """The tolerance is what bf16 rounds of logits around 4, in another order."""
+    monkeypatch.setattr(devices, "scans_cache", lambda: scans)
+    monkeypatch.setattr(attention_metadata, "block_size", lambda: 4)
+    stage = build.build_model(
+        replace(MODEL, dtype="bf16"), ParallelConfig(), vocab_size=tokenizer.vocab_size, seed=5
+    )
+    engine = MegatronEngine(stage, tokenizer, max_batch=9)
+    generations = engine.generate(requests, Sampling(max_new_tokens=16), seed=SEED, step=STEP)
+    prompts = [Prompt(Example("?"), request.prompt) for request in requests]
+    buffer = from_generations(prompts, requests, generations, samples_per_prompt=4)
+    scored = logprobs.response_logprobs(stage, buffer, 100, temperature=1.0)
+    torch.testing.assert_close(scored, buffer.rollout_logprobs, rtol=0, atol=0.1)
+    assert (scored - buffer.rollout_logprobs).abs().mean() < 0.02
 
 
 def test_samples_of_a_prompt_are_read_once(generate, requests, monkeypatch):
@@ -230,7 +269,7 @@ def test_samples_of_a_prompt_are_read_once(generate, requests, monkeypatch):
     assert len(passes) == len(set(passes)) == len(QUESTIONS)
 
 
-def test_a_stop_request_ends_the_work_at_the_next_look(model, tokenizer, requests):
+def test_a_stop_request_ends_the_work_at_the_next_token(model, tokenizer, requests):
     asked = []
 
     def stop():

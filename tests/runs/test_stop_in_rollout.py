@@ -88,6 +88,12 @@ def on_ranks(rank: int, base: Path, layout: dict, slow_ranks: set[int], victims:
 LAYOUTS = {
     "TP2": (2, {"parallel__tensor": 2}, {0, 1}, [0, 1]),
     "PP2": (2, {"parallel__pipeline": 2}, {0, 1}, [0, 1]),
+    "PP2 of 2 chunks each": (
+        2,
+        {"parallel__pipeline": 2, "parallel__virtual_pipeline": 2},
+        {0, 1},
+        [0, 1],
+    ),
     "CP2, one part of the replica finishes early": (2, {"parallel__context": 2}, {1}, [0, 1]),
     "DP2, one replica finishes early": (2, {}, {1}, [0, 1]),
     "TP2 x DP2, one replica finishes early": (4, {"parallel__tensor": 2}, {0, 1}, [3, 1]),

@@ -19,15 +19,15 @@ class Speed:
     """
 
     decode_ms: float | None = None
-    """A decoding step of the four layers; estimated: 28 layers take 26 ms."""
+    """A decoding step of the four layers."""
     graph_gain: float | None = None
     """Least time of a token without CUDA graphs over the time with them."""
     paged_gain: float | None = None
     """Least time of a token with copies of the cache's blocks over the time with the paged kernel."""
     launches: float | None = None
-    """Kernels a decoding step; estimated: 28 layers launch 1,300."""
+    """Kernels a decoding step."""
     decode_idle: float | None = None
-    """Share of the time in which the GPU waits while decoding; estimated: 0.65."""
+    """Share of the time in which the GPU waits while decoding."""
     update_idle: float | None = None
     """Share of the time in which the GPU waits during an update."""
     mfu: float | None = None

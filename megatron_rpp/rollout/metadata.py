@@ -1,4 +1,4 @@
-"""Where the tokens of a forward pass lie in the key-value cache."""
+"""Attention metadata of a batch, made on the host and copied to the device without a wait."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from megatron_rpp.model.kv_cache import Places
+from megatron_rpp.model.attention_metadata import AttentionMetadata
 from megatron_rpp.parallel import device as devices
 from megatron_rpp.rollout.blocks import Blocks
 
@@ -17,36 +17,48 @@ def upload(values: np.ndarray) -> torch.Tensor:
     return devices.upload(torch.from_numpy(values), devices.device())
 
 
-def token_places(
-    blocks: Blocks, sequences: np.ndarray, positions: np.ndarray, *, ahead: int
-) -> Places:
-    """Where the next token of each sequence lies, with rows that fill up the batch.
+def token_metadata(
+    blocks: Blocks,
+    sequences: np.ndarray,
+    positions: np.ndarray,
+    *,
+    ahead: int,
+    dtype: torch.dtype,
+) -> AttentionMetadata:
+    """For the next token of each sequence, with rows that pad the batch.
 
     Args:
         positions: [b], of the next token of each of `sequences` [b].
         ahead: tokens for which the result will be used, with other positions.
     """
-    count, multiple = len(sequences), devices.row_multiple()
-    rows = -(-count // multiple) * multiple
+    count = len(sequences)
+    rows, longest = devices.padded_batch(count), blocks.table.shape[1] * blocks.size
     table = np.full((rows, blocks.table.shape[1]), blocks.total, np.int64)
     table[:count] = blocks.table[sequences]
-    filled = np.zeros(rows, np.int64)
-    filled[:count] = positions
-    attended = int(positions.max()) + ahead
-    owner, first = blocks.owners(sequences) if devices.scans_cache() else (None, None)
-    return Places(
+    padded = np.zeros(rows, np.int64)
+    padded[:count] = positions
+    attended = min(int(positions.max()) + ahead, longest)
+    scans = devices.scans_cache()
+    owner, first = blocks.owners(sequences) if scans else (None, None)
+    return AttentionMetadata(
         table=upload(table),
-        positions=upload(filled),
-        attended=attended if devices.scans_cache() else blocks.count(attended) * blocks.size,
+        positions=upload(padded),
+        attended=attended if scans else blocks.count(attended) * blocks.size,
+        dtype=dtype,
         owner=None if owner is None else upload(owner),
         first=None if first is None else upload(first),
     )
 
 
-def prompt_places(
-    blocks: Blocks, sequences: Sequence[int], starts: Sequence[int], *, lengths: Sequence[int]
-) -> Places:
-    """Where the tokens of prompts, end to end, lie.
+def prompt_metadata(
+    blocks: Blocks,
+    sequences: Sequence[int],
+    starts: Sequence[int],
+    *,
+    lengths: Sequence[int],
+    dtype: torch.dtype,
+) -> AttentionMetadata:
+    """For the tokens of prompts, end to end.
 
     Args:
         starts: position of the first token of each of `sequences`.
@@ -55,10 +67,11 @@ def prompt_places(
     count, first = np.array(lengths, np.int64), np.array(starts, np.int64)
     bounds = np.concatenate([[0], np.cumsum(count)])
     row = np.repeat(np.arange(len(count)), count)
-    return Places(
+    return AttentionMetadata(
         table=upload(blocks.table[list(sequences)]),
         positions=upload(np.arange(bounds[-1]) - bounds[row] + first[row]),
         attended=int((first + count).max()),
+        dtype=dtype,
         row=upload(row),
         starts=upload(bounds),
         most=int(count.max()),
