@@ -29,7 +29,7 @@ TOKENS, PAUSE = 24, 1.2  # seconds a token
 AFTER, SOON = 1.5, 10.0  # seconds: the signal comes; all ranks have stopped
 SETTINGS = {
     "train__steps": 2, "train__epochs": 1, "train__minibatches": 1, "evaluation__interval": 1, "checkpoint__interval": 1, "model__max_length": 64,
-    "model__layers": 2, "rollout__max_new_tokens": TOKENS, "rollout__min_new_tokens": TOKENS,
+    "model__layers": 4, "rollout__max_new_tokens": TOKENS, "rollout__min_new_tokens": TOKENS,
     "rollout__prompts_per_step": 4, "rollout__samples_per_prompt": 2,
     "train__max_tokens_per_microbatch": 256,
 }  # fmt: skip
