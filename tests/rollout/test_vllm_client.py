@@ -163,6 +163,16 @@ def test_a_stop_abandons_the_requests_and_closes_their_connections(sampler):
     assert time.monotonic() - start < 3
 
 
+def test_a_stop_breaks_off_streams(tokenizer):
+    ids = tokenizer.encode("2 3 4 5 6 7 2 3 4 5")
+    sampler = Sampler(tokenizer, Sampling(len(ids), stop=("=",)), seed=1, step=2, version="v1")
+    start = time.monotonic()
+    server = FakeVllm(answer=fake.streaming(ids, pause=3.0))
+    with running(server) as servers, pytest.raises(Abandoned):
+        run(servers, sampler, stop=lambda: time.monotonic() - start > 0.3)
+    assert time.monotonic() - start < 2
+
+
 def test_a_stop_is_seen_while_a_server_is_given_a_pause(sampler, monkeypatch):
     monkeypatch.setattr(clients, "_FIRST_PAUSE", 60.0)
     monkeypatch.setattr(clients, "_LONGEST_PAUSE", 60.0)

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from http.client import HTTPConnection, HTTPException, HTTPResponse
-from socket import SHUT_RDWR
+from socket import SHUT_RDWR, socket
 from threading import Lock
 from typing import Any
 
@@ -34,31 +34,38 @@ class Connections:
     """The open connections, which another thread may close to end all requests at once."""
 
     def __init__(self) -> None:
-        self._lock, self._open, self.closed = Lock(), set[HTTPConnection](), False
+        self._lock, self._open, self.closed = Lock(), set[socket](), False
 
     @contextmanager
     def opened(self, address: str, timeout: float) -> Iterator[HTTPConnection]:
         connection = HTTPConnection(address, timeout=timeout)
         try:
             connection.connect()
-            with self._lock:
-                if self.closed:
-                    raise Failure("the requests were abandoned")
-                self._open.add(connection)
-            yield connection
+            # HTTPConnection forgets its socket while a response is read.
+            with self._holding(connection.sock):
+                yield connection
+        finally:
+            connection.close()
+
+    @contextmanager
+    def _holding(self, connected: socket) -> Iterator[None]:
+        with self._lock:
+            if self.closed:
+                raise Failure("the requests were abandoned")
+            self._open.add(connected)
+        try:
+            yield
         finally:
             with self._lock:
-                self._open.discard(connection)
-            connection.close()
+                self._open.discard(connected)
 
     def close(self) -> None:
         """Ends all requests; vLLM aborts a request whose connection is closed."""
         with self._lock:
             self.closed = True
-            for connection in self._open:
-                if connection.sock is not None:
-                    with suppress(OSError):  # the other side has closed it
-                        connection.sock.shutdown(SHUT_RDWR)
+            for connected in self._open:
+                with suppress(OSError):  # the other side has closed it
+                    connected.shutdown(SHUT_RDWR)
 
 
 class Server:
