@@ -7,7 +7,7 @@ and scores its own shard of the rollouts; normalisations and losses are reduced 
 
 A run resumes from the last saved stage; completed stages are skipped.
 
-Left out: asynchronous rollouts, replay.
+Left out: rollouts more than one step ahead, replay.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from megatron_rpp.reporting.flops import step_flops
 from megatron_rpp.reporting.metrics import step_metrics
 from megatron_rpp.rewards import Scores
 from megatron_rpp.rollout.buffer import RolloutBuffer
-from megatron_rpp.runtime import checkpointing, preflight
+from megatron_rpp.runtime import checkpointing, preflight, rollouts
 from megatron_rpp.runtime import run as runs
 from megatron_rpp.runtime.inputs import Inputs
 from megatron_rpp.runtime.run import Run, evaluate_held_out
 from megatron_rpp.runtime.session import session, training
-from megatron_rpp.stages import advantage, kl_control, logprobs, reward, rollout, update
+from megatron_rpp.stages import advantage, kl_control, logprobs, reward, update
 
 CONSOLE_METRICS = ("reward/mean", "kl/k1", "policy/entropy", "policy/clip_fraction", "policy/grad_norm",
          "response/length_mean", "throughput/tokens_per_second", "time/step")  # fmt: skip
@@ -89,9 +89,10 @@ def rl_step(run: Run) -> tuple[dict[str, float], RolloutBuffer]:
     algorithm = kl_control.scaled(run.config.algorithm, run.state.kl_factor)
     progress = checkpointing.begin_step(run)
     if progress.buffer is None:
-        progress.buffer = _sample(run)
+        progress.buffer, progress.staleness = _sample(run)
         checkpointing.finish_stage(run, "rollout")
     buffer = progress.buffer
+    rollouts.begin_next(run)
     if progress.scores is None:
         progress.scores = _score(run, buffer)
         checkpointing.finish_stage(run, "reward")
@@ -103,19 +104,17 @@ def rl_step(run: Run) -> tuple[dict[str, float], RolloutBuffer]:
     updates = _update(run, buffer, algorithm)
     row = step_metrics(
         buffer, algorithm, rewards=progress.scores, advantage=advantages, update=updates,
-        times=progress.times, flops=_flops(run, buffer),
+        times=progress.times, flops=_flops(run, buffer), staleness=progress.staleness,
     )  # fmt: skip
     return row, buffer
 
 
-def _sample(run: Run) -> RolloutBuffer:
-    """Stage 1: samples responses to the prompts of the step, unless the run is told to stop."""
-    settings, replicas = run.config.rollout, groups.data_size()
-    with run.stage("rollout", settings.samples_per_step // replicas) as advance_bar:
-        return rollout.collect(
-            run.engine, run.inputs.train, run.inputs.sampling, rollout=settings, key=run.step_key,
-            replica=groups.data_rank(), replicas=replicas, progress=advance_bar, stop=run.stop.told,
-        )  # fmt: skip
+def _sample(run: Run) -> tuple[RolloutBuffer, int]:
+    """Stage 1: samples responses to the prompts of the step, unless the run is told to stop; returns
+    them and their staleness. With rollout.ahead they may have been sampled during the step before."""
+    count = run.config.rollout.samples_per_step // groups.data_size()
+    with run.stage("rollout", count) as advance_bar:
+        return rollouts.collect(run, advance_bar)
 
 
 def _score(run: Run, buffer: RolloutBuffer) -> Scores:

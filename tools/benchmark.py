@@ -5,6 +5,7 @@
     python tools/benchmark.py logprobs [--nproc 2] [--vocabularies V ...] [--rows N ...]
     python tools/benchmark.py checkpoint [--nproc 2] [--steps 5] [--section.key value]
     python tools/benchmark.py weights [--nproc 2] [--steps 5] [--section.key value]
+    python tools/benchmark.py ahead [--steps 5] [--vllm-python FILE] [--section.key value]
 
 rl-step: whole REINFORCE++ steps on the reference work. A random Llama-shaped fp32 model (hidden
 128, 4 layers, 4 heads, ffn 344, vocabulary 512, untied), 64 prompts × 4 samples, 16 prompt tokens,
@@ -27,6 +28,9 @@ checkpoint: how long a save stalls a run, in the foreground and in the backgroun
 
 weights: bytes per second of new weights to vLLM, against a plain write (tools/benchmarks/weights.py).
 
+ahead: whole steps of the reference work on vLLM, with rollout.ahead 0 and 1 in turn, in one rank and one
+server; prints the ratio of the medians (above 1: ahead is faster).
+
 Left out: attention and memory of whole steps.
 """
 
@@ -38,6 +42,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -112,10 +117,27 @@ def compare_generation(
     return found
 
 
+def compare_ahead(*, steps: int, rounds: int, python: Path, settings: list[str]) -> dict:
+    """Steps with rollout.ahead 0 and 1, in turn, and the ratio of the medians."""
+    found: dict[int, list[dict]] = {0: [], 1: []}
+    for _ in range(rounds):
+        for ahead, runs in found.items():
+            with tempfile.TemporaryDirectory() as logs:
+                words = ["--rollout.engine=vllm", f"--rollout.vllm.python={python.absolute()}",
+                         "--algorithm.rollout_correction=cap", f"--rollout.ahead={ahead}",
+                         f"--logging.dir={logs}"]  # fmt: skip
+                runs.append(run_ours("rl-step", nproc=1, steps=steps, settings=words + settings))
+    seconds = {
+        ahead: statistics.median(run["step_seconds"]["median"] for run in runs)
+        for ahead, runs in found.items()
+    }
+    return {"ahead": found, "step_seconds": seconds, "ratio": seconds[0] / seconds[1]}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "benchmark", choices=["rl-step", "generate", "logprobs", "checkpoint", "weights"]
+        "benchmark", choices=["rl-step", "generate", "logprobs", "checkpoint", "weights", "ahead"]
     )
     parser.add_argument("--nproc", type=int, default=2, help="processes (ranks)")
     parser.add_argument("--steps", type=int, default=5, help="timed steps, after two that warm up")
@@ -126,7 +148,9 @@ def main() -> None:
     parser.add_argument(
         "--vllm-python", type=Path, default=ROOT / "runs/vllm/bin/python", help="of its environment"
     )
-    parser.add_argument("--rounds", type=int, default=3, help="runs of each trainer, with --versus")
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="runs of each, with --versus and ahead"
+    )
     parser.add_argument("--vocabularies", type=int, nargs="+", default=[8192, 32768])
     parser.add_argument("--rows", type=int, nargs="+", default=[1024, 2048, 4096])
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
@@ -145,6 +169,11 @@ def main() -> None:
         result = compare_generation(
             works=options.work, peers=options.versus, nproc=options.nproc, rounds=options.rounds,
             python=python,
+        )  # fmt: skip
+    elif options.benchmark == "ahead":
+        result = compare_ahead(
+            steps=options.steps, rounds=options.rounds, python=options.vllm_python,
+            settings=settings,
         )  # fmt: skip
     elif options.versus:
         result = versus_trl(

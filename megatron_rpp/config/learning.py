@@ -53,6 +53,9 @@ class RolloutConfig:
     """What samples the responses and answers the evaluations of train. megatron = the training
     processes themselves, on the layout of the policy; vllm = vLLM servers, which get the new weights
     after every update."""
+    ahead: int = 0
+    """1 = engine vllm samples the responses of a step while the step before it is scored and updates
+    the policy: with the weights before that update. 0 = with the weights of the step itself."""
     vllm: VllmConfig = field(default_factory=VllmConfig)
     """vLLM servers, which rollout.engine vllm uses."""
 
@@ -67,6 +70,7 @@ class RolloutConfig:
         check_range("rollout", self, counts, at_least=1)
         check_range("rollout", self, "max_cache_tokens", at_least=1)
         check_range("rollout", self, "min_new_tokens top_k", at_least=0)
+        check_range("rollout", self, "ahead", at_least=0, at_most=1)
         check_range("rollout", self, "temperature", above=0)
         check_range("rollout", self, "temperature", at_least=LOWEST_TEMPERATURE)
         check_range("rollout", self, "top_p", above=0, at_most=1)

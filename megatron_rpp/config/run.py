@@ -31,7 +31,7 @@ from megatron_rpp.config.validation import (
     check_recompute,
     check_rollout,
 )
-from megatron_rpp.config.vllm import check_vllm
+from megatron_rpp.config.vllm import check_ahead, check_vllm
 from megatron_rpp.lifecycle.config_error import ConfigError
 
 
@@ -81,6 +81,7 @@ class Config:
         check_recompute(self)
         check_rollout(self)
         check_vllm(self)
+        check_ahead(self)
 
 
 def count_replicas(sizes: ParallelConfig, world_size: int) -> int:

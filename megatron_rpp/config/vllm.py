@@ -64,6 +64,31 @@ class VllmConfig:
                 raise ConfigError(f"vllm.urls must each be http://host:port, got {url!r}")
 
 
+def check_ahead(config: Config) -> None:
+    """Checks that samples can be drawn beside the training, and that the loss corrects for their
+    older weights."""
+    rollout, algorithm = config.rollout, config.algorithm
+    if not rollout.ahead:
+        return
+    if rollout.engine != "vllm":
+        raise ConfigError(
+            f"rollout.ahead {rollout.ahead} needs rollout.engine vllm, got {rollout.engine}, which "
+            "samples in the training processes themselves: set rollout.ahead to 0, or use vLLM"
+        )
+    if rollout.vllm.transport == "ipc":
+        raise ConfigError(
+            f"rollout.ahead {rollout.ahead} needs servers on other devices than the training, got "
+            "rollout.vllm.transport ipc, with which they sleep while it works: set rollout.ahead to "
+            "0, or the transport to nccl or shared"
+        )
+    if algorithm.old_logprobs == "recompute" and algorithm.rollout_correction == "none":
+        raise ConfigError(
+            f"rollout.ahead {rollout.ahead} needs a correction for samples of older weights, got "
+            "algorithm.rollout_correction none: set it to cap or mask, or set "
+            "algorithm.old_logprobs to rollout"
+        )
+
+
 def check_vllm(config: Config) -> None:
     """Checks what concerns the vLLM servers and other sections."""
     if config.rollout.engine != "vllm":

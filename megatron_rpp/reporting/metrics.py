@@ -105,6 +105,7 @@ def step_metrics(
     update: UpdateStats,
     times: StageTimes,
     flops: float,
+    staleness: int,
 ) -> dict[str, float]:
     """The metrics of a step by tag, the same on every rank. Collective over the data-parallel group.
 
@@ -112,6 +113,7 @@ def step_metrics(
         algorithm: with the KL coefficients of the step.
         rewards: the scores of this replica's samples.
         flops: what this replica's samples need (flops.py).
+        staleness: steps that have updated the policy since the weights of the rollout.
     """
     shard = _shard_sums(buffer, rewards) | {"flops": flops}
     values = [float(value) for value in shard.values()]
@@ -147,6 +149,7 @@ def step_metrics(
         "rollout/logprob_abs_diff_max": largest_difference,
         "rollout/ess": effective_share(sums["weights"], sums["squared_weights"], sums["masked"]),
         "rollout/correction_clipped_share": sums["corrected"] / tokens,
+        "rollout/staleness": staleness,
         "throughput/tokens_per_second": sums["tokens"] / whole,
         "throughput/generated_tokens_per_second": sums["generated"] / seconds["rollout"],
         "memory/peak_gb": memory,

@@ -12,7 +12,7 @@ from megatron_rpp.checkpoint import state as checkpoint
 from megatron_rpp.checkpoint.run_state import due
 from megatron_rpp.lifecycle.exit_codes import PREEMPTED, RunFailure
 from megatron_rpp.parallel import groups, ranks
-from megatron_rpp.runtime import identity, step_progress
+from megatron_rpp.runtime import identity, rollouts, step_progress
 from megatron_rpp.runtime.run import Run, evaluate_held_out
 from megatron_rpp.runtime.step_progress import StepProgress
 
@@ -111,6 +111,7 @@ def save_if_due(run: Run, row: dict[str, float]) -> None:
     if run.finished or due(run.state.step, run.config.checkpoint.interval):
         with run.saves.stalling(), run.console.stage("checkpoint"):
             publish(run)
+            rollouts.keep(run, wait=True)
             background = run.config.checkpoint.async_save and not run.finished
             _save(run, {"accuracy": row.get("eval/accuracy")}, in_background=background)
 
@@ -169,6 +170,7 @@ def stop_if_requested(run: Run) -> None:
     reason = run.stop.requested()
     if reason is None:
         return
+    rollouts.keep(run, wait=False)
     if run.started:
         ensure_saved(run)
     step, progress = run.state.step, run.step_progress

@@ -18,6 +18,7 @@ from megatron_rpp.records import StepKey
 from megatron_rpp.reporting.console import Console
 from megatron_rpp.reporting.metrics import MetricsLog, evaluation_row
 from megatron_rpp.rollout.engine import MegatronEngine, RolloutEngine
+from megatron_rpp.rollout.vllm.ahead import AheadEngine
 from megatron_rpp.rollout.vllm.engine import VllmEngine
 from megatron_rpp.runtime.cache_size import max_cache_tokens
 from megatron_rpp.runtime.engine_check import check_engine
@@ -87,6 +88,11 @@ class Run:
         """The key of the step after `state`."""
         return StepKey(self.config.seed, self.state.step, self.state.prompts_seen)
 
+    @property
+    def ahead(self) -> AheadEngine | None:
+        """The engine, if it samples a step ahead (rollout.ahead)."""
+        return self.engine if isinstance(self.engine, AheadEngine) else None
+
     def advance(self, prompts: int) -> None:
         """Counts the step, which took `prompts` prompts, as finished."""
         self.step_progress = StepProgress()
@@ -116,7 +122,8 @@ def build_engine(
 ) -> RolloutEngine:
     """The engine of rollout.engine. Collective."""
     if config.rollout.engine == "vllm":
-        return VllmEngine(config, policy, inputs.tokenizer, log=log)
+        engine = VllmEngine(config, policy, inputs.tokenizer, log=log)
+        return AheadEngine(engine) if config.rollout.ahead else engine
     return _megatron_engine(config, policy, inputs)
 
 

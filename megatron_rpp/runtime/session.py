@@ -15,7 +15,7 @@ from megatron_rpp.lifecycle.exit_codes import RunFailure
 from megatron_rpp.lifecycle.watchdog import Watchdog
 from megatron_rpp.reporting.console import Console
 from megatron_rpp.rollout.engine import Abandoned
-from megatron_rpp.runtime import checkpointing, export
+from megatron_rpp.runtime import checkpointing, export, rollouts
 from megatron_rpp.runtime.run import Run
 from megatron_rpp.runtime.stop_request import Stop
 
@@ -84,6 +84,8 @@ def training(run: Run, setting: str) -> Iterator[None]:
         raise  # nobody asked to stop
     except ConfigError as error:  # for example, a row has changed on the disk
         raise RunFailure(str(error)) from error
+    finally:
+        rollouts.end(run)
     run.metrics.close()
     if config.checkpoint.export_hf is not None:
         checkpointing.ensure_saved(run)

@@ -51,6 +51,8 @@ class StepProgress:
     """Scores of this replica's samples; None before the reward stage."""
     update: UpdateProgress = field(default_factory=UpdateProgress)
     times: StageTimes = field(default_factory=StageTimes)
+    staleness: int = 0
+    """Updated steps between the weights that sampled the rollouts and those of the step."""
     supervised: dict[str, float] | None = None
     """The metrics of a step of sft.py whose update is done; None before it, and in train.py."""
 
@@ -100,7 +102,10 @@ def save(
     ranks.on_main_rank(folder.mkdir)
     ranks.on_every_rank(save_shard)
     digest = ranks.on_main_rank(partial(_prompts_digest, config, prompts, key))
-    return {"update": asdict(progress.update), "seconds": progress.times.seconds, "prompts": digest}
+    return {
+        "update": asdict(progress.update), "seconds": progress.times.seconds, "prompts": digest,
+        "staleness": progress.staleness,
+    }  # fmt: skip
 
 
 def load(
@@ -126,8 +131,9 @@ def load(
     chosen = [prompts[rows[position]] for position in positions for _ in range(each)]
     buffer, scores = storage.load(paths, samples, chosen)
     return StepProgress(
-        buffer, scores, UpdateProgress(**notes["update"]), StageTimes(notes["seconds"])
-    )
+        buffer, scores, UpdateProgress(**notes["update"]), StageTimes(notes["seconds"]),
+        notes.get("staleness", 0),  # earlier versions sampled every step with its own weights
+    )  # fmt: skip
 
 
 def _digest(content: Any) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from megatron_rpp.config import RolloutConfig
-from megatron_rpp.data.prompts import PromptSet
+from megatron_rpp.data.prompts import Prompt, PromptSet
 from megatron_rpp.parallel import groups, progress_wait
 from megatron_rpp.records import Generation, Request, Sampling, StepKey
 from megatron_rpp.rollout.buffer import RolloutBuffer, from_generations
@@ -43,6 +43,20 @@ def generate(
     return generations
 
 
+def requests_of(
+    prompts: PromptSet, rollout: RolloutConfig, key: StepKey, *, replica: int, replicas: int
+) -> tuple[list[Prompt], list[Request]]:
+    """The requests of this replica in a step, and the prompt of each."""
+    rows = prompts.order(key.prompts_seen, rollout.prompts_per_step, key.seed)
+    chosen, requests = [], []
+    for position in shard(rollout.prompts_per_step, replica, replicas):
+        prompt = prompts[rows[position]]  # reading it tokenizes it
+        for sample in range(rollout.samples_per_prompt):
+            chosen.append(prompt)
+            requests.append(Request(prompt.tokens, position * rollout.samples_per_prompt + sample))
+    return chosen, requests
+
+
 def collect(
     engine: RolloutEngine,
     prompts: PromptSet,
@@ -52,7 +66,7 @@ def collect(
     key: StepKey,
     replica: int,
     replicas: int,
-    progress: Callable[[int], None],
+    progress: Callable[[int], None] = lambda finished: None,
     stop: Callable[[], bool] = lambda: False,
 ) -> RolloutBuffer:
     """Samples responses to this replica's prompts of a step. Collective.
@@ -68,13 +82,7 @@ def collect(
     Raises:
         Abandoned: on every rank of the world, if the run was told to stop.
     """
-    rows = prompts.order(key.prompts_seen, rollout.prompts_per_step, key.seed)
-    chosen, requests = [], []
-    for position in shard(rollout.prompts_per_step, replica, replicas):
-        prompt = prompts[rows[position]]  # reading it tokenizes it
-        for sample in range(rollout.samples_per_prompt):
-            chosen.append(prompt)
-            requests.append(Request(prompt.tokens, position * rollout.samples_per_prompt + sample))
+    chosen, requests = requests_of(prompts, rollout, key, replica=replica, replicas=replicas)
     generations = generate(
         engine, requests, sampling, seed=key.seed, step=key.step, progress=progress, stop=stop
     )

@@ -69,6 +69,7 @@ def test_recipes_of_vllm_fit_on_top_of_another(tmp_path, recipe, processes, more
     memory = estimate(config, content["vocab_size"], check_world_size(config, processes))
     assert memory.rollout == 0  # vLLM has the cache
     assert memory.total < 0.9 * GPU_MEMORY, memory
+    assert config.rollout.ahead == (vllm.transport == "nccl")
     if vllm.transport == "ipc":
         # Beside what stays on the GPU while the server is awake.
         stays = memory.total - memory.update

@@ -41,6 +41,39 @@ def test_what_does_not_fit_is_refused(words, message, capsys):
     assert message in capsys.readouterr().err
 
 
+AHEAD = ["--rollout.ahead=1", *PYTHON]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (AHEAD, "rollout.ahead 1 needs a correction for samples of older weights"),
+        ([*AHEAD, "--rollout.vllm.transport=ipc"], "needs servers on other devices than the train"),
+        ([*AHEAD, "--rollout.engine=megatron"], "needs rollout.engine vllm, got megatron"),
+        ([*AHEAD, "--rollout.ahead=2"], "rollout.ahead must be at least 0 and at most 1, got 2"),
+        ([*AHEAD, "--rollout.ahead=-1"], "rollout.ahead must be at least 0 and at most 1, got -1"),
+    ],
+)
+def test_ahead_is_refused_where_it_makes_no_sense(words, message, capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse(*words)
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--algorithm.rollout_correction=cap"],
+        ["--algorithm.rollout_correction=mask", "--rollout.vllm.transport=nccl"],
+        ["--algorithm.old_logprobs=rollout"],
+    ],
+)
+def test_ahead_with_a_correction(words):
+    config = cli.parse(["--rollout.engine=vllm", *AHEAD, *words]).config
+    assert config.rollout.ahead == 1
+
+
 def test_without_the_engine_its_settings_are_free():
     assert cli.parse(PYTHON + URLS).config.rollout.engine == "megatron"
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import threading
 import time
 from collections.abc import Callable
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 from megatron_rpp.rollout.vllm.api import Server
+from megatron_rpp.seeds import request_seed
 
 Answer = Callable[["Handler", dict], None]
 
@@ -46,12 +50,12 @@ class FakeVllm(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 128
 
-    def __init__(self, version="v1", faults=None, answer=None):
+    def __init__(self, version="v1", faults=None, answer=None, handler=Handler):
         """
         Args:
             faults: what answers the request of this number instead of `answer`.
         """
-        super().__init__(("127.0.0.1", 0), Handler)
+        super().__init__(("127.0.0.1", 0), handler)
         self.version, self.faults, self.lock = version, faults or {}, threading.Lock()
         self.answer = answer or whole
         self.bodies, self.closed = [], threading.Event()
@@ -136,3 +140,78 @@ def streaming(tokens, pause=0.0):
             handler.server.closed.set()
 
     return answer
+
+
+class TrainedHandler(Handler):
+    """A request to a server that also takes weights."""
+
+    server: TrainedVllm
+
+    def do_POST(self):
+        if self.path == "/inference/v1/generate":
+            super().do_POST()
+            return
+        size = int(self.headers["Content-Length"])
+        body = json.loads(self.rfile.read(size)) if size else {}
+        self.reply(self.server.control(self.path.partition("?")[0], body))
+
+
+class TrainedVllm(FakeVllm):
+    """Takes weights as vLLM does, and answers with tokens that follow from them, too.
+
+    `log` has ("weights" | "evaluation" | "step N", digest of the weights), without repetitions.
+    """
+
+    def __init__(self, model, *, seed, steps, samples, answer=None):
+        """model: what it says about its model. Requests of other seeds than those of the samples of
+        the run's first `steps` steps are those of an evaluation."""
+        super().__init__(handler=TrainedHandler, answer=self._sample)
+        self.model, self.weights, self.log = model, "none", []
+        self.gate = answer or (lambda work: None)
+        """Called with the name of the work before a sample is answered."""
+        self._steps = {
+            request_seed(seed, step, sample): f"step {step}"
+            for step in range(steps)
+            for sample in range(samples)
+        }
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.server_port}"
+
+    def control(self, path, body):
+        """The answer to a request that is not one for a sample."""
+        if path == "/collective_rpc":
+            return {"results": [self.model]}
+        if path == "/update_weights":
+            content = b"".join(Path(name).read_bytes() for name in body["update_info"]["paths"])
+            self.weights = hashlib.blake2b(content, digest_size=4).hexdigest()
+            self._note("weights")
+        if path == "/finish_weight_update":
+            self.version = body["weight_version"]
+        return {}
+
+    def _note(self, work):
+        with self.lock:
+            if (work, self.weights) not in self.log[-1:]:
+                self.log.append((work, self.weights))
+
+    def _sample(self, handler, body):
+        work = self._steps.get(body["sampling_params"].get("seed"), "evaluation")
+        version, weights = self.version, int(self.weights, 16)
+        self._note(work)
+        if (fault := self.gate(work)) is not None:
+            fault(handler, body)
+            return
+        tokens = [3 + (token + weights) % 30 for token in tokens_of(body)]
+        handler.reply(choice(tokens, version=version))
+
+
+@contextmanager
+def serving(server):
+    """Ends the server after the context."""
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()

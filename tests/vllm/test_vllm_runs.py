@@ -112,25 +112,42 @@ def test_servers_that_are_there_already(tmp_path, server):
     assert "has another model: layers is 4 there, 2 here" in done.stderr
 
 
-def test_the_quickstart_learns(tmp_path):
-    """The warm start, then five steps of REINFORCE++ on vLLM."""
-    folder = {name: tmp_path / name for name in ("data", "sft", "checkpoints", "logs")}
+RANKS = [sys.executable, "-m", "megatron_rpp.torchrun", "--nproc-per-node", "2", "-m"]
+
+
+def printed(words):
+    done = subprocess.run(words, capture_output=True, text=True, timeout=SECONDS)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def warm(tmp_path_factory):
+    """The settings of the quickstart on vLLM, after its warm start."""
+    base = tmp_path_factory.mktemp("quickstart")
     settings = [
         "--config=launch/recipes/quickstart.yaml", "--config=launch/recipes/vllm/cpu.yaml",
-        f"--rollout.vllm.python={PYTHON}", f"--data.train={folder['data']}/train.jsonl",
-        f"--data.eval={folder['data']}/eval.jsonl",
-        f"--data.tokenizer={folder['data']}/tokenizer.model", f"--sft.dir={folder['sft']}",
-        f"--checkpoint.dir={folder['checkpoints']}", f"--logging.dir={folder['logs']}",
-        "--train.steps=5",
+        f"--rollout.vllm.python={PYTHON}", f"--data.train={base}/train.jsonl",
+        f"--data.eval={base}/eval.jsonl", f"--data.tokenizer={base}/tokenizer.model",
+        f"--sft.dir={base}/sft", "--train.steps=5",
     ]  # fmt: skip
-    ranks = [sys.executable, "-m", "megatron_rpp.torchrun", "--nproc-per-node", "2", "-m"]
-    for words in (
-        [sys.executable, "tools/make_task.py", *settings],
-        [*ranks, "megatron_rpp.sft", *settings],
-        [*ranks, "megatron_rpp.train", *settings, f"--model.init_path={folder['sft']}"],
-    ):
-        done = subprocess.run(words, capture_output=True, text=True, timeout=SECONDS)
-        assert done.returncode == 0, done.stderr
-    before, after = re.findall(r"step [05]: held-out accuracy ([\d.]+)%", done.stdout)
-    print(f"held-out accuracy from {before}% to {after}% in five steps")
+    printed([sys.executable, "tools/make_task.py", *settings])
+    printed([*RANKS, "megatron_rpp.sft", *settings])
+    return [*settings, f"--model.init_path={base}/sft"]
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_the_quickstart_learns(tmp_path, warm, ahead):
+    """Five steps of REINFORCE++ on vLLM, after the warm start."""
+    folders = [f"--checkpoint.dir={tmp_path}/checkpoints", f"--logging.dir={tmp_path}/logs"]
+    output = printed([*RANKS, "megatron_rpp.train", *warm, *folders, f"--rollout.ahead={ahead}"])
+    before, after = re.findall(r"step [05]: held-out accuracy ([\d.]+)%", output)
+    measured = rows(tmp_path / "logs/metrics.jsonl")
+    least = min(row["rollout/ess"] for row in measured)
+    seconds = [round(row["time/step"], 1) for row in measured]
+    print(f"ahead {ahead}: held-out accuracy from {before}% to {after}% in five steps, rollout/ess "
+          f"at least {least:.6f}, seconds {seconds}")  # fmt: skip
     assert float(after) > float(before) + 10
+    assert [row["rollout/staleness"] for row in measured] == [0, *[ahead] * 4]
+    # The weights of the step before are another policy, and near enough for the correction.
+    assert (least > 0.9999) == (not ahead) and least > 0.5

@@ -18,6 +18,7 @@ from megatron_rpp.config import ParallelConfig
 from megatron_rpp.parallel import groups
 from megatron_rpp.parallel.device import describe
 from megatron_rpp.rollout.buffer import RolloutBuffer
+from megatron_rpp.runtime import rollouts
 from megatron_rpp.train import rl_step
 
 WARMUP = 2
@@ -32,6 +33,7 @@ def worker(steps: int, settings: list[str]) -> None:
         assert bool((buffer.response_lengths == NEW_TOKENS).all())
         run.advance(PROMPTS)
         measured.append(row)
+    rollouts.end(run)
     whitening = _whitening_seconds(buffer)
     if groups.is_main():
         result = _summary(measured[WARMUP:], run.config.parallel)

@@ -3,14 +3,14 @@
 Before a rollout, servers that do not run are started and all servers get the weights of the policy,
 unless they have them. Then the first rank of each replica sends the requests and passes the responses
 on. If servers are lost, they are started again, get the weights, and are sent what is missing; after
-several such rounds the run ends.
+several such rounds the run ends. The first round may run in a thread beside the training (`begin`).
 """
 
 from __future__ import annotations
 
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
 
 import torch.distributed as dist
@@ -26,21 +26,11 @@ from megatron_rpp.records import Generation, Request, Sampling
 from megatron_rpp.rollout.engine import Abandoned
 from megatron_rpp.rollout.vllm.buckets import Broadcast, SameGpu
 from megatron_rpp.rollout.vllm.client import Client, Limits
+from megatron_rpp.rollout.vllm.draw import Draw, Round
 from megatron_rpp.rollout.vllm.environment import write_model_config
 from megatron_rpp.rollout.vllm.fleet import Fleet, raise_first
 from megatron_rpp.rollout.vllm.samples import Sampler
 from megatron_rpp.rollout.vllm.weights import SharedFiles, Transport
-
-
-@dataclass
-class _Round:
-    """What a round of a rollout gave on one rank; only the first of a replica sends requests."""
-
-    generations: list[Generation | None] = field(default_factory=list)
-    lost: dict[int, str] = field(default_factory=dict)
-    """Lost servers, by number in the run, and what happened."""
-    abandoned: bool = False
-    problem: str | None = None
 
 
 class VllmEngine:
@@ -91,18 +81,74 @@ class VllmEngine:
 
         Raises RunFailure on every rank if servers are lost again and again.
         """
+        self.prepare(stop)
+        sampler = Sampler(self._tokenizer, sampling, seed, step, self._version)
+        heartbeat.enter("rollout on vLLM")
+        done = self._round(requests, sampler, progress, stop=_alive(stop))
+        return self._complete(requests, sampler, done, progress=progress, stop=stop)
+
+    def begin(
+        self,
+        requests: list[Request],
+        sampling: Sampling,
+        *,
+        seed: int,
+        step: int,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> Draw:
+        """Begins what `generate` does, with the weights of now; `finish` returns the generations.
+
+        Until then the policy may change, and nothing else may use the engine. Collective.
+        """
+        self.prepare(stop)
+        draw = Draw(requests, Sampler(self._tokenizer, sampling, seed, step, self._version))
+        if groups.is_replica_leader():
+            draw.start(
+                lambda own: self._round(
+                    own.requests, own.sampler, own.count, stop=own.given_up.is_set
+                )
+            )
+        return draw
+
+    def finish(
+        self,
+        draw: Draw,
+        *,
+        progress: Callable[[int], None] = lambda finished: None,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> list[Generation]:
+        """Waits for what `begin` began; see RolloutEngine.generate. Collective over the world.
+
+        Responses that are missing because servers were lost are sampled with the weights of now.
+        """
+        heartbeat.enter("rollout on vLLM")
+        done = draw.wait(progress, stop)
+        return self._complete(draw.requests, draw.sampler, done, progress=progress, stop=stop)
+
+    def _complete(
+        self,
+        requests: list[Request],
+        sampler: Sampler,
+        done: Round,
+        *,
+        progress: Callable[[int], None],
+        stop: Callable[[], bool],
+    ) -> list[Generation]:
+        """Repeats rounds after the first, which is `done`, until all replicas have their responses."""
         found: list[Generation | None] = [None] * len(requests)
+        missing = list(range(len(requests)))
         for attempt in range(self._retries + 1):
-            self.prepare(stop)
-            missing = [i for i, generation in enumerate(found) if generation is None]
-            sampler = Sampler(self._tokenizer, sampling, seed, step, self._version)
-            heartbeat.enter("rollout on vLLM")
-            asked = [requests[i] for i in missing]
-            done = self._round(asked, sampler, progress, stop=stop)
+            if attempt:
+                self.prepare(stop)
+                asked = [requests[i] for i in missing]
+                sampler = replace(sampler, version=self._version)
+                heartbeat.enter("rollout on vLLM")
+                done = self._round(asked, sampler, progress, stop=_alive(stop))
             progress_wait.wait_for_all(idle=stop)
             for i, generation in zip(missing, done.generations):
                 found[i] = generation
-            incomplete = groups.is_replica_leader() and None in found
+            missing = [i for i, generation in enumerate(found) if generation is None]
+            incomplete = groups.is_replica_leader() and bool(missing)
             if not self._agree(done, incomplete, last=attempt == self._retries):
                 break
         if self.transport.rest(self.fleet.cared_for):
@@ -134,26 +180,22 @@ class VllmEngine:
         progress: Callable[[int], None],
         *,
         stop: Callable[[], bool],
-    ) -> _Round:
+    ) -> Round:
+        """Not collective, so that a thread may call it."""
         if not groups.is_replica_leader():
-            return _Round()
-
-        def told() -> bool:
-            heartbeat.current.beat()  # the limits of the requests end a rollout that hangs
-            return stop()
-
+            return Round()
         servers = self.fleet.known
         client = Client(list(servers.values()), self._limits, self.fleet.first)
         try:
-            outcome = client.run(requests, sampler, progress=progress, stop=told)
+            outcome = client.run(requests, sampler, progress=progress, stop=stop)
         except Abandoned:
-            return _Round(abandoned=True)
+            return Round(abandoned=True)
         except RunFailure as error:
-            return _Round(problem=str(error))
+            return Round(problem=str(error))
         numbers = list(servers)
-        return _Round(outcome.generations, {numbers[i]: why for i, why in outcome.lost.items()})
+        return Round(outcome.generations, {numbers[i]: why for i, why in outcome.lost.items()})
 
-    def _agree(self, done: _Round, incomplete: bool, *, last: bool) -> bool:
+    def _agree(self, done: Round, incomplete: bool, *, last: bool) -> bool:
         """Gives up what was lost; returns whether any replica lacks responses. Collective.
 
         last: raise if any does.
@@ -184,6 +226,16 @@ class VllmEngine:
                 raise RunFailure(reason)
             self._log(reason)
         return bool(found)
+
+
+def _alive(stop: Callable[[], bool]) -> Callable[[], bool]:
+    """`stop`, which also gives a sign of life of the main thread."""
+
+    def told() -> bool:
+        heartbeat.current.beat()  # the limits of the requests end a rollout that hangs
+        return stop()
+
+    return told
 
 
 def _transport(config: Config, fleet: Fleet, weights: Path) -> Transport:
