@@ -29,7 +29,8 @@ checkpoint: how long a save stalls a run, in the foreground and in the backgroun
 weights: bytes per second of new weights to vLLM, against a plain write (tools/benchmarks/weights.py).
 
 ahead: whole steps of the reference work on vLLM, with rollout.ahead 0 and 1 in turn, in one rank and one
-server; prints the ratio of the medians (above 1: ahead is faster).
+server (tools/benchmarks/ahead.py), on cores of their own and on shared ones; prints the ratio of the
+medians (above 1: ahead is faster).
 
 Left out: attention and memory of whole steps.
 """
@@ -118,20 +119,25 @@ def compare_generation(
 
 
 def compare_ahead(*, steps: int, rounds: int, python: Path, settings: list[str]) -> dict:
-    """Steps with rollout.ahead 0 and 1, in turn, and the ratio of the medians."""
-    found: dict[int, list[dict]] = {0: [], 1: []}
+    """Steps with rollout.ahead 0 and 1, in turn, on cores of their own and on shared ones; and the
+    ratios of the medians."""
+    found: dict[str, dict[int, list[dict]]] = {"apart": {0: [], 1: []}, "shared": {0: [], 1: []}}
     for _ in range(rounds):
-        for ahead, runs in found.items():
-            with tempfile.TemporaryDirectory() as logs:
-                words = ["--rollout.engine=vllm", f"--rollout.vllm.python={python.absolute()}",
-                         "--algorithm.rollout_correction=cap", f"--rollout.ahead={ahead}",
-                         f"--logging.dir={logs}"]  # fmt: skip
-                runs.append(run_ours("rl-step", nproc=1, steps=steps, settings=words + settings))
-    seconds = {
-        ahead: statistics.median(run["step_seconds"]["median"] for run in runs)
-        for ahead, runs in found.items()
-    }
-    return {"ahead": found, "step_seconds": seconds, "ratio": seconds[0] / seconds[1]}
+        for place, by_ahead in found.items():
+            for ahead, runs in by_ahead.items():
+                with tempfile.TemporaryDirectory() as logs:
+                    words = ["--rollout.engine=vllm", f"--rollout.vllm.python={python.absolute()}",
+                             "--algorithm.rollout_correction=cap", f"--rollout.ahead={ahead}",
+                             f"--logging.dir={logs}", *["--apart"] * (place == "apart")]  # fmt: skip
+                    runs.append(run_ours("ahead", nproc=1, steps=steps, settings=words + settings))
+    ratios = {}
+    for place, by_ahead in found.items():
+        now, ahead = (
+            statistics.median(run["step_seconds"]["median"] for run in runs)
+            for runs in by_ahead.values()
+        )
+        ratios[place] = now / ahead
+    return {**found, "ratio": ratios}
 
 
 def main() -> None:
@@ -188,11 +194,11 @@ def main() -> None:
 
 def work(benchmark: str, steps: int, settings: list[str]) -> None:
     """One rank of a benchmark that torchrun has started."""
-    from benchmarks import checkpoint, generate, rl_step, weights
+    from benchmarks import ahead, checkpoint, generate, rl_step, weights
 
     workers = {
         "rl-step": rl_step.worker, "generate": generate.worker, "checkpoint": checkpoint.worker,
-        "weights": weights.worker,
+        "weights": weights.worker, "ahead": ahead.worker,
     }  # fmt: skip
     workers[benchmark](steps, settings)
 

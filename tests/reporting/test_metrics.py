@@ -28,7 +28,7 @@ TAGS = {
     "policy/ratio_max", "policy/approx_kl", "policy/learning_rate", "policy/skipped_updates",
     "advantage/count", "advantage/mean", "advantage/var",
     "response/length_mean", "response/truncated_share", "rollout/logprob_abs_diff",
-    "rollout/logprob_abs_diff_max", "rollout/ess", "rollout/correction_clipped_share",
+    "rollout/logprob_abs_diff_max", "rollout/ess", "rollout/correction_clipped_share", "rollout/staleness",
     "time/rollout", "time/reward", "time/score", "time/update", "time/checkpoint", "time/step",
     "throughput/tokens_per_second", "throughput/generated_tokens_per_second", "memory/peak_gb",
 }  # fmt: skip
@@ -204,7 +204,7 @@ def test_update(steps):
     assert first["rollout/logprob_abs_diff"] < 1e-5
     assert first["rollout/logprob_abs_diff_max"] == max(difference) < 1e-4
     assert first["rollout/ess"] == pytest.approx(1, abs=1e-8)
-    assert first["rollout/correction_clipped_share"] == 0
+    assert first["rollout/correction_clipped_share"] == first["rollout/staleness"] == 0
 
 
 def test_times_and_throughput(steps):

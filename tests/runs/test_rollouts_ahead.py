@@ -240,12 +240,34 @@ def test_an_evaluation_that_waits_for_samples_is_stopped(whole, base):
     hang.set()
 
 
+def test_what_a_lost_server_did_not_answer_is_drawn_with_the_next_weights(whole, base, capfd):
+    asked = []
+
+    def gate(work):
+        if work == "step 2":
+            asked.append(found.weights)
+        return fake.failing if work == "step 2" and found.weights == asked[0] else None
+
+    with server(base, gate) as found:
+        train(base, "lost", found.url, rollout__vllm__retries=1)
+    assert "is lost: /inference/v1/generate answered 500" in capfd.readouterr().out
+    assert len(set(asked)) == 2
+    assert [row["step"] for row in rows(base / "lost/logs/metrics.jsonl")] == [1, 2, 3, 4]
+
+
 def refused(rank, base, url):
     with pytest.raises(RunFailure, match="refuses a request: .* 400"):
-        train(base, "refused", url, parallel__tensor=2)
+        train(base, "refused", url)
     return rank
 
 
-def test_a_failure_in_the_thread_ends_the_run_on_every_rank(base):
-    with server(base, lambda work: fake.refusing if work == "step 1" else None) as found:
+def test_a_failure_in_the_thread_of_one_replica_ends_the_run_on_every_rank(base):
+    """One request of all is refused."""
+    asked = []
+
+    def gate(work):
+        asked.extend([work] * (work == "step 1"))
+        return fake.refusing if len(asked) == 1 and work == "step 1" else None
+
+    with server(base, gate) as found:
         assert run_ranks(refused, 2, base, base, found.url) == [0, 1]

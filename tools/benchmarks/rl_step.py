@@ -19,6 +19,7 @@ from megatron_rpp.parallel import groups
 from megatron_rpp.parallel.device import describe
 from megatron_rpp.rollout.buffer import RolloutBuffer
 from megatron_rpp.runtime import rollouts
+from megatron_rpp.runtime.run import Run
 from megatron_rpp.train import rl_step
 
 WARMUP = 2
@@ -27,19 +28,26 @@ WARMUP = 2
 
 def worker(steps: int, settings: list[str]) -> None:
     """One rank: WARMUP + `steps` steps; the main rank prints the result."""
-    run, measured = reference_run(settings), []
+    run = reference_run(settings)
+    rows, buffer = timed_steps(run, steps)
+    whitening = _whitening_seconds(buffer)
+    if groups.is_main():
+        result = summary(rows, run.config.parallel)
+        result["whitening_share"] = whitening / result["step_seconds"]["median"]
+        print(json.dumps(result))
+    groups.stop()
+
+
+def timed_steps(run: Run, steps: int) -> tuple[list[dict], RolloutBuffer]:
+    """The rows of `steps` steps after WARMUP others, and the rollouts of the last one."""
+    measured = []
     for _ in range(WARMUP + steps):
         row, buffer = rl_step(run)
         assert bool((buffer.response_lengths == NEW_TOKENS).all())
         run.advance(PROMPTS)
         measured.append(row)
     rollouts.end(run)
-    whitening = _whitening_seconds(buffer)
-    if groups.is_main():
-        result = _summary(measured[WARMUP:], run.config.parallel)
-        result["whitening_share"] = whitening / result["step_seconds"]["median"]
-        print(json.dumps(result))
-    groups.stop()
+    return measured[WARMUP:], buffer
 
 
 def _whitening_seconds(buffer: RolloutBuffer) -> float:
@@ -53,7 +61,7 @@ def _whitening_seconds(buffer: RolloutBuffer) -> float:
     return statistics.median(times)
 
 
-def _summary(rows: list[dict], parallel: ParallelConfig) -> dict:
+def summary(rows: list[dict], parallel: ParallelConfig) -> dict:
     phases = [tag for tag in rows[0] if tag.startswith("time/") and tag != "time/step"]
     seconds = [row["time/step"] for row in rows]
     median = statistics.median(seconds)
