@@ -1,6 +1,6 @@
 """The rollouts of a run: those of its step, and with rollout.ahead those of the step after it.
 
-    step s        takes the samples of s, which the weights before step s - 1 was done have drawn
+    step s        takes the samples of s, drawn with the weights before the update of step s - 1
                   new weights to the servers: those before the update of step s
                   the samples of s + 1 are begun with them
                   rewards, log-probs, update
