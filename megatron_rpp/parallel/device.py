@@ -28,6 +28,8 @@ warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distribu
 logging.getLogger("megatron.core").setLevel(logging.ERROR)
 
 ON_CPU = cuda_on_cpu.install()
+ALLOCATOR = "expandable_segments:True"
+"""Settings of PyTorch's allocator, unless the user has own ones."""
 
 
 def device() -> torch.device:
@@ -68,7 +70,7 @@ def _tune_cuda(local_world_size: int) -> None:
     """Sets what PyTorch reads when CUDA starts and when it compiles; the user's own values win."""
     # Rows vary in length. Without this, the allocator keeps blocks of every size that occurred.
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
-        torch.cuda.memory._set_allocator_settings("expandable_segments:True")
+        torch.cuda.memory._set_allocator_settings(ALLOCATOR)
     # With such segments, NCCL must not register the buffers of collectives in CUDA graphs.
     os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
     # Every rank would start a compiler process per core.

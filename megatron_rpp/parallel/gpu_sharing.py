@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+
+from megatron_rpp.parallel import device
 
 
 def uuid() -> str:
@@ -22,11 +25,16 @@ def free_cached_memory() -> None:
 def shareable_allocations() -> Iterator[None]:
     """Allocations in the context can be mapped by other processes; those of expandable segments only
     by processes that may debug this one."""
+    own = os.environ.get("PYTORCH_ALLOC_CONF", os.environ.get("PYTORCH_CUDA_ALLOC_CONF"))
+    usual = device.ALLOCATOR if own is None else own
+    if "expandable_segments:True" not in usual:
+        yield
+        return
     torch.cuda.memory._set_allocator_settings("expandable_segments:False")
     try:
         yield
     finally:
-        torch.cuda.memory._set_allocator_settings("expandable_segments:True")
+        torch.cuda.memory._set_allocator_settings(usual)
 
 
 def free_shared_memory() -> None:
