@@ -40,7 +40,8 @@ class VllmConfig:
     arguments: list[str] = field(default_factory=list)
     """Further arguments of each server, as its command line has them."""
     start_timeout: float = 900.0
-    """Time limit in seconds for a server to start, and for one push of weights."""
+    """Time limit in seconds for a server to start, for one push of weights, and for servers to go to
+    sleep."""
     timeout: float = 120.0
     """Time limit in seconds for a response, besides the time for its tokens."""
     seconds_per_token: float = 0.5
@@ -48,7 +49,7 @@ class VllmConfig:
     grows with those that wait before it."""
     retries: int = 3
     """Failures in a row, with growing pauses, after which a server counts as lost; and how often lost
-    servers are started again in one rollout."""
+    servers are started, or asked, again in one rollout."""
 
     def __post_init__(self) -> None:
         check_choices("vllm", self)
@@ -59,9 +60,21 @@ class VllmConfig:
         check_range("vllm", self, "start_timeout timeout", above=0)
         check_range("vllm", self, "seconds_per_token", at_least=0)
         for url in self.urls:
-            parts = urlsplit(url)
-            if parts.scheme != "http" or not parts.hostname or parts.path.strip("/"):
+            if not _is_address(url):
                 raise ConfigError(f"vllm.urls must each be http://host:port, got {url!r}")
+        places = [urlsplit(url).netloc.lower() for url in self.urls]
+        if len(set(places)) < len(places):
+            raise ConfigError(f"vllm.urls must differ from each other, got {self.urls}")
+
+
+def _is_address(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        known = parts.port is not None
+    except ValueError:
+        return False
+    rest = (parts.path.strip("/"), parts.query, parts.fragment, parts.username, parts.password)
+    return parts.scheme == "http" and bool(parts.hostname) and known and not any(rest)
 
 
 def check_ahead(config: Config) -> None:

@@ -32,6 +32,10 @@ def test_servers_of_the_run_or_those_that_are_there():
         ([*PYTHON, "--rollout.vllm.transport=mpi"], "one of shared, nccl, ipc, got mpi"),
         (["--rollout.vllm.urls=[a:8000]"], "urls must each be http://host:port, got 'a:8000'"),
         (["--rollout.vllm.urls=[https://a:1]"], "must each be http://host:port"),
+        (["--rollout.vllm.urls=[http://me:secret@a:1]"], "must each be http://host:port"),
+        (["--rollout.vllm.urls=[http://a:1/?x=1]"], "must each be http://host:port"),
+        (["--rollout.vllm.urls=[http://a:port]"], "must each be http://host:port"),
+        (["--rollout.vllm.urls=[http://a:1, http://A:1/]"], "urls must differ from each other"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused(words, message, capsys):
