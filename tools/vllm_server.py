@@ -5,7 +5,7 @@
 
 Give it the settings of the run. The server has random weights until the run sends its own through
 rollout.vllm.dir. Whoever reaches its port can change its weights, so HOST should be the loopback
-interface (the default) or an address of the cluster's own network.
+interface (the default) or an address of the cluster's own network, on a node that no one else uses.
 """
 
 from __future__ import annotations
@@ -39,21 +39,21 @@ def main(argv: list[str] | None = None) -> None:
         raise ConfigError("tools/vllm_server.py needs rollout.vllm.python, got null: set it")
     # torch is imported only now, so that --help and mistakes answer at once.
     from megatron_rpp.parallel import device as devices
-    from megatron_rpp.rollout.vllm import environment, servers
+    from megatron_rpp.rollout.vllm import environment, servers, supervisor
     from megatron_rpp.runtime.inputs import model_vocabulary, open_tokenizer
 
     environment.check_installed(vllm.python)
     vocab_size = config.model.vocab_size or model_vocabulary(config, open_tokenizer(config.data)[0])
-    model = Path(tempfile.mkdtemp(prefix="megatron_rpp-vllm-"))
-    environment.write_model_config(config, vocab_size, model)
-    words = servers.command(
-        config, model, port=options.port, on_cpu=devices.ON_CPU, host=options.host
-    )
     threads = max(1, len(os.sched_getaffinity(0)) // vllm.tensor)
     variables = servers.environment(
         os.environ, config, on_cpu=devices.ON_CPU, threads=threads, gpus=None
     )
-    os.execve(words[0], words, variables)
+    listens = {"host": options.host, "port": options.port}
+    with tempfile.TemporaryDirectory(prefix="megatron_rpp-vllm-") as model:
+        environment.write_model_config(config, vocab_size, Path(model))
+        words = servers.command(config, Path(model), listens=listens, on_cpu=devices.ON_CPU)
+        code = supervisor.run(words, lambda: True, variables)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -101,7 +101,11 @@ def read_architecture(directory: str | Path) -> HfArchitecture:
     folder = Path(directory).absolute()
     if not is_file(folder / CONFIG):
         raise ConfigError(f"{folder} has no {CONFIG}: {_instead(folder)}")
-    config = JsonObject.read(folder / CONFIG)
+    return architecture_of(JsonObject.read(folder / CONFIG))
+
+
+def architecture_of(config: JsonObject) -> HfArchitecture:
+    """The architecture that the content of a config.json describes. Raises ConfigError as above."""
     name = _name(config)
     for key, values in _ONLY.items():
         if key not in _CLASSES[name].ignores and config.get(key, values[0]) not in values:

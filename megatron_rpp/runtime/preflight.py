@@ -9,7 +9,6 @@ Left out: the file system's speed, single links (the all-reduce measures the slo
 
 from __future__ import annotations
 
-import os
 import platform
 import shutil
 import socket
@@ -43,11 +42,10 @@ from megatron_rpp.runtime.preflight_gpu import (
     judge_node,
     merge,
 )
+from megatron_rpp.runtime.shared_directory import blind_hosts
 
 BANDWIDTH_BYTES = 2**24
 BANDWIDTH_ROUNDS = 5
-VISIBLE_SECONDS = 10.0
-"""How long a shared file system may take to show a new file on another node."""
 PROCESS_BYTES = 600_000_000
 """Python and torch, in the host's memory, for each rank that computes there."""
 
@@ -192,18 +190,10 @@ def _disk(config: Config, vocab_size: int) -> Check:
 
 def _shared(directory: Path) -> Check:
     """Checks that every rank sees rank 0's file, and that rank 0 sees every rank's file."""
-    name = groups.broadcast_object(f".preflight-{os.getpid()}-{time.time_ns()}")
-    files = [directory / f"{name}.{rank}" for rank in range(dist.get_world_size())]
-    files[dist.get_rank()].touch()
-    dist.barrier()
-    mine = files if groups.is_main() else files[:1]
-    deadline = time.monotonic() + VISIBLE_SECONDS
-    while (missing := [f for f in mine if not f.exists()]) and time.monotonic() < deadline:
-        os.listdir(directory)  # makes NFS ask its server again
-        time.sleep(0.2)
-    blind = sorted({host for host, lost in _gather((socket.gethostname(), missing)) if lost})
-    dist.barrier()
-    files[dist.get_rank()].unlink()
+    try:
+        blind = blind_hosts(directory)
+    except ConfigError as error:
+        return Check("shared directory", False, str(error))
     text = f"{directory} is written and seen by all ranks"
     if blind:
         text = (
@@ -222,7 +212,7 @@ def _engine(config: Config, vocab_size: int) -> list[Check]:
         return [Check("rollout engine", False, str(error))]
     checks = [Check("rollout engine", True, str(found))]
     if config.rollout.vllm.transport == "shared":
-        checks += [_shared(Path(config.rollout.vllm.dir)), _weights_room(config, vocab_size)]
+        checks.append(_weights_room(config, vocab_size))
     return checks
 
 

@@ -13,15 +13,15 @@ import pytest
 from megatron_rpp.data.tokenizer import load_tokenizer, train_sentencepiece
 from megatron_rpp.records import Request, Sampling
 from megatron_rpp.rollout.engine import Abandoned
+from megatron_rpp.rollout.vllm import api
 from megatron_rpp.rollout.vllm import client as clients
-from megatron_rpp.rollout.vllm.api import Refused, Server
+from megatron_rpp.rollout.vllm.api import Failure, Refused, Server
 from megatron_rpp.rollout.vllm.client import Client, Limits
 from megatron_rpp.rollout.vllm.samples import Sampler
-from megatron_rpp.rollout.vllm.servers import free_port
 from tests.rollout import vllm_server as fake
 from tests.rollout.vllm_server import FakeVllm
 
-LIMITS = Limits(retries=2, timeout=20.0, seconds_per_token=0.0, at_once=256)
+LIMITS = Limits(retries=2, timeout=20.0, seconds_per_token=0.0, at_once=256, clients=1)
 REQUESTS = [Request((5, 6, 7 + i // 2), i) for i in range(8)]
 
 
@@ -90,7 +90,17 @@ def test_two_servers_share_the_prompts_and_a_prompt_stays_on_one(sampler):
 
 
 @pytest.mark.parametrize(
-    "fault", [fake.failing, fake.dropping, fake.aborted, fake.cut_off, fake.garbled]
+    "fault",
+    [
+        fake.failing,
+        fake.dropping,
+        fake.aborted,
+        fake.cut_off,
+        fake.garbled,
+        fake.busy,
+        fake.not_a_number,
+        fake.no_number,
+    ],
 )
 def test_a_fault_that_passes_costs_a_request_and_not_the_rollout(sampler, fault):
     server = FakeVllm(faults={0: fault, 3: fault})
@@ -102,7 +112,7 @@ def test_a_fault_that_passes_costs_a_request_and_not_the_rollout(sampler, fault)
 
 
 def test_requests_of_a_dead_server_go_to_another(sampler):
-    dead = Server(f"127.0.0.1:{free_port()}")
+    dead = Server("127.0.0.1:1")
     with running(FakeVllm()) as (alive,):
         outcome = run([dead, alive], sampler)
     assert tokens(outcome) == expected(sampler)
@@ -148,6 +158,23 @@ def test_weights_that_another_run_has_pushed_end_the_run(sampler):
             run(servers, sampler, requests=[request])
 
 
+def test_an_answer_without_end_is_a_failure(monkeypatch):
+    monkeypatch.setattr(api, "_MOST_BYTES", 1000)
+    server = FakeVllm(answer=lambda handler, body: handler.reply("x" * 2000))
+    with running(server) as (client,), pytest.raises(Failure, match="more than 1000 bytes"):
+        client.ask("/here", {}, timeout=10)
+
+
+def test_an_answer_that_breaks_off_is_a_failure():
+    def short(handler, body):
+        handler.send_response(200)
+        handler.send_header("Content-Length", "100")
+        handler.end_headers()
+
+    with running(FakeVllm(answer=short)) as (client,), pytest.raises(Failure, match="broke off"):
+        client.ask("/here", {}, timeout=10)
+
+
 def test_a_request_that_is_wrong_is_not_sent_again(sampler):
     server = FakeVllm(answer=fake.refusing)
     with running(server) as servers, pytest.raises(Refused, match="out of vocabulary"):
@@ -183,10 +210,11 @@ def test_a_stop_is_seen_while_a_server_is_given_a_pause(sampler, monkeypatch):
 
 
 def test_the_time_limit_grows_with_tokens_and_with_those_that_wait():
-    limits = Limits(retries=0, timeout=10.0, seconds_per_token=0.5, at_once=4)
+    limits = Limits(retries=0, timeout=10.0, seconds_per_token=0.5, at_once=4, clients=1)
     assert limits.seconds(100, before=0) == limits.seconds(100, before=3) == 60.0
     assert limits.seconds(100, before=4) == 110.0
     assert limits.seconds(200, before=0) == 110.0
+    assert replace(limits, clients=8).seconds(100, before=0) == 110.0
 
 
 def test_as_many_requests_are_in_flight_as_files_may_be_open():

@@ -6,17 +6,22 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import time
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
+from socketserver import UnixStreamServer
 
 import pytest
 
 from megatron_rpp.config import Config, ModelConfig, RolloutConfig, VllmConfig
 from megatron_rpp.lifecycle.config_error import ConfigError
 from megatron_rpp.rollout.vllm import environment, supervisor
+from megatron_rpp.rollout.vllm.api import Server
 from megatron_rpp.rollout.vllm.buckets import BUCKET_BYTES, plan
 from megatron_rpp.rollout.vllm.fleet import Host, Place, gpus_of, places
-from megatron_rpp.rollout.vllm.servers import Child, Site, cache_bytes, command
+from megatron_rpp.rollout.vllm.servers import Child, Site, cache_bytes, command, socket_folder
 from megatron_rpp.rollout.vllm.servers import environment as variables
 
 PYTHON = sys.executable
@@ -63,7 +68,7 @@ def test_the_environment_is_not_that_of_the_ranks():
     found = variables(given, config(), on_cpu=True, threads=2, gpus=None)
     assert {"PATH", "NCCL_DEBUG"} <= found.keys()
     assert not {"RANK", "MASTER_ADDR", "TORCHELASTIC_RUN_ID", "CUDA_VISIBLE_DEVICES"} & found.keys()
-    assert found["OMP_NUM_THREADS"] == "2"
+    assert found["OMP_NUM_THREADS"] == "2" and found["PYTHONSAFEPATH"] == "1"
     inside = Path(found["PYTHONPATH"])
     # A module of this name would hide that of a library from vLLM.
     assert sorted(path.name for path in inside.glob("*.py")) == ["__init__.py", "rpp_vllm.py"]
@@ -75,13 +80,14 @@ def test_the_environment_is_not_that_of_the_ranks():
 
 def test_the_command_depends_on_device_and_transport():
     model = Path("/model")
-    on_cpu = command(config(), model, port=1, on_cpu=True, host="127.0.0.1")
-    assert "--enforce-eager" in on_cpu and "--host=127.0.0.1" in on_cpu
+    on_cpu = command(config(), model, listens={"uds": "/run/s"}, on_cpu=True)
+    assert "--enforce-eager" in on_cpu and "--uds=/run/s" in on_cpu
     on_gpu = command(
         config(transport="ipc", memory_share=0.4, arguments=["--seed=3"]),
-        model, port=1, on_cpu=False, host="127.0.0.1",
+        model, listens={"host": "a", "port": 1}, on_cpu=False,
     )  # fmt: skip
     assert {"--enable-sleep-mode", "--gpu-memory-utilization=0.4"} <= set(on_gpu)
+    assert {"--host=a", "--port=1"} <= set(on_gpu)
     assert on_gpu[-1] == "--seed=3" and "--enforce-eager" not in on_gpu
 
 
@@ -110,9 +116,11 @@ def test_buckets_hold_all_rows_within_their_limit():
         ("#!/bin/sh\necho null\n", "has no vLLM: install"),
         ("#!/bin/sh\necho '\"0.11.2\"'\n", "has vLLM 0.11.2, which has not been tested"),
         ("#!/bin/sh\necho broken >&2; exit 1\n", "fails \\(broken\\)"),
+        ('#!/bin/sh\necho "\\"with ${PYTHONHOME:-no} home\\""\n', "has vLLM with no home"),
     ],
 )
-def test_an_environment_without_a_tested_vllm_is_refused(tmp_path, program, message):
+def test_an_environment_without_a_tested_vllm_is_refused(tmp_path, monkeypatch, program, message):
+    monkeypatch.setenv("PYTHONHOME", str(tmp_path))  # of our environment, not of vLLM's
     python = tmp_path / "python"
     python.write_text(program)
     python.chmod(0o755)
@@ -133,8 +141,20 @@ def test_this_environment_has_no_vllm():
 def test_a_server_with_another_model_is_refused():
     expected = environment.expected_model(config(), 64)
     environment.check_same_model("http://a:1", expected, expected)
-    with pytest.raises(ConfigError, match="layers is 9 there, 4 here.*vllm_server.py"):
-        environment.check_same_model("http://a:1", expected, expected | {"layers": 9})
+    for key, value, message in (
+        ("num_hidden_layers", 9, "layers is 9 there, 4 here.*vllm_server.py"),
+        ("num_key_value_heads", 2, "kv_heads is 2 there, 4 here"),
+        ("rope_theta", 5e5, "rope_theta is 500000.0 there, 10000.0 here"),
+        ("rms_norm_eps", 1e-6, "norm_eps is 1e-06 there, 1e-05 here"),
+        ("head_dim", 64, "head_dim is 64 there, 32 here"),
+    ):
+        other = expected | {"config": expected["config"] | {key: value}}
+        with pytest.raises(ConfigError, match=message):
+            environment.check_same_model("http://a:1", expected, other)
+    with pytest.raises(ConfigError, match="max_length is 9 there, 256 here"):
+        environment.check_same_model("http://a:1", expected, expected | {"max_length": 9})
+    with pytest.raises(ConfigError, match="does not tell its model"):
+        environment.check_same_model("http://a:1", expected, {})
 
 
 @pytest.mark.parametrize("transport", ["nccl", "ipc"])
@@ -170,12 +190,13 @@ def until(condition, seconds=10):
 
 def test_all_processes_of_a_server_end_with_a_rank_that_is_killed(tmp_path):
     """The server ignores SIGTERM and has a child; the rank gets SIGKILL."""
-    weights = tmp_path / "weights"
-    weights.mkdir()
+    folders = [tmp_path / "weights", tmp_path / "socket"]
+    for folder in folders:
+        folder.mkdir()
     rank = """
 import os, subprocess, sys, time
 path = sys.argv[1]
-command = [sys.executable, path, str(os.getpid()), sys.argv[2], sys.executable, "-c", sys.argv[3]]
+command = [sys.executable, path, str(os.getpid()), *sys.argv[2:4], sys.executable, "-c", sys.argv[4]]
 subprocess.Popen(command, start_new_session=True)
 time.sleep(300)
 """
@@ -183,29 +204,66 @@ time.sleep(300)
     script = tmp_path / "supervisor.py"
     script.write_text(source)
     process = subprocess.Popen(
-        [PYTHON, "-c", rank, str(script), str(weights), STUBBORN], stdout=subprocess.PIPE
+        [PYTHON, "-c", rank, str(script), *map(str, folders), STUBBORN], stdout=subprocess.PIPE
     )
     server, child = map(int, process.stdout.readline().split())
     assert alive(server) and alive(child)
     process.kill()
     process.wait()
-    until(lambda: not alive(server) and not alive(child) and not weights.exists())
+    until(lambda: not any(map(alive, (server, child))) and not any(f.exists() for f in folders))
 
 
 def test_a_server_ends_when_its_owner_lets_it_go(tmp_path):
     site = Site(config(), tmp_path, tmp_path / "weights", on_cpu=True, servers=1)
-    child = Child(site, name="vLLM server 0", gpus=None, log=tmp_path / "logs/server.log")
+    log = tmp_path / "logs/server.log"
+    log.parent.mkdir()
+    log.write_text("of an earlier start\n")
+    child = Child(site, name="vLLM server 0", gpus=None, log=log)
+    folder = Path(child.server.address).parent
+    assert folder.stat().st_mode & 0o777 == 0o700
     # This environment has no vLLM, so the server ends at once, and its log says why.
     until(lambda: not child.alive)
-    assert "No module named" in child.tail() and str(tmp_path / "logs/server.log") in child.tail()
+    assert "No module named" in child.tail() and str(log) in child.tail()
+    assert "earlier" not in child.tail()
     child.end()
+    assert not folder.exists()
+
+
+def test_the_path_of_a_socket_is_short(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert Path(socket_folder()).parent == tmp_path
+    long = tmp_path / ("long" * 20)
+    long.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(long))
+    folder = Path(socket_folder())
+    assert folder.parent == Path("/tmp") and not list(long.iterdir())
+    folder.rmdir()
+
+
+def test_a_server_answers_on_its_socket(tmp_path):
+    class Answer(BaseHTTPRequestHandler):
+        def do_POST(self):
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b'{"path": "%s"}' % self.path.encode())
+
+        def log_message(self, *arguments):
+            pass
+
+    with UnixStreamServer(str(tmp_path / "socket"), Answer) as server:
+        threading.Thread(target=server.handle_request, daemon=True).start()
+        assert Server(str(tmp_path / "socket")).ask("/here", timeout=10) == {"path": "/here"}
 
 
 def test_a_supervisor_that_is_told_to_end_leaves_nothing(tmp_path):
-    command = [PYTHON, supervisor.__file__, str(os.getpid()), str(tmp_path / "weights")]
+    weights, folder = tmp_path / "weights", tmp_path / "socket"
+    weights.mkdir()
+    folder.mkdir()
+    command = [PYTHON, supervisor.__file__, str(os.getpid()), str(weights), str(folder)]
     quiet = "import os, time; print(os.getpid(), flush=True); time.sleep(300)"
     process = subprocess.Popen([*command, PYTHON, "-c", quiet], stdout=subprocess.PIPE)
     server = int(process.stdout.readline())
     process.send_signal(signal.SIGTERM)
     process.wait(10)
-    assert not alive(server)
+    assert not alive(server) and not folder.exists()
+    assert weights.exists(), "its rank lives, and may be writing"

@@ -109,6 +109,22 @@ def hanging(handler, body):
     time.sleep(60)
 
 
+def busy(handler, body):
+    handler.reply({"error": "too many requests"}, 429)
+
+
+def not_a_number(handler, body):
+    content = choice(tokens_of(body))
+    content["choices"][0]["logprobs"]["content"][0]["logprob"] = float("nan")
+    handler.reply(content)
+
+
+def no_number(handler, body):
+    content = choice(tokens_of(body))
+    content["choices"][0]["logprobs"]["content"][0]["logprob"] = "low"
+    handler.reply(content)
+
+
 def aborted(handler, body):
     handler.reply(choice(tokens_of(body)[:1], "abort"))
 
@@ -153,7 +169,8 @@ class TrainedHandler(Handler):
             return
         size = int(self.headers["Content-Length"])
         body = json.loads(self.rfile.read(size)) if size else {}
-        self.reply(self.server.control(self.path.partition("?")[0], body))
+        answer = self.server.control(self.path.partition("?")[0], body)
+        self.reply(answer or {}, 200 if answer is not None else 500)
 
 
 class TrainedVllm(FakeVllm):
@@ -180,9 +197,9 @@ class TrainedVllm(FakeVllm):
         return f"http://127.0.0.1:{self.server_port}"
 
     def control(self, path, body):
-        """The answer to a request that is not one for a sample."""
+        """The answer to a request that is not one for a sample; None = it fails."""
         if path == "/collective_rpc":
-            return {"results": [self.model]}
+            return {"results": [self._call(body["method"], *body.get("args", ()))]}
         if path == "/update_weights":
             content = b"".join(Path(name).read_bytes() for name in body["update_info"]["paths"])
             self.weights = hashlib.blake2b(content, digest_size=4).hexdigest()
@@ -190,6 +207,11 @@ class TrainedVllm(FakeVllm):
         if path == "/finish_weight_update":
             self.version = body["weight_version"]
         return {}
+
+    def _call(self, method, *arguments):
+        if method == "rpp_sees":
+            return {"seen": Path(*arguments).exists()}
+        return self.model if method == "rpp_model" else {}
 
     def _note(self, work):
         with self.lock:

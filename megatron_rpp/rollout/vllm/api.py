@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from http.client import HTTPConnection, HTTPException, HTTPResponse
-from socket import SHUT_RDWR, socket
+from socket import AF_UNIX, SHUT_RDWR, socket
 from threading import Lock
 from typing import Any
 
@@ -20,6 +20,12 @@ from megatron_rpp.lifecycle.exit_codes import RunFailure
 _SHOWN = 300
 """Characters of an answer that messages show."""
 _HEALTH_SECONDS = 10.0
+_CONNECT_SECONDS = 10.0
+_MOST_BYTES = 2**26
+"""Most bytes of an answer, or of an event of a stream."""
+_PIECE = 2**16
+_MAY_PASS = (408, 425, 429)
+"""Answers of the 400s that say nothing about the request."""
 
 
 class Failure(Exception):
@@ -30,6 +36,32 @@ class Refused(RunFailure):
     """The server answers that the request is wrong: sending it again would not help."""
 
 
+class _UnixConnection(HTTPConnection):
+    """A connection to a server's socket file."""
+
+    def __init__(self, path: str, seconds: float):
+        super().__init__("localhost", timeout=seconds)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket(AF_UNIX)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(self._path)
+
+
+def _connection(address: str, seconds: float) -> HTTPConnection:
+    if address.startswith("/"):
+        return _UnixConnection(address, seconds)
+    return HTTPConnection(address, timeout=seconds)
+
+
+def _connect(connection: HTTPConnection) -> None:
+    try:
+        connection.connect()
+    except TimeoutError as error:
+        raise Failure(f"there was no connection within {connection.timeout:.0f} s") from error
+
+
 class Connections:
     """The open connections, which another thread may close to end all requests at once."""
 
@@ -38,9 +70,10 @@ class Connections:
 
     @contextmanager
     def opened(self, address: str, timeout: float) -> Iterator[HTTPConnection]:
-        connection = HTTPConnection(address, timeout=timeout)
+        connection = _connection(address, min(timeout, _CONNECT_SECONDS))
         try:
-            connection.connect()
+            _connect(connection)
+            connection.sock.settimeout(timeout)
             # HTTPConnection forgets its socket while a response is read.
             with self._holding(connection.sock):
                 yield connection
@@ -72,7 +105,7 @@ class Server:
     """A server's address and the requests to it."""
 
     def __init__(self, address: str, name: str = ""):
-        """address: host:port."""
+        """address: host:port, or the path of a socket file."""
         self.address, self.name = address, name or f"the vLLM server at {address}"
 
     def ask(
@@ -86,7 +119,7 @@ class Server:
     ) -> Any:
         """The answer to one request. Raises Failure or Refused."""
         with self._sent(path, body, method, timeout=timeout, connections=connections) as response:
-            return _parsed(response.read())
+            return _parsed(_whole(response, path, timeout))
 
     def stream(
         self, path: str, body: Any, *, timeout: float, connections: Connections | None = None
@@ -94,7 +127,7 @@ class Server:
         """The events of one request, as they come. Closing the iterator aborts the request."""
         deadline = time.monotonic() + timeout
         with self._sent(path, body, "POST", timeout=timeout, connections=connections) as response:
-            for line in response:
+            while line := response.readline(_MOST_BYTES):
                 if time.monotonic() > deadline:
                     raise Failure(f"the answer took longer than {timeout:.0f} s")
                 text = line.removeprefix(b"data:").strip()
@@ -118,9 +151,9 @@ class Server:
                 connection.request(method, path, content, headers)
                 response = connection.getresponse()
                 if response.status != 200:
-                    shown = response.read()[:_SHOWN].decode(errors="replace")
+                    shown = response.read(_SHOWN).decode(errors="replace")
                     problem = f"{path} answered {response.status}: {shown}"
-                    if response.status in range(400, 500):
+                    if response.status in range(400, 500) and response.status not in _MAY_PASS:
                         raise Refused(f"{self.name} refuses a request: {problem}")
                     raise Failure(problem)
                 yield response
@@ -138,24 +171,36 @@ class Server:
 
     def weight_version(self) -> str:
         """The version that the last push has set. Raises Failure or Refused."""
-        return self.ask("/weight_info", method="GET", timeout=_HEALTH_SECONDS)["weight_version"]
+        answer = self.ask("/weight_info", method="GET", timeout=_HEALTH_SECONDS)
+        if not isinstance(answer, dict) or "weight_version" not in answer:
+            raise Failure(f"/weight_info answered {str(answer)[:_SHOWN]}")
+        return str(answer["weight_version"])
 
-    def begin_update(self, timeout: float) -> None:
-        """Aborts all requests, empties the prefix cache, which an update does not do, and starts an
-        update; then come the calls of /update_weights. Raises Failure or Refused."""
-        self.ask("/pause?mode=abort&clear_cache=true", timeout=timeout)
-        self.ask("/start_weight_update", timeout=timeout)
+    def call(self, method: str, *arguments: str, timeout: float) -> dict[str, Any]:
+        """What a method of inside/rpp_vllm.py returns. Raises Failure or Refused."""
+        body = {"method": method, "args": list(arguments)}
+        answer = self.ask("/collective_rpc", body, timeout=timeout)
+        try:
+            (found, *_) = answer["results"]
+        except (KeyError, TypeError, ValueError):
+            raise Failure(f"{method} answered {str(answer)[:_SHOWN]}") from None
+        if not isinstance(found, dict):
+            raise Failure(f"{method} answered {str(found)[:_SHOWN]}")
+        return found
 
-    def finish_update(self, version: str, timeout: float) -> None:
-        """Ends the update: all new responses say `version`. Raises Failure or Refused."""
-        self.ask("/finish_weight_update", {"weight_version": version}, timeout=timeout)
 
-    def resume(self, version: str, timeout: float) -> None:
-        """Takes requests again. Raises Failure or Refused, also if the version is another."""
-        self.ask("/resume", timeout=timeout)
-        found = self.weight_version()
-        if found != version:
-            raise Failure(f"the weights are of version {found}, not {version}")
+def _whole(response: HTTPResponse, path: str, seconds: float) -> bytes:
+    """The content of an answer, within `seconds` from now. Raises Failure."""
+    deadline, found = time.monotonic() + seconds, bytearray()
+    while piece := response.read1(_PIECE):
+        found += piece
+        if len(found) > _MOST_BYTES:
+            raise Failure(f"{path} answered more than {_MOST_BYTES} bytes")
+        if time.monotonic() > deadline:
+            raise Failure(f"{path} took longer than {seconds:.0f} s to answer")
+    if response.length:
+        raise Failure(f"{path}: the answer broke off, {response.length} bytes are missing")
+    return bytes(found)
 
 
 def _parsed(content: bytes) -> Any:

@@ -39,10 +39,13 @@ class Limits:
     seconds_per_token: float
     at_once: int
     """Sequences that a server decodes at once; further ones wait."""
+    clients: int
+    """Clients that share a server; each has as many requests there."""
 
     def seconds(self, tokens: int, before: int) -> float:
-        """The time limit of a response of up to `tokens` tokens with `before` others on its server."""
-        rounds = math.ceil((before + 1) / self.at_once)
+        """The time limit of a response of up to `tokens` tokens, if `before` others of its client are
+        on its server."""
+        rounds = math.ceil((before + 1) * self.clients / self.at_once)
         return self.timeout + self.seconds_per_token * tokens * rounds
 
 

@@ -8,6 +8,7 @@ several such rounds the run ends. The first round may run in a thread beside the
 
 from __future__ import annotations
 
+import time
 import uuid
 from collections.abc import Callable
 from dataclasses import replace
@@ -24,13 +25,19 @@ from megatron_rpp.model.policy import Policy
 from megatron_rpp.parallel import groups, progress_wait
 from megatron_rpp.records import Generation, Request, Sampling
 from megatron_rpp.rollout.engine import Abandoned
-from megatron_rpp.rollout.vllm.buckets import Broadcast, SameGpu
+from megatron_rpp.rollout.vllm.broadcast import Broadcast
 from megatron_rpp.rollout.vllm.client import Client, Limits
 from megatron_rpp.rollout.vllm.draw import Draw, Round
 from megatron_rpp.rollout.vllm.environment import write_model_config
 from megatron_rpp.rollout.vllm.fleet import Fleet, raise_first
+from megatron_rpp.rollout.vllm.pushing import Problems
+from megatron_rpp.rollout.vllm.same_gpu import SameGpu
 from megatron_rpp.rollout.vllm.samples import Sampler
-from megatron_rpp.rollout.vllm.weights import SharedFiles, Transport
+from megatron_rpp.rollout.vllm.weights import SharedFiles, Transport, weights_folder
+
+_FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 30.0
+"""Seconds before servers that have failed are asked again; each pause is twice the one before."""
+_POLL = 0.2
 
 
 class VllmEngine:
@@ -54,17 +61,17 @@ class VllmEngine:
         self._pushes, self._version = 0, ""
         self._pushed_at: int | None = None  # optimizer steps behind the weights of the servers
         self._retries = vllm.retries
-        self._limits = Limits(
-            retries=vllm.retries, timeout=vllm.timeout, seconds_per_token=vllm.seconds_per_token,
-            at_once=config.rollout.max_batch,
-        )  # fmt: skip
         model = (Path(config.logging.dir) / "vllm" / "model").absolute()
         if groups.is_main():
             vocab_size = chunks(policy.model)[0].true_vocab_size
             write_model_config(config, vocab_size, model)
-        weights = Path(vllm.dir).absolute() / f"megatron_rpp-{self._run}"
+        weights = weights_folder(Path(vllm.dir).absolute(), self._run)
         dist.barrier()
         self.fleet = Fleet(config, model=model, weights=weights)
+        self._limits = Limits(
+            retries=vllm.retries, timeout=vllm.timeout, seconds_per_token=vllm.seconds_per_token,
+            at_once=config.rollout.max_batch, clients=self.fleet.leaders,
+        )  # fmt: skip
         self.transport = _transport(config, self.fleet, weights)
 
     def generate(
@@ -151,27 +158,67 @@ class VllmEngine:
             incomplete = groups.is_replica_leader() and bool(missing)
             if not self._agree(done, incomplete, last=attempt == self._retries):
                 break
-        if self.transport.rest(self.fleet.cared_for):
-            self._pushed_at = None
+        self._rest(stop)
         whole = groups.broadcast_object(found, groups.replica_group())
         return [generation for generation in whole if generation is not None]
 
     def prepare(self, stop: Callable[[], bool]) -> None:
-        """Makes all servers run with the weights of the policy. Collective."""
+        """Makes servers run with the weights of the policy. Collective.
+
+        Those of the run are started; of those in rollout.vllm.urls, some may be left out.
+
+        Raises:
+            RunFailure: on every rank, if a server of the run, or all of rollout.vllm.urls, fail again
+                and again.
+            Abandoned: on every rank, if the run was told to stop meanwhile.
+        """
         for attempt in range(self._retries + 1):
-            fresh = self.fleet.ensure_running(stop)
+            self._pause(attempt, stop)
+            last = attempt == self._retries
+            started = self.fleet.ensure_running(stop)
+            if self._drop(started.problems, last=last):
+                continue
             steps = self._policy.scheduler.num_steps
-            if not fresh and steps == self._pushed_at:
+            if not started.fresh and steps == self._pushed_at:
                 return
-            self._pushes += 1
-            version = f"{self._run}-{self._pushes}"
-            heartbeat.enter("weights to vLLM")
-            problems = self.transport.push(
-                self._policy.model, self.fleet.cared_for, version, idle=stop
-            )
-            if not self._drop(problems, last=attempt == self._retries):
-                self._pushed_at, self._version = steps, version
-                return
+            problems = self._push(stop)
+            if self.fleet.leave_out(problems):  # the others have the weights
+                self._drop(problems, last=False)
+            elif self._drop(problems, last=last):
+                continue
+            self._pushed_at = steps
+            return
+
+    def _push(self, stop: Callable[[], bool]) -> Problems:
+        """Sends the weights. Raises Abandoned, on every rank, if a stop has broken that off."""
+        self._pushes += 1
+        self._pushed_at, self._version = None, f"{self._run}-{self._pushes}"
+        heartbeat.enter("weights to vLLM")
+        problems = self.transport.push(
+            self._policy.model, self.fleet.cared_for, self._version, stop=stop
+        )
+        progress_wait.wait_for_all(idle=stop)
+        if groups.on_any(bool(problems) and stop()):
+            raise Abandoned
+        return problems
+
+    def _pause(self, attempt: int, stop: Callable[[], bool]) -> None:
+        """Gives servers that this run cannot start time to come back. Raises Abandoned on a stop."""
+        if not attempt or self.fleet.starts:
+            return
+        end = time.monotonic() + min(_FIRST_PAUSE * 2 ** (attempt - 1), _LONGEST_PAUSE)
+        while time.monotonic() < end and not stop():
+            heartbeat.current.beat()
+            time.sleep(_POLL)
+        if groups.on_any(stop()):
+            raise Abandoned
+
+    def _rest(self, stop: Callable[[], bool]) -> None:
+        """Lets the servers rest until the next update; ends those that do not. Collective."""
+        heartbeat.enter("vLLM goes to sleep")
+        self._drop(self.transport.rest(self.fleet.cared_for, stop=stop), last=False)
+        if not self.transport.keeps_weights:
+            self._pushed_at = None
 
     def _round(
         self,
@@ -184,8 +231,8 @@ class VllmEngine:
         """Not collective, so that a thread may call it."""
         if not groups.is_replica_leader():
             return Round()
-        servers = self.fleet.known
-        client = Client(list(servers.values()), self._limits, self.fleet.first)
+        servers = self.fleet.usable
+        client = Client(list(servers.values()), self._limits, self.fleet.leader % len(servers))
         try:
             outcome = client.run(requests, sampler, progress=progress, stop=stop)
         except Abandoned:

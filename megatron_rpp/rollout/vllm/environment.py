@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,12 +12,12 @@ from urllib.parse import urlsplit
 
 from megatron_rpp.config import Config
 from megatron_rpp.config.infer_settings import hf_source
-from megatron_rpp.hf.architecture import CONFIG, config_json
-from megatron_rpp.hf.json_object import read_json
+from megatron_rpp.hf.architecture import CONFIG, architecture_of, config_json
+from megatron_rpp.hf.json_object import JsonObject, read_json
 from megatron_rpp.lifecycle.config_error import ConfigError
 from megatron_rpp.rollout.vllm import VERSIONS
 from megatron_rpp.rollout.vllm.api import Failure, Refused, Server
-from megatron_rpp.rollout.vllm.servers import DTYPES
+from megatron_rpp.rollout.vllm.servers import DTYPES, base_environment
 
 _SECONDS = 300
 """Time limit for a question to vLLM's Python; importing vLLM takes a while."""
@@ -91,15 +92,8 @@ def write_model_config(config: Config, vocab_size: int, folder: Path) -> None:
 
 def expected_model(config: Config, vocab_size: int) -> dict[str, Any]:
     """What a server of this run says about its model (inside/rpp_vllm.py)."""
-    content = model_config(config, vocab_size)
     return {
-        "architecture": content["architectures"][0],
-        "layers": config.model.layers,
-        "hidden": config.model.hidden,
-        "ffn_hidden": config.model.ffn_hidden,
-        "heads": config.model.heads,
-        "vocab_size": vocab_size,
-        "tied_embeddings": config.model.tied_embeddings,
+        "config": model_config(config, vocab_size),
         "max_length": config.model.max_length,
         "dtype": DTYPES[config.model.dtype],
         "transport": "rpp_shared",
@@ -110,16 +104,17 @@ def check_urls(config: Config, vocab_size: int) -> None:
     """Raises ConfigError if a server of rollout.vllm.urls does not answer or has another model."""
     expected = expected_model(config, vocab_size)
     for url in config.rollout.vllm.urls:
-        found = _model_of(url, config.rollout.vllm.timeout)
+        found = _call(url, "rpp_model", seconds=config.rollout.vllm.timeout)
         check_same_model(url, expected, found)
 
 
 def check_same_model(url: str, expected: Mapping[str, Any], found: Mapping[str, Any]) -> None:
     """Raises ConfigError if the model at `url` differs from the run's."""
+    ours, theirs = (_settings(url, told) for told in (expected, found))
     wrong = [
-        f"{name} is {found.get(name)} there, {value} here"
-        for name, value in expected.items()
-        if found.get(name) != value
+        f"{name} is {theirs.get(name)} there, {value} here"
+        for name, value in ours.items()
+        if theirs.get(name) != value
     ]
     if wrong:
         raise ConfigError(
@@ -128,10 +123,31 @@ def check_same_model(url: str, expected: Mapping[str, Any], found: Mapping[str, 
         )
 
 
-def _model_of(url: str, seconds: float) -> dict[str, Any]:
+def _settings(url: str, told: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything that decides what the weights compute, by name."""
+    told = dict(told)
+    content = told.pop("config", None)
+    if not isinstance(content, dict):
+        raise ConfigError(f"rollout.vllm.urls: {url} does not tell its model: {told}")
+    read = architecture_of(JsonObject(Path(f"the config.json of {url}"), content))
+    return {"architecture": read.name} | read.settings | told
+
+
+def check_sees(config: Config, file: Path) -> None:
+    """Raises ConfigError if a server of rollout.vllm.urls does not see `file`."""
+    vllm = config.rollout.vllm
+    for url in vllm.urls:
+        if not _call(url, "rpp_sees", str(file), seconds=vllm.timeout).get("seen"):
+            raise ConfigError(
+                f"rollout.vllm.dir {vllm.dir} is another directory for the server at {url}: choose "
+                "one that ranks and servers see"
+            )
+
+
+def _call(url: str, method: str, *arguments: str, seconds: float) -> dict[str, Any]:
     server = Server(urlsplit(url).netloc)
     try:
-        return server.ask("/collective_rpc", {"method": "rpp_model"}, timeout=seconds)["results"][0]
+        return server.call(method, *arguments, timeout=seconds)
     except (Failure, Refused) as error:
         raise ConfigError(
             f"rollout.vllm.urls: {url} does not answer as a server of tools/vllm_server.py: {error}"
@@ -142,8 +158,9 @@ def _ask(python: str, program: str) -> Any:
     """What `program` prints, as JSON."""
     try:
         done = subprocess.run(
-            [python, "-c", program], capture_output=True, text=True, timeout=_SECONDS, check=True
-        )
+            [python, "-c", program], capture_output=True, text=True, timeout=_SECONDS, check=True,
+            env=base_environment(os.environ),
+        )  # fmt: skip
         return json.loads(done.stdout.splitlines()[-1])
     except OSError as error:
         raise ConfigError(

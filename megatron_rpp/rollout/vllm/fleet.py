@@ -1,6 +1,6 @@
 """All servers of a run: which rank starts which, what state they are in, and who may use which.
 
-The ranks of a host share its servers, which answer on the loopback interface alone. Server i of a
+The ranks of a host share its servers, which answer on a socket of that host alone. Server i of a
 host is a child of the host's i-th rank. All methods that say so are collective over the world.
 """
 
@@ -10,7 +10,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -22,7 +22,7 @@ from megatron_rpp.lifecycle import heartbeat
 from megatron_rpp.lifecycle.config_error import ConfigError
 from megatron_rpp.lifecycle.exit_codes import RunFailure
 from megatron_rpp.parallel import device as devices
-from megatron_rpp.parallel import groups, progress_wait
+from megatron_rpp.parallel import gpu_sharing, groups, progress_wait
 from megatron_rpp.parallel.ranks import raise_on_all_ranks
 from megatron_rpp.rollout.engine import Abandoned
 from megatron_rpp.rollout.vllm.api import Server
@@ -130,6 +130,16 @@ def _here(everywhere: list[Host]) -> Host:
     return next(host for host in everywhere if dist.get_rank() in host.ranks)
 
 
+@dataclass(frozen=True)
+class Started:
+    """What `Fleet.ensure_running` did."""
+
+    fresh: bool = False
+    """Whether servers have been started: they have no weights yet."""
+    problems: dict[int, str] = field(default_factory=dict)
+    """Servers of this rank that did not start, and why."""
+
+
 class Fleet:
     """The servers, seen from one rank."""
 
@@ -149,61 +159,67 @@ class Fleet:
             config=config, model=model, weights=weights, on_cpu=devices.ON_CPU,
             servers=len(on_host),
         )  # fmt: skip
-        self.known: dict[int, Server] = {
+        self._known: dict[int, Server] = {
             number: Server(urlsplit(url).netloc) for number, url in enumerate(vllm.urls)
         }
-        """Servers that this rank may ask, by number in the run."""
-        leaders = here.leaders
+        self._left_out: set[int] = set()
+        leaders = here.leaders if self._places else [r for host in everywhere for r in host.leaders]
         rank = dist.get_rank()
-        self.first = leaders.index(rank) % len(on_host or self.known) if rank in leaders else 0
-        """Where this rank begins to count the servers, so that the ranks of a host share them."""
+        self.leaders = len(leaders)
+        """How many ranks send requests to the servers of this rank."""
+        self.leader = leaders.index(rank) if rank in leaders else 0
+        """The number of this rank among them, so that they share the servers evenly."""
         self.shares_gpu = here.ranks.index(rank) < len(on_host) * vllm.tensor
         """With transport ipc: whether a worker of a server runs on the GPU of this rank."""
-        self.count = len(self._places) or len(self.known)
+        self.count = len(self._places) or len(self._known)
         """Servers of the run."""
+        self.starts = bool(self._places)
+        """Whether the run starts its servers."""
         self._own = [n for n, place in enumerate(self._places) if place.owner == dist.get_rank()]
+
+    @property
+    def usable(self) -> dict[int, Server]:
+        """Servers that this rank may ask, by number in the run."""
+        return {n: server for n, server in self._known.items() if n not in self._left_out}
 
     @property
     def cared_for(self) -> dict[int, Server]:
         """The servers that get their weights from this rank."""
         if self._places:
             return {number: child.server for number, child in self._children.items()}
-        return self.known if groups.is_main() else {}
+        return self._known if groups.is_main() else {}
 
-    def ensure_running(self, stop: Callable[[], bool]) -> bool:
-        """Starts the servers that do not run; returns once all answer. Collective.
+    def ensure_running(self, stop: Callable[[], bool]) -> Started:
+        """Starts the servers that do not run; returns once they answer or have failed. Collective.
 
-        Returns whether any was started: it has no weights yet.
-
-        Raises:
-            RunFailure: on every rank, if one does not start.
-            Abandoned: on every rank, if `stop` was true.
+        Raises Abandoned, on every rank, if `stop` was true.
         """
         missing = [n for n in self._own if n not in self._children or not self._children[n].alive]
         if not groups.on_any(bool(missing)):
-            return False
+            return Started()
         heartbeat.enter("starting vLLM")
+        if self._config.rollout.vllm.transport == "ipc":  # it takes its memory on the ranks' GPUs
+            gpu_sharing.free_cached_memory()
+            progress_wait.wait_for_all(idle=stop)
         for number in missing:
             self._children[number] = self._start(number)
-        abandoned, problem = False, None
+        abandoned, problems = False, dict[int, str]()
         try:
             for number in missing:
-                self._await(self._children[number], stop)
+                if (problem := self._await(self._children[number], stop)) is not None:
+                    problems[number] = problem
         except Abandoned:
             abandoned = True
-        except RunFailure as error:
-            problem = str(error)
         progress_wait.wait_for_all(idle=stop)
         own = {number: child.server.address for number, child in self._children.items()}
-        found = groups.gather_objects((abandoned, problem, own), dist.group.WORLD)
-        raise_first(problem for _, problem, _ in found)
-        if any(abandoned for abandoned, _, _ in found):
+        found = groups.gather_objects((abandoned, own), dist.group.WORLD)
+        if any(abandoned for abandoned, _ in found):
             raise Abandoned
-        self._learn({n: address for _, _, own in found for n, address in own.items()})
-        return True
+        self._learn({n: address for _, own in found for n, address in own.items()})
+        return Started(True, problems)
 
     def _learn(self, addresses: dict[int, str]) -> None:
-        self.known = {
+        self._known = {
             number: Server(address, self._name(number))
             for number, address in sorted(addresses.items())
             if self._places[number].host == self._here.name
@@ -226,21 +242,31 @@ class Fleet:
             gpus_of(visible_gpus(), ranks, on_host, tensor=vllm.tensor, transport=vllm.transport)
         )
 
-    def _await(self, child: Child, stop: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + self._config.rollout.vllm.start_timeout
-        while not child.server.is_healthy():
+    def _await(self, child: Child, stop: Callable[[], bool]) -> str | None:
+        """Waits until a server answers; returns what went wrong. Raises Abandoned on a stop."""
+        limit = self._config.rollout.vllm.start_timeout
+        deadline = time.monotonic() + limit
+        while not (child.server.is_healthy() and child.alive):
             heartbeat.current.beat()  # the deadline ends it, not the watchdog
             if stop():
                 raise Abandoned
             if not child.alive:
-                raise RunFailure(f"{child.server.name} ended while it started; {child.tail()}")
+                return "it ended while it started"
             if time.monotonic() > deadline:
-                limit = self._config.rollout.vllm.start_timeout
-                raise RunFailure(
-                    f"{child.server.name} does not answer after {limit:.0f} s "
-                    f"(rollout.vllm.start_timeout); {child.tail()}"
-                )
+                return f"it does not answer after {limit:.0f} s (rollout.vllm.start_timeout)"
             time.sleep(_POLL)
+        return None
+
+    def leave_out(self, problems: dict[int, str]) -> bool:
+        """After a push to rollout.vllm.urls: leaves out servers that have not taken the weights.
+
+        Returns whether the others can go on without them, which servers of the run never do.
+        Collective. problems: those of the main rank count.
+        """
+        if self.starts:
+            return False
+        self._left_out = groups.broadcast_object(set(problems))
+        return bool(self.usable)
 
     def give_up(self, lost: dict[int, str]) -> dict[int, str]:
         """Ends the servers of this rank among `lost`; returns why, with the ends of their logs."""
@@ -251,7 +277,7 @@ class Fleet:
                 child.end()
                 reasons[number] = f"{child.server.name} is lost: {reason}; {child.tail()}"
             elif not self._places and groups.is_main():
-                reasons[number] = f"{self.known[number].name} is lost: {reason}"
+                reasons[number] = f"{self._known[number].name} is lost: {reason}"
         return reasons
 
 

@@ -7,6 +7,7 @@ its connection is closed at the end, which aborts it on the server.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -116,9 +117,15 @@ class _Part:
             choice = answer["choices"][0]
             rows = (choice["logprobs"] or {}).get("content") or []
             spans = choice["weight_versions"] or []
-            return cls(
-                list(choice["token_ids"] or []), [float(row["logprob"]) for row in rows],
+            found = cls(
+                [int(token) for token in choice["token_ids"] or []],
+                [float(row["logprob"]) for row in rows],
                 choice["finish_reason"], {span["version"] for span in spans},
             )  # fmt: skip
-        except (KeyError, IndexError, TypeError) as error:
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
             raise Failure(f"the answer has another form ({error!r}): {str(answer)[:300]}") from None
+        if len(found.tokens) != len(found.logprobs):
+            raise Failure(f"{len(found.tokens)} tokens have {len(found.logprobs)} log-probs")
+        if not all(map(math.isfinite, found.logprobs)):
+            raise Failure(f"log-probs are not finite: {str(answer)[:300]}")
+        return found

@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 import math
 import os
-import random
 import re
-import socket
+import shutil
 import subprocess
 import sys
+import tempfile
 import weakref
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron_rpp.config import Config
 from megatron_rpp.rollout.vllm.api import Server
@@ -24,8 +24,10 @@ _SUPERVISOR = Path(__file__).parent / "supervisor.py"
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 _LOG_TAIL, _LOG_ERRORS = 10, 4
 """Lines of a server's log that messages show: the last ones, and errors before them."""
-_PORTS = range(20_000, 32_000)
-"""Below those that systems give to outgoing connections, one of which could take it before vLLM."""
+_LONGEST_PATH = 100
+"""Bytes of a socket's path; Linux allows 107."""
+_LOG_BYTES = 2**16
+"""How much of a log's end is looked at."""
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK",
     "ROLE_NAME", "GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # fmt: skip
 """They would lead vLLM's ranks into the trainer's world."""
@@ -48,15 +50,17 @@ class Site:
     """Servers on this host."""
 
 
-def command(config: Config, model: Path, *, port: int, on_cpu: bool, host: str) -> list[str]:
-    """The command line of a server. Its weights are random until the first push."""
+def command(config: Config, model: Path, *, listens: dict[str, Any], on_cpu: bool) -> list[str]:
+    """The command line of a server. Its weights are random until the first push.
+
+    listens: the options for its address, host and port or uds.
+    """
     vllm = config.rollout.vllm
     # `vllm serve` asks for the metadata of a package "vllm", which CPU builds do not have.
     words = [str(vllm.python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
     options = {
         "served-model-name": "policy",
-        "host": host,
-        "port": port,
+        **listens,
         "dtype": DTYPES[config.model.dtype],
         "load-format": "dummy",
         "max-model-len": config.model.max_length,
@@ -82,25 +86,33 @@ def command(config: Config, model: Path, *, port: int, on_cpu: bool, host: str) 
     return [*words, *(f"--{name}" for name in switches), *vllm.arguments]
 
 
-def environment(
-    given: Mapping[str, str], config: Config, *, on_cpu: bool, threads: int, gpus: str | None
-) -> dict[str, str]:
-    """The variables of a server. gpus: the value of CUDA_VISIBLE_DEVICES; None = as it is."""
+def base_environment(given: Mapping[str, str]) -> dict[str, str]:
+    """The variables of any process of vLLM's Python."""
     kept = {
         name: value
         for name, value in given.items()
         if name not in _TORCHRUN + _OURS and not name.startswith("TORCHELASTIC")
     }
-    kept |= {
+    return kept | {
         "PYTHONPATH": str(INSIDE),
-        "VLLM_SERVER_DEV_MODE": "1",  # pause, weight updates, sleep
-        "VLLM_HOST_IP": "127.0.0.1",  # of a server's workers, which are all on this host
+        "PYTHONSAFEPATH": "1",  # no module of the working directory hides one of vLLM
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
+    }
+
+
+def environment(
+    given: Mapping[str, str], config: Config, *, on_cpu: bool, threads: int, gpus: str | None
+) -> dict[str, str]:
+    """The variables of a server. gpus: the value of CUDA_VISIBLE_DEVICES; None = as it is."""
+    kept = base_environment(given) | {
+        "VLLM_SERVER_DEV_MODE": "1",  # pause, weight updates, sleep
+        "VLLM_HOST_IP": "127.0.0.1",  # of a server's workers, which are all on this host
         "VLLM_USE_V2_MODEL_RUNNER": "0",  # rpp_vllm.py changes the sampler of the first
     }
     if config.rollout.vllm.transport == "ipc":
-        kept["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # handles, which only this host can send
+        # Handles, which only who may open the server's socket can send.
+        kept["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
     if on_cpu:
         kept |= {
             "VLLM_CPU_KVCACHE_SPACE": str(math.ceil(cache_bytes(config) / 2**30)),
@@ -125,12 +137,16 @@ def cache_bytes(config: Config) -> int:
     return tokens * model.layers * 2 * kv_heads * size * (2 if model.dtype == "bf16" else 4)
 
 
-def free_port() -> int:
-    """A port on which nothing listens now."""
-    while True:
-        port = random.choice(_PORTS)
-        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
-            return port
+def socket_folder() -> str:
+    """A new directory for a server's socket, which only this user may enter.
+
+    So no other user can send it weights, or answer in its place.
+    """
+    folder = tempfile.mkdtemp(prefix="rpp-vllm-")
+    if len(os.fsencode(folder)) > _LONGEST_PATH - len("/socket"):
+        os.rmdir(folder)
+        folder = tempfile.mkdtemp(prefix="rpp-vllm-", dir="/tmp")
+    return folder
 
 
 class Child:
@@ -139,13 +155,17 @@ class Child:
     def __init__(self, site: Site, *, name: str, gpus: str | None, log: Path):
         """Starts it. gpus: the value of CUDA_VISIBLE_DEVICES; None = as it is here."""
         self.log = log
-        port = free_port()
-        words = command(site.config, site.model, port=port, on_cpu=site.on_cpu, host="127.0.0.1")
+        folder = socket_folder()
+        path = f"{folder}/socket"
+        words = command(site.config, site.model, listens={"uds": path}, on_cpu=site.on_cpu)
         threads = max(1, len(os.sched_getaffinity(0)) // site.servers)
         threads = max(1, threads // site.config.rollout.vllm.tensor)
-        supervisor = [sys.executable, str(_SUPERVISOR), str(os.getpid()), str(site.weights)]
+        supervisor = [
+            sys.executable, str(_SUPERVISOR), str(os.getpid()), str(site.weights), folder,
+        ]  # fmt: skip
         log.parent.mkdir(parents=True, exist_ok=True)
         with open(log, "ab") as output:
+            self._log_start = output.tell()
             self._process = subprocess.Popen(
                 [*supervisor, *words],
                 env=environment(
@@ -156,8 +176,8 @@ class Child:
                 stderr=output,
                 start_new_session=True,
             )
-        self.server = Server(f"127.0.0.1:{port}", f"{name} (127.0.0.1:{port})")
-        self._end = weakref.finalize(self, _end, self._process)
+        self.server = Server(path, name)
+        self._end = weakref.finalize(self, _end, self._process, folder)
 
     @property
     def alive(self) -> bool:
@@ -168,13 +188,17 @@ class Child:
         self._end()
 
     def tail(self) -> str:
-        """The last errors and the last lines of the log, and where it is."""
-        lines = self.log.read_text(errors="replace").splitlines()
+        """The last errors and lines in the log since this start, and where it is."""
+        with open(self.log, "rb") as file:
+            end = file.seek(0, os.SEEK_END)
+            file.seek(max(self._log_start, end - _LOG_BYTES))
+            lines = file.read(_LOG_BYTES).decode(errors="replace").splitlines()
         errors = [line for line in lines[:-_LOG_TAIL] if re.search(r"\w+Error: ", line)]
         shown = [*dict.fromkeys(errors[-_LOG_ERRORS:]), "...", *lines[-_LOG_TAIL:]]
         return "\n".join([f"the end of {self.log}:", *shown])
 
 
-def _end(process: subprocess.Popen) -> None:
+def _end(process: subprocess.Popen, folder: str) -> None:
     process.terminate()
     process.wait()
+    shutil.rmtree(folder, ignore_errors=True)  # if the supervisor was killed

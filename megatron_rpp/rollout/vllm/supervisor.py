@@ -1,11 +1,12 @@
 """Starts a command and ends all of its processes when it, this process or its parent ends.
 
-    python supervisor.py PARENT FOLDER command ...
+    python supervisor.py PARENT WEIGHTS FOLDER command ...
 
 Only the standard library is used, and nothing is imported from the package: a rank starts this file.
 PARENT is the process id of the rank. A rank that is killed by SIGKILL tells nobody, so this process
-looks for its parent several times a second. If the parent is gone, FOLDER, where it may have left
-weights, is removed. This process exits with the code of the command.
+looks for its parent several times a second. If the parent is gone, the folder WEIGHTS is removed, where
+it may have left them. FOLDER, that of the command's socket, is removed in any case. This process exits
+with the code of the command.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 
 _PR_SET_PDEATHSIG = 1
@@ -26,20 +28,34 @@ GRACE = 10.0
 
 
 def main(arguments: list[str]) -> int:
-    parent, folder, command = int(arguments[0]), arguments[1], arguments[2:]
+    parent, weights, folder, command = int(arguments[0]), *arguments[1:3], arguments[3:]
+    try:
+        return run(command, lambda: os.getppid() == parent)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        if os.getppid() != parent:
+            shutil.rmtree(weights, ignore_errors=True)
+
+
+def run(
+    command: list[str], wanted: Callable[[], bool], environment: dict[str, str] | None = None
+) -> int:
+    """Runs `command` until it ends, this process gets a signal to end, or it is not wanted any more.
+
+    Returns the command's exit code, 0 if it was ended here. environment: None = that of this process.
+    """
     ending: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, lambda received, frame: ending.append(received))
-    process = subprocess.Popen(command, start_new_session=True, preexec_fn=end_with_parent)
+    process = subprocess.Popen(
+        command, start_new_session=True, preexec_fn=end_with_parent, env=environment
+    )
     try:
-        while process.poll() is None and not ending and os.getppid() == parent:
+        while process.poll() is None and not ending and wanted():
             time.sleep(INTERVAL)
-        code = process.poll()
+        return process.poll() or 0
     finally:
         end(process)
-        if os.getppid() != parent:
-            shutil.rmtree(folder, ignore_errors=True)
-    return code or 0
 
 
 def end_with_parent() -> None:

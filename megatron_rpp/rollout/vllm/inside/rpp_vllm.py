@@ -13,13 +13,16 @@ raises if the last part of an update leaves any parameter without new values. (v
 `finish_weight_update` raised, no further update could start.)
 """
 
+import json
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
+from vllm.config import set_current_vllm_config
 from vllm.distributed.weight_transfer import WeightTransferEngine, WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.base import WeightTransferInitInfo, WeightTransferUpdateInfo
 from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferUpdateInfo
@@ -42,6 +45,8 @@ class _Checked(WeightTransferEngine):
     """What the backends share: an update session that must fill every parameter."""
 
     init_info_cls = WeightTransferInitInfo
+    is_open = False
+    """Whether the model's parameters are being replaced."""
 
     def init_transfer_engine(self, init_info):
         """Nothing to agree on."""
@@ -53,6 +58,7 @@ class _Checked(WeightTransferEngine):
         # Read first: the reload unties tied embeddings, and only one of them is sent.
         self.lacking = {name for name, _ in self.model.named_parameters()}
         initialize_layerwise_reload(self.model)
+        self.is_open = True
 
     def update_weights(self, update_info):
         info = self.parse_update_info(update_info)
@@ -67,6 +73,7 @@ class _Checked(WeightTransferEngine):
 
     def finish_weight_update(self):
         finalize_layerwise_reload(self.model, self.model_config)
+        self.is_open = False
         head = getattr(self.model, "lm_head", None)
         if hasattr(head, "cpu_linear"):
             # A packed copy on CPUs, which would stay old if it is tied to the embedding.
@@ -219,18 +226,29 @@ class Extension:
     """Mixed into vLLM's worker; its methods are called through /collective_rpc."""
 
     def rpp_model(self):
-        """The model of this server, as strings and numbers."""
+        """The model of this server: the config.json that it was started with, and what is settled
+        elsewhere."""
         model = self.vllm_config.model_config
-        config = model.hf_config
         return {
-            "architecture": config.architectures[0],
-            "layers": config.num_hidden_layers,
-            "hidden": config.hidden_size,
-            "ffn_hidden": config.intermediate_size,
-            "heads": config.num_attention_heads,
-            "vocab_size": config.vocab_size,
-            "tied_embeddings": config.tie_word_embeddings,
+            "config": json.loads(Path(model.model, "config.json").read_text()),
             "max_length": model.max_model_len,
             "dtype": str(model.dtype).removeprefix("torch."),
             "transport": self.vllm_config.weight_transfer_config.backend,
         }
+
+    def rpp_end_update(self):
+        """Ends an update that a run has left unfinished, so that the next can start.
+
+        Layers that it has not reached keep their weights, so the next must send all of them.
+        """
+        engine = self.weight_transfer_engine
+        if engine.is_open:
+            with set_current_vllm_config(self.vllm_config):
+                engine.finish_weight_update()
+        engine.reset_weight_update_target()
+        self._weight_update_active = False
+        return {}
+
+    def rpp_sees(self, path):
+        """Whether a file is there on this server's host."""
+        return {"seen": Path(path).exists()}
