@@ -50,9 +50,8 @@ def timed(task: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def plain_write(folder: Path, size: int) -> None:
-    """Writes `size` bytes."""
-    content = torch.zeros(size, dtype=torch.uint8).numpy().data
+def plain_write(folder: Path, content: memoryview) -> None:
+    """Writes a file."""
     with open(folder / f"plain-{dist.get_rank()}", "wb") as file:
         file.write(content)
 
@@ -75,19 +74,25 @@ def worker(rounds: int, settings: list[str]) -> None:
     groups.stop()
 
 
+def push(engine: VllmEngine, model: torch.nn.Module) -> None:
+    """Sends the weights. Raises RuntimeError if a server does not take them."""
+    problems = engine.transport.push(model, engine.fleet.cared_for, "benchmark", stop=lambda: False)
+    if problems:
+        raise RuntimeError("; ".join(problems.values()))
+
+
 def measure(run: Run, folder: Path, size: int, *, rounds: int) -> dict[str, list[float]]:
     """Seconds of each way, round after round."""
     model, files = run.policy.model, SharedFiles(folder, 600.0)
+    content = torch.ones(size, dtype=torch.uint8).numpy().data  # written, so the pages are there
     ways: dict[str, Callable[[], object]] = {
         "write": lambda: files.write(model, lambda: None),
-        "plain": lambda: plain_write(folder, size),
+        "plain": lambda: plain_write(folder, content),
     }
     if isinstance(run.engine, VllmEngine):
         engine = run.engine
         engine.prepare(lambda: False)  # starts the servers
-        ways["push"] = partial(
-            engine.transport.push, model, engine.fleet.cared_for, "benchmark", idle=lambda: None
-        )
+        ways["push"] = partial(push, engine, model)
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(rounds + 1):
         for name, way in ways.items():
