@@ -12,7 +12,7 @@ rl-step: whole REINFORCE++ steps on the reference work. A random Llama-shaped fp
 exactly 64 new tokens at temperature 1, KL against a reference, one AdamW update over all samples.
 --nproc and --parallel.* choose the layout; the default is two replicas. The main rank's seconds count.
 
---versus trl: runs TRL's RLOOTrainer on the same work in turn with ours (tools/benchmarks/trl.py, two
+--versus trl: runs TRL's RLOOTrainer on the same work in turn with ours (tools/benchmarks/trl_rloo.py, two
 threads, in an environment of its own made from tools/requirements-trl.txt) and prints the ratio
 theirs / ours of whole steps and of each phase (above 1: ours is faster).
 
@@ -51,11 +51,12 @@ TRL_ENVIRONMENT = ROOT / "runs" / "trl-environment"
 
 
 def last_json(command: list[str], environment: dict[str, str] | None = None) -> dict:
-    """Runs `command` and returns the JSON object of its last line."""
+    """Runs `command` and returns the last JSON object that it prints on a line of its own; vLLM's log
+    may follow it."""
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
     if done.returncode:
         raise SystemExit(f"error: {' '.join(command)} failed:\n{done.stderr[-2000:]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    return json.loads([line for line in done.stdout.splitlines() if line.startswith("{")][-1])
 
 
 def run_ours(benchmark: str, *, nproc: int, steps: int, settings: list[str]) -> dict:
@@ -79,7 +80,7 @@ def trl_python() -> Path:
 
 def versus_trl(*, nproc: int, steps: int, rounds: int, settings: list[str]) -> dict:
     """Runs the two trainers in turn; returns their results and the ratios of the medians."""
-    theirs_command = [str(trl_python()), str(ROOT / "tools" / "benchmarks" / "trl.py")]
+    theirs_command = [str(trl_python()), str(ROOT / "tools" / "benchmarks" / "trl_rloo.py")]
     ours, theirs = [], []
     for _ in range(rounds):
         theirs.append(last_json([*theirs_command, "--steps", str(steps)]))
