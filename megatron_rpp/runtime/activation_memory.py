@@ -70,7 +70,8 @@ def layer_activations(
     # Gate and up, and their product. Else sigmoid and silu as well.
     ffn = (3 if device.fused_kernels else 5) * model.ffn_hidden
     heads, _, size = heads_of(model)
-    log_sums, rotary = heads * FP32, 4 * size * width
+    # Cosines and sines: all layers share them, unless TransformerEngine's kernel turns each anew.
+    log_sums, rotary = heads * FP32, 4 * size * width if device.fused_kernels else 0
     attention = _attention_channels(model, parallel.context, device) * width + log_sums
     return LayerActivations(
         input=model.hidden * width // split,
@@ -82,11 +83,12 @@ def layer_activations(
 
 def _attention_channels(model: ModelConfig, context: int, device: Device) -> int:
     heads, kv_heads, size = heads_of(model)
-    if device.fused_kernels or context == 1:
+    if device.fused_kernels:
         # Projected queries, keys and values; rotated queries and keys; attention's output.
         kept = (heads + 2 * kv_heads) + (heads + kv_heads) + heads
-        if not device.fused_kernels:  # all of them once more, laid out as padded sequences
-            kept += (heads + 2 * kv_heads) + heads
+    elif context == 1:
+        # Queries, keys, values and output as padded sequences; the output as a row.
+        kept = (heads + 2 * kv_heads) + heads + heads
     else:
         # Queries and outputs, as rows and as sequences; keys and values of all ranks, as a row and
         # repeated for every query head.
