@@ -34,6 +34,7 @@ from megatron_rpp.parallel.device import describe
 from megatron_rpp.records import Generation, MicroBatch, Request
 from megatron_rpp.reporting.console import Console
 from megatron_rpp.rollout.buffer import RolloutBuffer, from_generations
+from megatron_rpp.rollout.planning import shard
 from megatron_rpp.runtime import checkpointing
 from megatron_rpp.runtime.inputs import Inputs
 from megatron_rpp.runtime.policy import build_policy
@@ -41,7 +42,6 @@ from megatron_rpp.runtime.run import Run, assemble
 from megatron_rpp.runtime.session import session, training
 from megatron_rpp.stages import nonfinite
 from megatron_rpp.stages.logprobs import make_micro_batches, token_logprobs
-from megatron_rpp.stages.rollout import shard
 from megatron_rpp.stages.update import optimizer_step
 
 

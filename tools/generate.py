@@ -118,9 +118,9 @@ def generate(
     from megatron_rpp.parallel import groups
     from megatron_rpp.records import Request
     from megatron_rpp.rollout.engine import MegatronEngine
+    from megatron_rpp.rollout.planning import shard
     from megatron_rpp.runtime.cache_size import max_cache_tokens
     from megatron_rpp.runtime.policy import build_start
-    from megatron_rpp.stages.rollout import shard
 
     stage = build_start(config, vocab_size, source)
     engine = MegatronEngine(

@@ -1,7 +1,7 @@
 """The forward pass of generation: the weights of Megatron's layers, without Megatron's modules.
 
-A token of generation has so little work per layer that calls and kernel launches decide its time:
-Megatron's modules make about 45 of them, this pass about 15. It takes tokens in a flat row, of any
+A token of generation has so little work per layer that calls and kernel launches decide its time, and
+Megatron's modules make several times as many of them as this pass. It takes tokens in a flat row, of any
 number of sequences, and leaves attention to the cache. tests/model/test_language_model.py compares
 it with the modules, on every layout, and for the families' biases and norms.
 

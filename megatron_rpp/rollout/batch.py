@@ -33,7 +33,7 @@ from megatron_rpp.rollout.sampling import choose
 from megatron_rpp.rollout.scheduler import Pass, Scheduler
 
 
-class Draw(Protocol):
+class Uniforms(Protocol):
     """Random numbers in [0, 1), as `seeds.uniforms` gives for a seed and a step."""
 
     def __call__(self, sample_ids: np.ndarray, *, position: np.ndarray) -> np.ndarray:
@@ -75,7 +75,7 @@ class Batch:
         *,
         graphs: Graphs,
         sampling: Sampling,
-        draw: Draw,
+        draw: Uniforms,
     ):
         """
         Args:

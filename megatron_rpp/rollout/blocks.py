@@ -14,6 +14,11 @@ NOWHERE = 2**40
 """The first position of a block that nothing owns."""
 
 
+def blocks_of(positions: int) -> int:
+    """Blocks that hold this many positions of a sequence."""
+    return -(-positions // attention_metadata.block_size())
+
+
 class Blocks:
     """Which blocks each sequence owns. The lowest free block is always taken first."""
 
@@ -38,7 +43,7 @@ class Blocks:
     def within(cls, positions: int | None, *, sequences: int, at_once: int, longest: int) -> Blocks:
         """As many blocks as `at_once` sequences of `longest` positions need. They hold no more than
         `positions` (None = any number), unless a single sequence needs more."""
-        one = -(-longest // attention_metadata.block_size())
+        one = blocks_of(longest)
         total = one * at_once
         if positions is not None:
             total = max(one, min(total, positions // attention_metadata.block_size()))
@@ -46,7 +51,7 @@ class Blocks:
 
     def count(self, positions: int) -> int:
         """Blocks that hold this many positions."""
-        return -(-positions // self.size)
+        return blocks_of(positions)
 
     @property
     def free(self) -> int:

@@ -26,8 +26,9 @@ from megatron_rpp.model.decoder import Decoder, decoders
 from megatron_rpp.model.kv_cache import KeyValueCache
 from megatron_rpp.parallel import groups, progress_wait
 from megatron_rpp.records import Generation, Request, Sampling
-from megatron_rpp.rollout.batch import Abandoned, Batch, Draw
-from megatron_rpp.rollout.blocks import Blocks
+from megatron_rpp.rollout.batch import Abandoned, Batch, Uniforms
+from megatron_rpp.rollout.blocks import Blocks, blocks_of
+from megatron_rpp.rollout.planning import shard
 from megatron_rpp.rollout.responses import Responses
 from megatron_rpp.rollout.scheduler import Scheduler
 from megatron_rpp.seeds import uniforms
@@ -93,8 +94,7 @@ class MegatronEngine:
     ) -> list[Generation]:
         """See RolloutEngine. Context-parallel ranks hold the same weights and share the work."""
         group = groups.context_group()
-        bounds = [len(requests) * i // group.size() for i in range(group.size() + 1)]
-        share = requests[bounds[group.rank()] : bounds[group.rank() + 1]]
+        share = [requests[i] for i in shard(len(requests), group.rank(), group.size())]
         own: list[Generation] | None = None
         with suppress(Abandoned):
             responses = Responses(share, sampling, self.tokenizer)
@@ -140,17 +140,17 @@ class MegatronEngine:
         queue: deque[int],
         *,
         sampling: Sampling,
-        draw: Draw,
+        draw: Uniforms,
     ) -> list[Batch]:
         """One for each pipeline stage, as far as sequences and cache allow."""
-        one, room = -(-responses.longest // attention_metadata.block_size()), self.max_cache_tokens
+        one, room = blocks_of(responses.longest), self.max_cache_tokens
         count = min(groups.pipeline_group().size(), len(queue), self.max_batch)
         if room is not None:
             count = max(1, min(count, room // (one * attention_metadata.block_size())))
             room //= count
         batches, total = [], min(self.max_batch, len(queue))
         for number in range(count):
-            slots = total * (number + 1) // count - total * number // count
+            slots = len(shard(total, number, count))
             blocks = Blocks.within(
                 room, sequences=len(queue), at_once=slots, longest=responses.longest
             )

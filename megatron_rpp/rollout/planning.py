@@ -1,4 +1,4 @@
-"""Plans which samples form a mini-batch, and divides a mini-batch into micro-batches.
+"""Plans which rank owns which samples and which of them form a mini-batch, and divides a mini-batch into micro-batches.
 
 A mini-batch depends on seed, step and epoch, never on the layout. Micro-batches only bound the
 memory: they are sorted by length and fit a token budget. Every data-parallel rank has the same
@@ -16,6 +16,11 @@ from megatron_rpp.records import MicroBatch
 from megatron_rpp.rollout.buffer import RolloutBuffer
 from megatron_rpp.rollout.packing import Split, pack
 from megatron_rpp.seeds import permutation
+
+
+def shard(count: int, rank: int, size: int) -> range:
+    """The contiguous part of range(count) that `rank` of `size` owns."""
+    return range(count * rank // size, count * (rank + 1) // size)
 
 
 def minibatch_of(

@@ -33,7 +33,7 @@ class Assumptions:
     )
     row_fill: float = _assumed(0.9, "share of the tokens of micro-batches that are not padding")
     host_ms_per_layer: float = _assumed(
-        0.1, "ms of the host for one layer of a decoded token, with CUDA graphs; about 0.3 without"
+        0.1, "ms of the host for one layer of a decoded token, with CUDA graphs"
     )
     host_bandwidth: float = _assumed(
         50e9, "bytes/s of host memory for each rank, if the optimizer is offloaded"

@@ -33,7 +33,7 @@ from megatron_rpp.reporting.metrics import StageTimes
 from megatron_rpp.rewards import Scores
 from megatron_rpp.rollout import storage
 from megatron_rpp.rollout.buffer import RolloutBuffer
-from megatron_rpp.stages.rollout import shard
+from megatron_rpp.rollout.planning import shard
 from megatron_rpp.stages.update import UpdateProgress
 
 ROLLOUTS = "rollouts"

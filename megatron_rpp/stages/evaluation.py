@@ -11,8 +11,9 @@ from megatron_rpp.parallel import groups
 from megatron_rpp.records import Request, Sampling
 from megatron_rpp.rewards import RewardSet
 from megatron_rpp.rollout.engine import RolloutEngine
+from megatron_rpp.rollout.planning import shard
 from megatron_rpp.stages.reward import score_responses
-from megatron_rpp.stages.rollout import generate, shard
+from megatron_rpp.stages.rollout import generate
 
 
 @dataclass(frozen=True)

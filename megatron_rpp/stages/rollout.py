@@ -11,11 +11,7 @@ from megatron_rpp.parallel import groups, progress_wait
 from megatron_rpp.records import Generation, Request, Sampling, StepKey
 from megatron_rpp.rollout.buffer import RolloutBuffer, from_generations
 from megatron_rpp.rollout.engine import Abandoned, RolloutEngine
-
-
-def shard(count: int, rank: int, size: int) -> range:
-    """The contiguous part of range(count) that data-parallel `rank` of `size` owns."""
-    return range(count * rank // size, count * (rank + 1) // size)
+from megatron_rpp.rollout.planning import shard
 
 
 def generate(

@@ -15,6 +15,7 @@ from megatron_rpp.config import Config
 from megatron_rpp.parallel import groups
 from megatron_rpp.reporting.console import Console
 from megatron_rpp.rollout.buffer import RolloutBuffer
+from megatron_rpp.rollout.planning import shard
 from megatron_rpp.runtime import run as runs
 from megatron_rpp.runtime.inputs import load_inputs
 from megatron_rpp.runtime.run import Run
@@ -108,7 +109,7 @@ def supervised_batch(run: Run) -> RolloutBuffer:
     """What `sft_step` trains on."""
     key, size = run.step_key, run.config.sft.batch_size
     rows = run.inputs.train.order(key.prompts_seen, size, key.seed)
-    positions = rollout.shard(size, groups.data_rank(), groups.data_size())
+    positions = shard(size, groups.data_rank(), groups.data_size())
     return sft.batch_of([run.inputs.train[rows[i]] for i in positions], run.inputs.form)
 
 

@@ -9,7 +9,8 @@ from megatron_rpp.config import RolloutConfig
 from megatron_rpp.data.prompts import Example, Prompt, PromptSet
 from megatron_rpp.parallel import groups
 from megatron_rpp.records import Generation, Sampling, StepKey
-from megatron_rpp.stages.rollout import collect, shard
+from megatron_rpp.rollout.planning import shard
+from megatron_rpp.stages.rollout import collect
 from tests.rollout.buffer_bytes import nbytes
 
 PROMPTS = [Prompt(Example(f"prompt {i}"), tuple(range(3, 11))) for i in range(20)]

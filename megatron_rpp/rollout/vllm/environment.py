@@ -167,8 +167,12 @@ def _ask(python: str, program: str) -> Any:
             f"rollout.vllm.python {python} cannot be started ({error.strerror}): name the Python of "
             "vLLM's environment"
         ) from error
-    except (subprocess.SubprocessError, ValueError, IndexError) as error:
-        told = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[-1:]
-        raise ConfigError(
-            f"rollout.vllm.python {python} fails ({' '.join(told)}): repair vLLM's environment"
-        ) from error
+    except subprocess.CalledProcessError as error:
+        raise _broken(python, error.stderr) from error
+    except (subprocess.TimeoutExpired, ValueError, IndexError) as error:
+        raise _broken(python, str(error)) from error
+
+
+def _broken(python: str, told: str) -> ConfigError:
+    last = " ".join(told.strip().splitlines()[-1:])
+    return ConfigError(f"rollout.vllm.python {python} fails ({last}): repair vLLM's environment")
