@@ -32,7 +32,7 @@ from megatron_rpp.lifecycle.config_error import ConfigError, reading
 from megatron_rpp.lifecycle.exit_codes import SaveFailed
 from megatron_rpp.model import overlap
 from megatron_rpp.model.language_model import chunks
-from megatron_rpp.model.policy import Policy
+from megatron_rpp.model.trained_model import TrainedModel
 from megatron_rpp.parallel import device as _device  # noqa: F401  (before megatron)
 from megatron_rpp.parallel import groups
 
@@ -170,7 +170,7 @@ def _allocate_moments_of(adam: torch.optim.Optimizer) -> None:
                 state["exp_avg_sq"] = torch.zeros_like(parameter)
 
 
-def _optimizer_state(policy: Policy, model_state: dict, *, loading: bool = False) -> dict:
+def _optimizer_state(policy: TrainedModel, model_state: dict, *, loading: bool = False) -> dict:
     """The sharded state of the optimizer, in Megatron's format."""
     (part,) = policy.optimizer.chained_optimizers
     if not isinstance(part, DistributedOptimizer):
@@ -183,7 +183,7 @@ def _optimizer_state(policy: Policy, model_state: dict, *, loading: bool = False
     return state | {"param_state": shards, _SHARDING: "fully_reshardable"}
 
 
-def _check_optimizer(policy: Policy, common: dict, path: Path) -> None:
+def _check_optimizer(policy: TrainedModel, common: dict, path: Path) -> None:
     """Raises ConfigError if the checkpoint is of another kind of optimizer."""
     (part,) = policy.optimizer.chained_optimizers
     distributed = isinstance(part, DistributedOptimizer)
@@ -195,7 +195,7 @@ def _check_optimizer(policy: Policy, common: dict, path: Path) -> None:
         )
 
 
-def _load_optimizer(policy: Policy, common: dict, path: Path) -> None:
+def _load_optimizer(policy: TrainedModel, common: dict, path: Path) -> None:
     """Loads Adam's state at `path`. Each rank reads its own part of it. Collective."""
     (part,) = policy.optimizer.chained_optimizers
     _allocate_moments(policy.optimizer)
@@ -237,7 +237,7 @@ def _load_settings(part: MegatronOptimizer, content: dict) -> None:
         group.update(mine)
 
 
-def resume(policy: Policy, path: Path) -> RunState:
+def resume(policy: TrainedModel, path: Path) -> RunState:
     """Restores everything that `save` wrote at `path`. Collective.
 
     Raises ConfigError, on every rank, if it is of another model or another kind of optimizer.
@@ -256,7 +256,7 @@ def _nothing_more(directory: Path) -> dict[str, Any]:
 
 
 def save(
-    policy: Policy,
+    policy: TrainedModel,
     state: RunState,
     settings: CheckpointConfig,
     *,

@@ -1,4 +1,4 @@
-"""Builds the policy and the reference model from the configuration, with the same builder.
+"""Builds policy, reference, critic and reward model from the configuration, with the same builder.
 
 With TransformerEngine the layers use Megatron's fused linear and norm modules, without it the local
 ones and our RMSNorm. Core attention is ours in both cases, because it holds the key-value cache.
@@ -138,6 +138,7 @@ def build_model(
     vocab_size: int,
     seed: int | None,
     train: TrainConfig = INFERENCE,
+    kind: type[LanguageModel] = LanguageModel,
 ) -> torch.nn.ModuleList:
     """Builds this rank's chunks on its device.
 
@@ -145,12 +146,15 @@ def build_model(
         seed: weights are drawn from it; the same seed gives the same whole model on every layout.
             None = zeros, for weights that are loaded next.
         train: how the model will be trained (recompute).
+        kind: LanguageModel, or ScalarModel for a critic or a reward model.
     """
     heartbeat.enter("build a model")
     config = transformer_config(model, parallel, train)
     count = parallel.virtual_pipeline
     stage = torch.nn.ModuleList(
-        _build_chunk(model, parallel, config, vocab_size=vocab_size, chunk=chunk, count=count)
+        _build_chunk(
+            model, parallel, config, vocab_size=vocab_size, chunk=chunk, count=count, kind=kind
+        )
         for chunk in range(count)
     )
     stage.to(devices.device())
@@ -170,12 +174,13 @@ def _build_chunk(
     vocab_size: int,
     chunk: int,
     count: int,
+    kind: type[LanguageModel],
 ) -> LanguageModel:
     block = layer = layer_spec(config)
     if config.transformer_impl == "local":
         layers = [layer] * (model.layers // (parallel.pipeline * count))
         block = TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
-    stage = LanguageModel(
+    stage = kind(
         config=config,
         transformer_layer_spec=block,
         vocab_size=padded_vocab_size(vocab_size, parallel.tensor),

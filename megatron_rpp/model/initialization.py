@@ -17,6 +17,8 @@ from megatron_rpp.model.language_model import LanguageModel
 
 # The std of projections into the residual stream is smaller by 1/sqrt(2·layers) (GPT-2).
 RESIDUAL_OUTPUTS = ("linear_proj.weight", "linear_fc2.weight")
+SCORE = "score.weight"
+"""The head of a critic or a reward model (scalar_model.py)."""
 
 
 def is_tensor_sharded(parameter: torch.nn.Parameter) -> bool:
@@ -47,6 +49,14 @@ def _local_shard(
     return torch.cat(pieces, dim)
 
 
+def _scale(model: LanguageModel, name: str, std: float) -> float:
+    """The standard deviation of a matrix. Scores begin near 0 (arXiv 2009.01325, appendix B)."""
+    if name == SCORE:
+        return 1 / (model.config.hidden_size + 1)
+    residual = name.endswith(RESIDUAL_OUTPUTS)
+    return std / math.sqrt(2 * model.config.num_layers) if residual else std
+
+
 @torch.no_grad()
 def clear(model: LanguageModel) -> None:
     """Sets all weights to zero. Drawing large ones takes minutes, and others replace them."""
@@ -58,7 +68,6 @@ def clear(model: LanguageModel) -> None:
 def fill(model: LanguageModel, std: float, seed: int) -> None:
     """Draws every matrix of `model` from N(0, std²); sets norm weights to one, biases to zero."""
     tensor = model.pg_collection.tp
-    residual_std = std / math.sqrt(2 * model.config.num_layers)
     for name, parameter in model.named_parameters():
         heartbeat.current.beat()
         if parameter.dim() == 1:
@@ -69,7 +78,7 @@ def fill(model: LanguageModel, std: float, seed: int) -> None:
         size = tensor.size() if sharded else 1
         shape[dim] *= size
         whole = torch.empty(shape, device="cpu", dtype=torch.float32)
-        scale = residual_std if name.endswith(RESIDUAL_OUTPUTS) else std
+        scale = _scale(model, name, std)
         whole.normal_(0.0, scale, generator=_generator(seed, global_name(model, name)))
         blocks = 2 if name.endswith("linear_fc1.weight") else 1
         shard = _local_shard(

@@ -11,8 +11,8 @@ from megatron_rpp.model import build
 from megatron_rpp.model.hf_weights import load_hf
 from megatron_rpp.model.language_model import chunks
 from megatron_rpp.model.optimizer import build_optimizer
-from megatron_rpp.model.policy import Policy
 from megatron_rpp.model.reference import OffloadedReference, Reference, ResidentReference
+from megatron_rpp.model.trained_model import TrainedModel
 from megatron_rpp.parallel import device as devices
 from megatron_rpp.parallel.ranks import raise_on_all_ranks
 
@@ -45,14 +45,14 @@ def build_start(
 
 def build_policy(
     config: Config, optimizer: OptimizerConfig, vocab_size: int, *, source: Source | None = None
-) -> Policy:
+) -> TrainedModel:
     """The policy before its first update; for `source` see build_start."""
     stage = build_start(config, vocab_size, source)
     model = build.wrap_for_training(stage, optimizer.distributed, config.parallel)
-    return Policy(model, *build_optimizer(model, optimizer, config.model.dtype == "bf16"))
+    return TrainedModel(model, *build_optimizer(model, optimizer, config.model.dtype == "bf16"))
 
 
-def build_reference(config: Config, policy: Policy, vocab_size: int) -> Reference | None:
+def build_reference(config: Config, policy: TrainedModel, vocab_size: int) -> Reference | None:
     """A frozen copy of the policy's initial weights; None if no KL coefficient needs it.
 
     Call it before the policy resumes from a checkpoint, while it still holds those weights.

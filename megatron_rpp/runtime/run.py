@@ -12,8 +12,8 @@ from megatron_rpp.checkpoint.writer import PendingSave
 from megatron_rpp.config import Config
 from megatron_rpp.lifecycle import heartbeat
 from megatron_rpp.model import overlap
-from megatron_rpp.model.policy import Policy
 from megatron_rpp.model.reference import Reference
+from megatron_rpp.model.trained_model import TrainedModel
 from megatron_rpp.records import StepKey
 from megatron_rpp.reporting.console import Console
 from megatron_rpp.reporting.metrics import MetricsLog, evaluation_row
@@ -59,7 +59,7 @@ class Run:
 
     config: Config
     inputs: Inputs
-    policy: Policy
+    policy: TrainedModel
     reference: Reference | None
     """None if no KL coefficient needs it, and in supervised fine-tuning."""
     engine: RolloutEngine
@@ -118,7 +118,7 @@ def build(config: Config, inputs: Inputs, console: Console) -> Run:
 
 
 def build_engine(
-    config: Config, policy: Policy, inputs: Inputs, *, log: Callable[[str], None]
+    config: Config, policy: TrainedModel, inputs: Inputs, *, log: Callable[[str], None]
 ) -> RolloutEngine:
     """The engine of rollout.engine. Collective."""
     if config.rollout.engine == "vllm":
@@ -127,7 +127,7 @@ def build_engine(
     return _megatron_engine(config, policy, inputs)
 
 
-def _megatron_engine(config: Config, policy: Policy, inputs: Inputs) -> MegatronEngine:
+def _megatron_engine(config: Config, policy: TrainedModel, inputs: Inputs) -> MegatronEngine:
     return MegatronEngine(
         policy.model,
         inputs.tokenizer,
@@ -141,7 +141,7 @@ def assemble(
     inputs: Inputs,
     console: Console,
     *,
-    policy: Policy,
+    policy: TrainedModel,
     reference: Reference | None = None,
     engine: RolloutEngine | None = None,
 ) -> Run:

@@ -20,7 +20,7 @@ from megatron_rpp.checkpoint.run_state import RunState
 from megatron_rpp.config import AlgorithmConfig, RolloutConfig, TrainConfig
 from megatron_rpp.lifecycle import heartbeat
 from megatron_rpp.model import overlap, pipeline
-from megatron_rpp.model.policy import Policy
+from megatron_rpp.model.trained_model import TrainedModel
 from megatron_rpp.parallel import device as devices
 from megatron_rpp.parallel import groups
 from megatron_rpp.records import MicroBatch, StepKey
@@ -139,7 +139,7 @@ class UpdateProgress:
 
 
 def update_policy(
-    policy: Policy,
+    policy: TrainedModel,
     buffer: RolloutBuffer,
     algorithm: AlgorithmConfig,
     *,
@@ -214,7 +214,7 @@ class OptimizerStep(NamedTuple):
 
 
 def optimizer_step(
-    policy: Policy, batches: list[MicroBatch], loss: pipeline.LossFunction
+    policy: TrainedModel, batches: list[MicroBatch], loss: pipeline.LossFunction
 ) -> OptimizerStep:
     """Computes the gradient of `loss` over `batches` and steps optimizer and schedule. Collective.
 

@@ -93,7 +93,7 @@ def model(tied):
 
 
 def llama_weights(stage):
-    """Megatron's parameters under the names of transformers' Llama.
+    """Megatron's parameters under the names of transformers' Llama, without the output projection.
 
     linear_qkv stacks [queries, key, value] per key-value head; linear_fc1 is [gate; up].
     """
@@ -101,7 +101,6 @@ def llama_weights(stage):
     theirs = {
         "model.embed_tokens.weight": ours["embedding.word_embeddings.weight"][:VOCAB],
         "model.norm.weight": ours["decoder.final_layernorm.weight"],
-        "lm_head.weight": stage.output_weight[:VOCAB],
     }
     for layer in range(LAYERS):
         mine, name = f"decoder.layers.{layer}.", f"model.layers.{layer}."
@@ -139,7 +138,7 @@ def llama(stage, tied):
         attn_implementation="eager",
     )
     oracle = LlamaForCausalLM(config).eval()
-    oracle.load_state_dict(llama_weights(stage))
+    oracle.load_state_dict(llama_weights(stage) | {"lm_head.weight": stage.output_weight[:VOCAB]})
     return oracle
 
 

@@ -26,7 +26,7 @@ from megatron_rpp.lifecycle.config_error import ConfigError
 from megatron_rpp.model import build, overlap, pipeline
 from megatron_rpp.model.optimizer import build_optimizer
 from megatron_rpp.model.overlap import Overlap
-from megatron_rpp.model.policy import Policy
+from megatron_rpp.model.trained_model import TrainedModel
 from megatron_rpp.parallel import device as devices
 from megatron_rpp.parallel import groups
 from megatron_rpp.stages import update
@@ -52,12 +52,14 @@ class Trained(NamedTuple):
     """Weights that were not whole after the last optimizer step."""
 
 
-def trained(model: ModelConfig, parallel: ParallelConfig) -> tuple[Policy, list[torch.Tensor]]:
+def trained(
+    model: ModelConfig, parallel: ParallelConfig
+) -> tuple[TrainedModel, list[torch.Tensor]]:
     """Takes STEPS optimizer steps on the mean log-prob of 16 responses. Returns the losses, too."""
     stage = build.build_model(model, parallel, vocab_size=100, seed=3)
     wrapped = build.wrap_for_training(stage, True, parallel)
     settings = OptimizerConfig(lr=0.01)
-    policy = Policy(wrapped, *build_optimizer(wrapped, settings, bf16=model.dtype == "bf16"))
+    policy = TrainedModel(wrapped, *build_optimizer(wrapped, settings, bf16=model.dtype == "bf16"))
     samples = [([1 + i, 2], [3 + (i + j) % 90 for j in range(6)]) for i in range(16)]
     buffer = make_buffer(samples[groups.data_rank() :: groups.data_size()])
 

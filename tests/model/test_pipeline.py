@@ -17,7 +17,7 @@ from megatron_rpp.config import ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_rpp.model import build
 from megatron_rpp.model.language_model import chunks
 from megatron_rpp.model.optimizer import build_optimizer
-from megatron_rpp.model.policy import Policy
+from megatron_rpp.model.trained_model import TrainedModel
 from megatron_rpp.parallel import groups
 from megatron_rpp.stages import update
 from megatron_rpp.stages.logprobs import make_micro_batches, token_logprobs
@@ -41,7 +41,7 @@ def gradient_norm(layout):
     if layout == "interleaved, batched":
         for chunk in chunks(model):
             chunk.config.overlap_p2p_comm, chunk.config.batch_p2p_comm = False, True
-    policy = Policy(model, *build_optimizer(model, OptimizerConfig(), bf16=False))
+    policy = TrainedModel(model, *build_optimizer(model, OptimizerConfig(), bf16=False))
     samples = [([1 + i, 2], [3 + (i + j) % 40 for j in range(6)]) for i in range(8)]
     buffer = make_buffer(samples if groups.data_rank() == 0 else [])
 

@@ -23,7 +23,7 @@ from megatron_rpp.model.decoder import decoders
 from megatron_rpp.model.hf_weights import load_hf
 from megatron_rpp.model.language_model import chunks
 from megatron_rpp.model.optimizer import build_optimizer
-from megatron_rpp.model.policy import Policy
+from megatron_rpp.model.trained_model import TrainedModel
 from megatron_rpp.parallel import accelerators, groups
 from tests.distributed import run_ranks
 from tests.hf.models import save
@@ -150,7 +150,9 @@ def export(stage, directory, folder):
     model = build.wrap_for_training(stage, distributed_optimizer=True)
     optimizer = build_optimizer(model, OptimizerConfig(), bf16=False)
     pending = checkpoint.save(
-        Policy(model, *optimizer), RunState(step=1), CheckpointConfig(dir=str(folder / "saved"))
+        TrainedModel(model, *optimizer),
+        RunState(step=1),
+        CheckpointConfig(dir=str(folder / "saved")),
     )
     path = pending.publish()
     if groups.is_main():

@@ -20,7 +20,7 @@ from megatron_rpp.checkpoint.run_state import RunState
 from megatron_rpp.checkpoint.writer import PendingSave
 from megatron_rpp.config import CheckpointConfig, ModelConfig
 from megatron_rpp.model.language_model import chunks
-from megatron_rpp.model.policy import Policy
+from megatron_rpp.model.trained_model import TrainedModel
 from megatron_rpp.parallel import device as devices
 from megatron_rpp.rollout.buffer import RolloutBuffer
 
@@ -66,7 +66,9 @@ def _train(scale: Scale, model: ModelConfig) -> Iterator[Figure]:
     yield from _checkpoints(policy, samples, model)
 
 
-def _checkpoints(policy: Policy, samples: RolloutBuffer, model: ModelConfig) -> Iterator[Figure]:
+def _checkpoints(
+    policy: TrainedModel, samples: RolloutBuffer, model: ModelConfig
+) -> Iterator[Figure]:
     with tempfile.TemporaryDirectory(prefix="acceptance_") as folder:
         settings = CheckpointConfig(dir=folder)
         start, saved = time.perf_counter(), _tensors(policy)
@@ -97,7 +99,7 @@ def _resumed(model: ModelConfig, path: Path) -> list[torch.Tensor]:
     return _tensors(policy)
 
 
-def _tensors(policy: Policy) -> list[torch.Tensor]:
+def _tensors(policy: TrainedModel) -> list[torch.Tensor]:
     """Copies of the weights, the optimizer's own weights and Adam's moments."""
     (part,) = policy.optimizer.chained_optimizers
     own = [p for group in part.optimizer.param_groups for p in group["params"]]

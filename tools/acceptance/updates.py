@@ -12,7 +12,7 @@ from acceptance.figures import Figure
 from acceptance.measure import gpu_peak, on_gpu
 from acceptance.scale import Scale
 from megatron_rpp.config import ModelConfig, TrainConfig
-from megatron_rpp.model.policy import Policy
+from megatron_rpp.model.trained_model import TrainedModel
 
 APART = 0.01
 """Of the largest gradient. Kernels on GPUs may sum in another order each time, in bf16."""
@@ -39,7 +39,7 @@ def _updated(scale: Scale) -> tuple[torch.Tensor, torch.Tensor]:
     return _gradients(policy), weights
 
 
-def _gradients(policy: Policy) -> torch.Tensor:
+def _gradients(policy: TrainedModel) -> torch.Tensor:
     return torch.cat([buffer.grad_data for chunk in policy.model for buffer in chunk.buffers])
 
 

@@ -19,7 +19,7 @@ from megatron_rpp.config import (
 from megatron_rpp.data.prompts import Example, Prompt
 from megatron_rpp.model import build, pipeline
 from megatron_rpp.model.optimizer import build_optimizer
-from megatron_rpp.model.policy import Policy
+from megatron_rpp.model.trained_model import TrainedModel
 from megatron_rpp.parallel import device as devices
 from megatron_rpp.records import Generation, MicroBatch, Request, Sampling, StepKey
 from megatron_rpp.rollout.buffer import RolloutBuffer, from_generations
@@ -46,9 +46,11 @@ def stage(model: ModelConfig, train: TrainConfig = build.INFERENCE) -> torch.nn.
     return built
 
 
-def policy(model: ModelConfig, train: TrainConfig = build.INFERENCE) -> Policy:
+def policy(model: ModelConfig, train: TrainConfig = build.INFERENCE) -> TrainedModel:
     wrapped = build.wrap_for_training(stage(model, train), distributed_optimizer=True)
-    return Policy(wrapped, *build_optimizer(wrapped, OptimizerConfig(), model.dtype == "bf16"))
+    return TrainedModel(
+        wrapped, *build_optimizer(wrapped, OptimizerConfig(), model.dtype == "bf16")
+    )
 
 
 def buffer(model: ModelConfig, row: Sequence[int]) -> RolloutBuffer:
@@ -67,13 +69,13 @@ def buffer(model: ModelConfig, row: Sequence[int]) -> RolloutBuffer:
     return made
 
 
-def score(trained: Policy, samples: RolloutBuffer) -> torch.Tensor:
+def score(trained: TrainedModel, samples: RolloutBuffer) -> torch.Tensor:
     """The log-probs of the samples' responses."""
     tokens = int(samples.lengths.sum())
     return response_logprobs(trained.model, samples, tokens, temperature=1.0)
 
 
-def update(trained: Policy, samples: RolloutBuffer) -> UpdateStats:
+def update(trained: TrainedModel, samples: RolloutBuffer) -> UpdateStats:
     """One optimizer step on all samples in one packed row. They have been scored."""
     train = TrainConfig(max_tokens_per_microbatch=int(samples.lengths.sum()))
     return update_policy(
@@ -89,7 +91,7 @@ def update(trained: Policy, samples: RolloutBuffer) -> UpdateStats:
     )
 
 
-def backward(trained: Policy, samples: RolloutBuffer) -> None:
+def backward(trained: TrainedModel, samples: RolloutBuffer) -> None:
     """Leaves the gradient of the mean log-prob of the samples' responses in the buffers."""
 
     def loss(batch: MicroBatch, hidden: torch.Tensor):

@@ -21,7 +21,7 @@ from megatron_rpp.data.tokenizer import Tokenizer
 from megatron_rpp.lifecycle import heartbeat
 from megatron_rpp.lifecycle.exit_codes import RunFailure
 from megatron_rpp.model.language_model import chunks
-from megatron_rpp.model.policy import Policy
+from megatron_rpp.model.trained_model import TrainedModel
 from megatron_rpp.parallel import groups, progress_wait
 from megatron_rpp.records import Generation, Request, Sampling
 from megatron_rpp.rollout.engine import Abandoned
@@ -46,7 +46,7 @@ class VllmEngine:
     def __init__(
         self,
         config: Config,
-        policy: Policy,
+        policy: TrainedModel,
         tokenizer: Tokenizer,
         *,
         log: Callable[[str], None],

@@ -1,4 +1,4 @@
-"""A model in training: what an update changes and a checkpoint saves."""
+"""A model in training, policy, critic or reward model: what an update changes and a checkpoint saves."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 
 @dataclass(frozen=True)
-class Policy:
-    """The trained model (its chunks, DDP-wrapped) with its optimizer and learning-rate schedule."""
+class TrainedModel:
+    """The chunks of a model, DDP-wrapped, with their optimizer and learning-rate schedule."""
 
     model: torch.nn.ModuleList
     optimizer: MegatronOptimizer
