@@ -1,9 +1,9 @@
-"""The mathematics of REINFORCE++: tensors and an explicit process group in, tensors out.
+"""The mathematics of REINFORCE++ and PPO: tensors and an explicit process group in, tensors out.
 
 There is no Megatron here, no configuration object and no global state. Shapes: scores [B] (one per
 response), per-token tensors and their bool mask [B, T].
 
-From a score to an advantage: ``shaping`` -> ``kl`` -> ``returns`` -> ``statistics`` ->
+From a score to an advantage: ``shaping`` -> ``kl`` -> ``returns`` (PPO: ``gae``) -> ``statistics`` ->
 ``advantages``, whose ``compute_advantages`` takes the last three steps. From an advantage to a
 gradient: ``correction`` -> ``losses``. ``numerics`` keeps values under a zero mask out of both.
 """
@@ -15,13 +15,16 @@ from megatron_rpp.algorithms.correction import (
     effective_share,
     importance_ratio,
 )
+from megatron_rpp.algorithms.gae import gae
 from megatron_rpp.algorithms.kl import KL_KINDS, adapted_kl_factor, kl_estimate
 from megatron_rpp.algorithms.losses import (
     AGGREGATIONS,
     PolicyStats,
     aggregation_weights,
+    clipped_values,
     policy_loss,
     policy_stats,
+    value_loss,
 )
 from megatron_rpp.algorithms.returns import returns_to_go, token_rewards
 from megatron_rpp.algorithms.shaping import ShapingStats, shape_scores
@@ -37,8 +40,10 @@ __all__ = [
     "ShapingStats",
     "adapted_kl_factor",
     "aggregation_weights",
+    "clipped_values",
     "correction_weights",
     "effective_share",
+    "gae",
     "global_whiten",
     "group_baseline",
     "importance_ratio",
@@ -49,4 +54,5 @@ __all__ = [
     "returns_to_go",
     "shape_scores",
     "token_rewards",
+    "value_loss",
 ]

@@ -1,14 +1,17 @@
 """From scores to advantages: group baselines, and the advantage of each algorithm.
 
     reinforce++            returns with the KL in the reward, normalised over the global batch
+    ppo                    generalised advantage estimates of a critic, with the KL in the reward,
+                           normalised over the global batch
     reinforce++_baseline   R - group mean on every token, normalised over the global batch
     grpo                   (R - group mean) / (group std + 1e-6), not normalised further
     rloo                   R - mean of the *other* responses of the group, not normalised further
 
-The first two are arXiv 2501.03262. GRPO (arXiv 2402.03300) and RLOO (arXiv 2402.14740) are for
+reinforce++ and reinforce++_baseline are arXiv 2501.03262. PPO (arXiv 1707.06347) with the same token
+rewards and the same normalisation is what they do without. GRPO (arXiv 2402.03300) and RLOO (arXiv 2402.14740) are for
 comparison and follow the definitions that verl and TRL use: the sample standard deviation (Bessel's
-correction) plus 1e-6, and one scalar for all tokens. Except in reinforce++, the KL is a loss term
-and not part of the reward. Left out: groups that span ranks (all responses to a prompt live on one).
+correction) plus 1e-6, and one scalar for all tokens. In these, and with a baseline, the KL is a loss
+term and not part of the reward. Left out: groups that span ranks (all responses to a prompt live on one).
 """
 
 from __future__ import annotations
@@ -17,12 +20,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_rpp.algorithms.gae import gae
 from megatron_rpp.algorithms.numerics import check_mask, select
 from megatron_rpp.algorithms.returns import returns_to_go, token_rewards
 from megatron_rpp.algorithms.statistics import Moments, global_whiten, moments
 
 GROUP_KINDS = ("mean", "grpo", "rloo")
-ALGORITHMS = ("reinforce++", "reinforce++_baseline", "grpo", "rloo")
+ALGORITHMS = ("reinforce++", "ppo", "reinforce++_baseline", "grpo", "rloo")
 GRPO_EPS = 1e-6
 
 
@@ -80,6 +84,8 @@ def compute_advantages(
     kl: Tensor | None = None,
     kl_coef: float = 0.0,
     gamma: float = 1.0,
+    values: Tensor | None = None,
+    gae_lambda: float = 1.0,
     group: dist.ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor, Moments]:
     """Computes the advantages of this rank's responses by the algorithm ``name`` (see above).
@@ -89,27 +95,34 @@ def compute_advantages(
 
     Args:
         name: one of ``ALGORITHMS``.
-        scores: [B], shaped scores. mask: [B, T] bool. group_ids: [B] (not read by reinforce++).
-        kl, kl_coef, gamma: as ``token_rewards`` and ``returns_to_go``; read by reinforce++ only.
+        scores: [B], shaped scores. mask: [B, T] bool. group_ids: [B] (read by the algorithms that
+            compare the responses of a prompt).
+        kl, kl_coef, gamma: as ``token_rewards`` and ``returns_to_go``; read by reinforce++ and ppo.
+        values, gae_lambda: as ``gae``; read by ppo only.
 
     Returns:
-        (advantages [B, T], returns [B, T], moments). The returns are the advantages before the
-        global normalisation; the moments are those of the returns over all ranks. Advantages and
-        returns are 0 where the mask is False.
+        (advantages [B, T], returns [B, T], moments). The moments are those of the advantages before
+        the global normalisation, over all ranks. The returns are these advantages; with ppo, they
+        are the targets of the critic. Advantages and returns are 0 where the mask is False.
 
     Raises:
-        ValueError: unknown name; see also ``token_rewards``, ``returns_to_go``, ``moments``.
+        ValueError: unknown name; see also ``token_rewards``, ``returns_to_go``, ``gae``, ``moments``.
     """
     if name not in ALGORITHMS:
         raise ValueError(f"unknown algorithm {name!r}: choose one of {', '.join(ALGORITHMS)}")
-    if name == "reinforce++":
-        returns = returns_to_go(token_rewards(scores, kl, mask, kl_coef), mask, gamma)
+    if name in ("reinforce++", "ppo"):
+        rewards = token_rewards(scores, kl, mask, kl_coef)
+    if name == "ppo":
+        assert values is not None, "ppo needs the values of a critic"
+        advantages, returns = gae(rewards, values, mask, gamma, gae_lambda)
+    elif name == "reinforce++":
+        advantages = returns = returns_to_go(rewards, mask, gamma)
     else:
         kind = "mean" if name == "reinforce++_baseline" else name
-        returns = _on_every_token(group_baseline(scores, group_ids, kind), mask)
+        advantages = returns = _on_every_token(group_baseline(scores, group_ids, kind), mask)
     if name in ("grpo", "rloo"):
-        return returns, returns, moments(returns, mask, group)
-    whitened, stats = global_whiten(returns, mask, group)
+        return advantages, returns, moments(advantages, mask, group)
+    whitened, stats = global_whiten(advantages, mask, group)
     return whitened, returns, stats
 
 

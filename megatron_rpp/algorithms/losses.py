@@ -1,10 +1,10 @@
-"""The clipped policy loss per token, its aggregation over a mini-batch, and its statistics.
+"""The clipped losses of policy and critic per token, their aggregation over a mini-batch, and statistics.
 
     rho_t = exp(log pi_theta - log pi_old)
     loss_t = -min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A)
 
 This is PPO (arXiv 1707.06347) with the two bounds of DAPO (arXiv 2503.14476) and the dual clip of
-arXiv 1912.09729. Nothing here divides by a count of the whole mini-batch or communicates with other
+arXiv 1912.09729. PPO clips the critic's loss in the same way (see ``value_loss``). Nothing here divides by a count of the whole mini-batch or communicates with other
 ranks: the caller sums up numerators and counts with ``aggregation_weights``, reduces both over
 micro-batches and the DP x CP ranks and divides once (Megatron's ``calculate_per_token_loss``
 contract). Left out: sequence-level ratios (GSPO).
@@ -67,6 +67,57 @@ def policy_loss(  # noqa: PLR0917 (others call it by position)
     return finite_gradient(
         surrogate, _log_ratio(logprobs, old_logprobs), at_least_fp32(advantages.detach())
     )
+
+
+def value_loss(  # noqa: PLR0917 (others call it by position)
+    values: Tensor, old_values: Tensor, returns: Tensor, clip: float | None = None
+) -> Tensor:
+    """Computes the clipped squared error of every token's value.
+
+        V_clip = V_old + clip(V - V_old, -c, c)
+        loss   = max((V - R)^2, (V_clip - R)^2) / 2
+
+    As in PPO's reference implementation (github.com/openai/baselines, ppo2): a value that has moved
+    further than c towards its return gets no gradient.
+
+    Args:
+        values: [B, T], by the current critic, with gradient.
+        old_values: [B, T], by the critic before the update; constant.
+        returns: [B, T], the targets (``gae``); constant.
+        clip: c, in the unit of the returns; None = no clipping.
+
+    Returns:
+        [B, T], at least fp32. If an input is NaN (undefined values of masked-out tokens), the loss
+        is NaN and its gradient 0; select such tokens away.
+
+    Raises:
+        ValueError: clip is not positive.
+    """
+    if clip is not None and clip <= 0:
+        raise ValueError(f"clip is {clip}: the bound of a value's change must be positive, or None")
+    assert values.shape == old_values.shape == returns.shape
+
+    def error(value: Tensor, old: Tensor, target: Tensor) -> Tensor:
+        loss = (value - target).square()
+        if clip is not None:
+            bounded = old + (value - old).clamp(-clip, clip)
+            loss = torch.maximum(loss, (bounded - target).square())
+        return loss / 2
+
+    old, target = (at_least_fp32(column.detach()) for column in (old_values, returns))
+    return finite_gradient(error, at_least_fp32(values), old, target)
+
+
+@torch.no_grad()
+def clipped_values(
+    values: Tensor, old_values: Tensor, returns: Tensor, *, mask: Tensor, clip: float | None
+) -> Tensor:
+    """Number of tokens under ``mask`` whose value gets no gradient from ``value_loss``, a scalar."""
+    check_mask(mask, values, old_values, returns)
+    if clip is None:
+        return mask.new_zeros((), dtype=torch.int64)
+    unclipped = value_loss(values, old_values, returns)
+    return (mask & (value_loss(values, old_values, returns, clip) > unclipped)).sum()
 
 
 def aggregation_weights(mask: Tensor, kind: str) -> tuple[Tensor, Tensor]:

@@ -134,3 +134,27 @@ def rollout_weights(old_logprobs, rollout_logprobs, kind, maximum):
         else:
             out[i] = weight if 1 / maximum <= weight <= maximum else 0.0
     return out
+
+
+def gae(rewards, values, mask, gamma, lam):
+    """By the definition, A_t = sum of (gamma lambda)^k delta_(t+k) over the live tokens, and A + V."""
+    advantages, returns = np.zeros(mask.shape), np.zeros(mask.shape)
+    for b, row in enumerate(mask):
+        live = [t for t, on in enumerate(row) if on]
+        value = [*(values[b, t] for t in live), 0.0]
+        deltas = [rewards[b, t] + gamma * value[i + 1] - value[i] for i, t in enumerate(live)]
+        for i, t in enumerate(live):
+            terms = ((gamma * lam) ** k * delta for k, delta in enumerate(deltas[i:]))
+            advantages[b, t] = math.fsum(terms)
+            returns[b, t] = advantages[b, t] + value[i]
+    return advantages, returns
+
+
+def value_loss(values, old_values, returns, clip=None):
+    out = np.zeros_like(values)
+    for i in np.ndindex(*values.shape):
+        out[i] = 0.5 * (values[i] - returns[i]) ** 2
+        if clip is not None:
+            bounded = old_values[i] + min(max(values[i] - old_values[i], -clip), clip)
+            out[i] = max(out[i], 0.5 * (bounded - returns[i]) ** 2)
+    return out

@@ -80,38 +80,45 @@ def test_no_samples():
     assert group_baseline(torch.zeros(0), torch.zeros(0, dtype=torch.long), "mean").shape == (0,)
 
 
-def expected_advantages(name, scores, kl, mask, ids, kl_coef, gamma):
-    if name == "reinforce++":
-        rewards = oracle.token_rewards(scores, kl, mask, kl_coef)
-        returns = oracle.returns_to_go(rewards, mask, gamma)
+WHITENED = ("reinforce++", "ppo", "reinforce++_baseline")
+
+
+def expected_advantages(name, scores, kl, mask, *, ids, values, gamma):
+    """(advantages, the same before the normalisation, returns); lambda is gamma."""
+    rewards = oracle.token_rewards(scores, kl, mask, 0.1)
+    if name == "ppo":
+        raw, returns = oracle.gae(rewards, values, mask, gamma, gamma)
+    elif name == "reinforce++":
+        raw = returns = oracle.returns_to_go(rewards, mask, gamma)
     else:
         kind = {"reinforce++_baseline": "mean"}.get(name, name)
-        returns = np.where(mask, oracle.group_baseline(scores, ids, kind)[:, None], 0.0)
-    whitened = name.startswith("reinforce++")
-    return (oracle.whiten(returns, mask) if whitened else returns), returns
+        raw = returns = np.where(mask, oracle.group_baseline(scores, ids, kind)[:, None], 0.0)
+    return (oracle.whiten(raw, mask) if name in WHITENED else raw), raw, returns
 
 
 @quick
-@given(st.data(), batches(1), st.sampled_from(ALGORITHMS), st.sampled_from([0.9, 1.0]))
+@given(st.data(), batches(2), st.sampled_from(ALGORITHMS), st.sampled_from([0.9, 1.0]))
 def test_advantages_match_oracle(data, batch, name, gamma):
-    mask, kl = batch
+    mask, kl, values = batch
     scores = data.draw(scores_for(mask))
     ids = data.draw(ids_for(scores))
-    expected, expected_returns = expected_advantages(name, scores, kl, mask, ids, 0.1, gamma)
+    expected, raw, expected_returns = expected_advantages(
+        name, scores, kl, mask, ids=ids, values=values, gamma=gamma
+    )
     live = torch.tensor(mask)
     got, returns, stats = compute_advantages(
         name, torch.tensor(scores), live, group_ids=torch.tensor(ids),
         kl=dirty(kl, mask, torch.float64), kl_coef=0.1, gamma=gamma,
+        values=dirty(values, mask, torch.float64), gae_lambda=gamma,
     )  # fmt: skip
     # The size of the returns' terms; normalisation divides them by a deviation of at least 1e-4.
     size = 1.0 if name == "grpo" else 3.0 + np.abs(scores).max()
     assert_close(returns, expected_returns, torch.float64, size)
-    count, mean, var = oracle.moments(expected_returns, mask)
+    count, mean, var = oracle.moments(raw, mask)
     assert stats.count == count
     np.testing.assert_allclose(stats.mean, mean, rtol=1e-12, atol=1e-12 * size)
     np.testing.assert_allclose(stats.var, var, rtol=1e-12, atol=1e-12 * size * max(size, 1))
-    whitened = name.startswith("reinforce++")
-    scale = math.sqrt(max(var, 1e-8)) if whitened else 1.0
+    scale = math.sqrt(max(var, 1e-8)) if name in WHITENED else 1.0
     assert_close(got, expected, torch.float64, size=max(size / scale, 1.0))
     assert not got[~live].any() and not returns[~live].any()
 
@@ -145,14 +152,18 @@ def test_saturated_rewards_give_zero_advantages(name):
     """If every answer is right, there is nothing to learn and no NaN."""
     mask = torch.arange(24).view(4, 6) % 5 != 0
     ids = torch.tensor([0, 0, 1, 1])
-    got, _, stats = compute_advantages(name, torch.full((4,), 0.9), mask, group_ids=ids)
+    got, _, stats = compute_advantages(
+        name, torch.full((4,), 0.9), mask, group_ids=ids, values=torch.zeros(4, 6)
+    )
     assert not got.any() and stats.var == 0
 
 
 def test_unknown_algorithm():
-    with pytest.raises(ValueError, match="'ppo'.*reinforce\\+\\+, reinforce\\+\\+_baseline, grpo"):
+    with pytest.raises(
+        ValueError, match="'sac'.*reinforce\\+\\+, ppo, reinforce\\+\\+_baseline, grpo"
+    ):
         compute_advantages(
-            "ppo",
+            "sac",
             torch.zeros(1),
             torch.ones(1, 1, dtype=torch.bool),
             group_ids=torch.zeros(1, dtype=torch.long),
