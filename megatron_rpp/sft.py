@@ -42,7 +42,7 @@ from megatron_rpp.runtime.run import Run, assemble
 from megatron_rpp.runtime.session import session, training
 from megatron_rpp.stages import nonfinite
 from megatron_rpp.stages.logprobs import make_micro_batches, token_logprobs
-from megatron_rpp.stages.update import optimizer_step
+from megatron_rpp.stages.minibatches import optimizer_step
 
 
 def main(argv: list[str] | None = None, *, start: startup.Startup | None = None) -> None:
@@ -145,7 +145,9 @@ def sft_step(run: Run) -> dict[str, float]:
         policy.model, buffer, list(range(len(buffer))), max_tokens=train.max_tokens_per_microbatch
     )
     done = optimizer_step(policy, batches, loss)
-    nonfinite.count_skipped(run.state, done.skip_reason, train.max_skipped_updates)
+    run.state.skipped_in_a_row = nonfinite.skipped_in_a_row(
+        run.state.skipped_in_a_row, done.skip_reason, limit=train.max_skipped_updates
+    )
     row = {"sft/skipped_updates": 0, "sft/grad_norm": done.grad_norm}
     if done.skip_reason is None:
         row["sft/loss"] = _mean_loss(done.reports)

@@ -1,4 +1,4 @@
-"""REINFORCE++ (arXiv 2501.03262): the training loop.
+"""REINFORCE++ (arXiv 2501.03262), and PPO and others to compare it with: the training loop.
 
     torchrun --nproc-per-node N -m megatron_rpp.train --config FILE [--section.key value ...]
 
@@ -35,7 +35,7 @@ from megatron_rpp.runtime import run as runs
 from megatron_rpp.runtime.inputs import Inputs
 from megatron_rpp.runtime.run import Run, evaluate_held_out
 from megatron_rpp.runtime.session import session, training
-from megatron_rpp.stages import advantage, kl_control, logprobs, reward, update
+from megatron_rpp.stages import advantage, critic, kl_control, logprobs, reward, update
 
 CONSOLE_METRICS = ("reward/mean", "kl/k1", "policy/entropy", "policy/clip_fraction", "policy/grad_norm",
          "response/length_mean", "throughput/tokens_per_second", "time/step")  # fmt: skip
@@ -82,7 +82,7 @@ def train(config: Config, inputs: Inputs, dry_run: bool = False) -> None:
 
 
 def rl_step(run: Run) -> tuple[dict[str, float], RolloutBuffer]:
-    """One step of REINFORCE++; stages that are done already are skipped. Collective.
+    """One step; stages that are done already are skipped. Collective.
 
     Returns the metrics of the step (the same on every rank) and this replica's rollouts.
     """
@@ -97,14 +97,17 @@ def rl_step(run: Run) -> tuple[dict[str, float], RolloutBuffer]:
         progress.scores = _score(run, buffer)
         checkpointing.finish_stage(run, "reward")
     if buffer.old_logprobs is None:
+        _compute_values(run, buffer)
         _compute_logprobs(run, buffer)
     advantages = advantage.compute_advantages(
         buffer, algorithm, run.config.reward, group=groups.data_group()
     )
+    values = _update_critic(run, buffer)
     updates = _update(run, buffer, algorithm)
     row = step_metrics(
         buffer, algorithm, rewards=progress.scores, advantage=advantages, update=updates,
-        times=progress.times, flops=_flops(run, buffer), staleness=progress.staleness,
+        critic=values, times=progress.times, flops=_flops(run, buffer),
+        staleness=progress.staleness,
     )  # fmt: skip
     return row, buffer
 
@@ -123,6 +126,15 @@ def _score(run: Run, buffer: RolloutBuffer) -> Scores:
         return reward.score(buffer, run.inputs.rewards, run.inputs.response_form)
 
 
+def _compute_values(run: Run, buffer: RolloutBuffer) -> None:
+    """Stage 3, with PPO: values under the critic before its update."""
+    if run.critic is not None:
+        with run.stage("values"):
+            critic.compute_values(
+                buffer, run.critic.model, max_tokens=run.config.train.max_tokens_per_microbatch
+            )
+
+
 def _compute_logprobs(run: Run, buffer: RolloutBuffer) -> None:
     """Stage 3: log-probs under the policy before its update and under the reference."""
     with run.stage("logprobs"):
@@ -133,17 +145,40 @@ def _compute_logprobs(run: Run, buffer: RolloutBuffer) -> None:
         )  # fmt: skip
 
 
+def _update_critic(run: Run, buffer: RolloutBuffer) -> critic.CriticStats | None:
+    """Stage 5, with PPO: updates the critic; logs the updates that were skipped."""
+    if run.critic is None:
+        return None
+    config = run.config
+    with run.stage("critic"):
+        stats = critic.update_critic(
+            run.critic, buffer, config.critic, aggregation=config.algorithm.aggregation,
+            train=config.train, rollout=config.rollout, key=run.step_key, state=run.state,
+            progress=run.step_progress.critic,
+            safe_point=partial(checkpointing.stop_if_requested, run),
+        )  # fmt: skip
+    _log_skipped(run, "critic", stats.skip_reasons)
+    return stats
+
+
 def _update(run: Run, buffer: RolloutBuffer, algorithm: AlgorithmConfig) -> update.UpdateStats:
-    """Stage 5: updates the policy; logs the updates that were skipped."""
+    """Stage 5: updates the policy, except in critic.warmup_steps; logs the updates that were
+    skipped."""
+    if run.warms_up:
+        return update.UpdateStats.of(run.step_progress.update, run.policy)
     with run.stage("update"):
         stats = update.update_policy(
             run.policy, buffer, algorithm, train=run.config.train, rollout=run.config.rollout,
             key=run.step_key, state=run.state, progress=run.step_progress.update,
             safe_point=partial(checkpointing.stop_if_requested, run),
         )  # fmt: skip
-    for reason in stats.skip_reasons:
-        run.console.log(f"step {run.state.step + 1}: update skipped, {reason}")
+    _log_skipped(run, "policy", stats.skip_reasons)
     return stats
+
+
+def _log_skipped(run: Run, model: str, reasons: list[str]) -> None:
+    for reason in reasons:
+        run.console.log(f"step {run.state.step + 1}: update of the {model} skipped, {reason}")
 
 
 def _recomputes(config: Config) -> bool:
@@ -154,9 +189,11 @@ def _recomputes(config: Config) -> bool:
 def _flops(run: Run, buffer: RolloutBuffer) -> float:
     """Floating-point operations of the step for this replica's samples."""
     config, passes = run.config, _recomputes(run.config) + (run.reference is not None)
+    epochs = config.train.epochs
     return step_flops(
-        config.model, run.inputs.vocab_size, buffer, epochs=config.train.epochs, passes=passes
-    )
+        config.model, run.inputs.vocab_size, buffer, epochs=0 if run.warms_up else epochs,
+        passes=passes, critic_epochs=None if run.critic is None else epochs,
+    )  # fmt: skip
 
 
 def _log_start(run: Run) -> None:

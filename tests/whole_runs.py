@@ -20,10 +20,13 @@ import torch
 import torch.distributed as dist
 
 from megatron_rpp import train
-from megatron_rpp.checkpoint import state as checkpoint
+from megatron_rpp.checkpoint import store
+from megatron_rpp.checkpoint.weights import load_model
 from megatron_rpp.config import Config, ParallelConfig
 from megatron_rpp.model import build
 from megatron_rpp.model.build import build_model
+from megatron_rpp.model.language_model import LanguageModel
+from megatron_rpp.model.scalar_model import ScalarModel
 from megatron_rpp.parallel import groups
 from megatron_rpp.runtime.inputs import load_inputs
 from tests.small_run import config_of, make_data
@@ -102,15 +105,22 @@ def rows(path: Path) -> list[dict]:
 
 
 def weights(config: Config, path: str | Path) -> dict[str, torch.Tensor]:
-    """The weights of a checkpoint of any layout, read by one rank."""
+    """The weights of a checkpoint of any layout, read by one rank; those of a critic begin with
+    "critic."."""
     alone = replace(config, parallel=ParallelConfig())
+    kinds = {"": LanguageModel} | ({"critic.": ScalarModel} if config.algorithm.has_critic else {})
+    found = {}
     with layout(alone):
-        # No run has this seed, so weights that the checkpoint does not fill would be noticed.
-        model = build_model(
-            alone.model, alone.parallel, vocab_size=load_inputs(alone).vocab_size, seed=99
-        )
-        checkpoint.load_weights(model, path)
-        return {name: value.detach().clone() for name, value in model[0].named_parameters()}
+        vocab_size = load_inputs(alone).vocab_size
+        for prefix, kind in kinds.items():
+            # No run has this seed, so weights that the checkpoint does not fill would be noticed.
+            model = build_model(
+                alone.model, alone.parallel, vocab_size=vocab_size, seed=99, kind=kind
+            )
+            load_model(model, store.require(path), prefix)
+            for name, value in model[0].named_parameters():
+                found[prefix + name] = value.detach().clone()
+    return found
 
 
 def same_bits(ours: Path, theirs: Path, config: Config, step: int, first: int = 1) -> None:

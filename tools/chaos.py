@@ -42,10 +42,12 @@ from megatron_rpp.lifecycle import heartbeat
 from tests.small_run import arguments, make_data
 
 PHASES = (
-    "rollout", "save rollouts", "reward", "logprobs", "update", "evaluation", "save: begin",
-    "save: write", "save: manifest", "save: rename", "save: pointer", "save: remove old ones",
+    "rollout", "save rollouts", "reward", "values", "logprobs", "critic", "update", "evaluation",
+    "save: begin", "save: write", "save: manifest", "save: rename", "save: pointer", "save: remove old ones",
 )  # fmt: skip
 """The phases in which a run is killed. Only the main rank enters those after "save: manifest"."""
+OF_THE_CRITIC = ("values", "critic")
+"""Left out unless algorithm.name is ppo."""
 MAIN_ONLY = PHASES[PHASES.index("save: rename") :]
 DELAY = 0.05
 STEPS = 4
@@ -68,11 +70,11 @@ class Kill:
     delay: float
 
 
-def plan(kills: int, ranks: int, seed: int) -> list[Kill]:
+def plan(phases: list[str], *, kills: int, ranks: int, seed: int) -> list[Kill]:
     generator = random.Random(seed)
     chosen: list[str] = []
     while len(chosen) < kills:
-        chosen += generator.sample(PHASES, len(PHASES))
+        chosen += generator.sample(phases, len(phases))
     result = []
     for phase in chosen[:kills]:
         victims = [0, None] if phase in MAIN_ONLY else [*range(ranks), None]
@@ -206,6 +208,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     options, settings = parser.parse_known_args()
     import megatron_rpp.train  # noqa: F401 (once, before the ranks are forked; --help needs none)
+    from megatron_rpp.config import cli
 
     folder = Path(tempfile.mkdtemp(prefix="chaos_"))
     make_data(folder)
@@ -219,7 +222,9 @@ def main() -> int:
         print((folder / "whole.log").read_text())
         return 1
     print(f"undisturbed: {time.monotonic() - started:.1f} s; kills in {folder}")
-    kills = plan(options.kills, options.ranks, options.seed)
+    has_critic = cli.parse(argv(whole)).config.algorithm.has_critic
+    phases = [phase for phase in PHASES if has_critic or phase not in OF_THE_CRITIC]
+    kills = plan(phases, kills=options.kills, ranks=options.ranks, seed=options.seed)
     happened: Counter[str] = Counter()
     problems: list[str] = []
     round_number = 0
@@ -246,7 +251,7 @@ def main() -> int:
             problems.append(f"{run}: other weights or moments")
         if not problems:
             shutil.rmtree(run)
-    print("\nkills by phase: " + ", ".join(f"{name} {happened[name]}" for name in PHASES))
+    print("\nkills by phase: " + ", ".join(f"{name} {happened[name]}" for name in phases))
     for problem in problems:
         print(f"PROBLEM {problem}")
     seconds = time.monotonic() - started

@@ -16,8 +16,9 @@ class RunState:
     kl_factor: float = 1.0
     """The factor by which the adaptive KL controller multiplies the KL coefficients."""
     skipped_in_a_row: int = 0
-    """Updates skipped since the last one that was not, because of NaN or infinity."""
-
+    """Updates of the policy skipped since the last one that was not, because of NaN or infinity."""
+    critic_skipped_in_a_row: int = 0
+    """The same for the critic."""
     identity: dict[str, list[str]] = field(default_factory=dict)
     """Data, tokenizer and rewards of the run (identity.py): [digest, description] by name."""
 

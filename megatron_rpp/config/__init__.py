@@ -5,6 +5,7 @@ raises a ConfigError that names ``section.field``, the value and the range. Noth
 file or needs a device, torch or Megatron.
 """
 
+from megatron_rpp.config.critic import CriticConfig
 from megatron_rpp.config.data import DataConfig, TaskConfig
 from megatron_rpp.config.learning import (
     AlgorithmConfig,
@@ -26,8 +27,8 @@ from megatron_rpp.config.training import (
 from megatron_rpp.config.vllm import VllmConfig
 
 __all__ = [
-    "AlgorithmConfig", "CheckpointConfig", "Config", "DataConfig", "EvaluationConfig",
-    "LoggingConfig", "ModelConfig", "OptimizerConfig", "ParallelConfig", "ReferenceConfig",
+    "AlgorithmConfig", "CheckpointConfig", "Config", "CriticConfig", "DataConfig",
+    "EvaluationConfig",    "LoggingConfig", "ModelConfig", "OptimizerConfig", "ParallelConfig", "ReferenceConfig",
     "RewardConfig", "RolloutConfig", "RopeScalingConfig", "SftConfig", "TaskConfig", "TrainConfig",
     "VllmConfig", "check_world_size", "count_replicas",
 ]  # fmt: skip

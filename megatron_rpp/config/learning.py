@@ -141,20 +141,24 @@ class RewardConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AlgorithmConfig:
-    """Advantages, KL terms and loss of REINFORCE++ (arXiv 2501.03262), GRPO and RLOO."""
+    """Advantages, KL terms and loss of REINFORCE++ (arXiv 2501.03262), PPO, GRPO and RLOO."""
 
-    name: Literal["reinforce++", "reinforce++_baseline", "grpo", "rloo"] = "reinforce++"
+    name: Literal["reinforce++", "ppo", "reinforce++_baseline", "grpo", "rloo"] = "reinforce++"
     """Advantage estimator. reinforce++: returns with a KL penalty in the reward, normalised over
-    the global batch. reinforce++_baseline: reward minus the mean over the samples of its prompt,
-    normalised over the global batch. grpo: reward minus that mean, divided by the standard
+    the global batch. ppo: generalised advantage estimates of a critic (section critic) with the same
+    penalty and normalisation. reinforce++_baseline: reward minus the mean over the samples of its
+    prompt, normalised over the global batch. grpo: reward minus that mean, divided by the standard
     deviation of the samples of the prompt. rloo: reward minus the mean of the other samples of the
     prompt, not normalised. In the last three, the KL is a term of the loss (kl_loss_coef)."""
     kl_coef: float = 0.01
-    """Weight beta of the KL penalty in the token rewards of reinforce++; 0 = no penalty."""
+    """Weight beta of the KL penalty in the token rewards of reinforce++ and ppo; 0 = no penalty."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"
     """KL estimator of that penalty and of the adaptive controller."""
     gamma: float = 1.0
     """Discount of the return per token."""
+    gae_lambda: float = 1.0
+    """Lambda of ppo's advantage estimates (arXiv 1506.02438): 1 = the return minus the value, 0 = the
+    error of one step."""
     clip_low: float = 0.2
     """The probability ratio is clipped below at 1 - clip_low."""
     clip_high: float = 0.2
@@ -192,7 +196,7 @@ class AlgorithmConfig:
     def __post_init__(self) -> None:
         check_choices("algorithm", self)
         check_range("algorithm", self, "kl_coef kl_loss_coef entropy_coef clip_high", at_least=0)
-        check_range("algorithm", self, "gamma clip_low", at_least=0, at_most=1)
+        check_range("algorithm", self, "gamma gae_lambda clip_low", at_least=0, at_most=1)
         check_range("algorithm", self, "dual_clip", above=1)
         check_range("algorithm", self, "kl_target", above=0)
         check_range("algorithm", self, "kl_horizon rollout_correction_max", at_least=1)
@@ -204,7 +208,7 @@ class AlgorithmConfig:
         if self.kl_controller == "adaptive" and not self.kl_in_reward and not self.kl_loss_coef:
             raise ConfigError(
                 "algorithm.kl_controller adaptive needs a KL to control, got none: set "
-                "algorithm.kl_loss_coef, or for reinforce++ algorithm.kl_coef"
+                "algorithm.kl_loss_coef, or for reinforce++ and ppo algorithm.kl_coef"
             )
 
     @property
@@ -220,7 +224,12 @@ class AlgorithmConfig:
     @property
     def kl_in_reward(self) -> bool:
         """Whether the token rewards contain a KL penalty."""
-        return self.name == "reinforce++" and self.kl_coef > 0
+        return self.name in ("reinforce++", "ppo") and self.kl_coef > 0
+
+    @property
+    def has_critic(self) -> bool:
+        """Whether a critic is trained beside the policy."""
+        return self.name == "ppo"
 
 
 @dataclass(frozen=True, kw_only=True)

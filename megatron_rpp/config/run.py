@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from megatron_rpp.config.critic import CriticConfig, check_critic
 from megatron_rpp.config.data import DataConfig, TaskConfig
 from megatron_rpp.config.learning import (
     AlgorithmConfig,
@@ -54,7 +55,10 @@ class Config:
     """Score of a response: the weighted sum of reward functions, then normalised, scaled and
     clipped."""
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
-    """Advantages, KL terms and loss of REINFORCE++ (arXiv 2501.03262), GRPO and RLOO."""
+    """Advantages, KL terms and loss of REINFORCE++ (arXiv 2501.03262), PPO, GRPO and RLOO."""
+    critic: CriticConfig = field(default_factory=CriticConfig)
+    """The critic of algorithm.name ppo: a second model of the policy's shape and layout, which gives
+    a value for every token. With other algorithms, every setting stays at its default."""
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     """The frozen model against which the KL terms are measured."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -76,6 +80,7 @@ class Config:
         if self.seed < 0:
             raise ConfigError(f"seed must be at least 0, got {self.seed}")
         check_layout(self.model, self.parallel)
+        check_critic(self.critic, self.algorithm)
         check_offload(self)
         check_overlap(self)
         check_recompute(self)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal, get_args, get_origin, get_type_hints
 from megatron_rpp.lifecycle.config_error import ConfigError
 
 if TYPE_CHECKING:
-    from megatron_rpp.config import Config, ModelConfig, ParallelConfig
+    from megatron_rpp.config import Config, ModelConfig, OptimizerConfig, ParallelConfig
 
 _BOUNDS = {
     "at_least": operator.ge,
@@ -90,9 +90,18 @@ def check_layout(model: ModelConfig, parallel: ParallelConfig) -> None:
     check_divides("model.layers", model.layers, setting, divisor=parts)
 
 
+def _optimizers(config: Config) -> list[tuple[str, OptimizerConfig]]:
+    """Each section of an optimizer, with the part of its name before "optimizer"."""
+    return [
+        ("", config.optimizer),
+        ("critic.", config.critic.optimizer),
+        ("sft.", config.sft.optimizer),
+    ]
+
+
 def check_offload(config: Config) -> None:
     """Checks that the optimizer that is offloaded has fp32 weights of its own."""
-    for section, optimizer in (("", config.optimizer), ("sft.", config.sft.optimizer)):
+    for section, optimizer in _optimizers(config):
         if optimizer.offload and config.model.dtype != "bf16":
             raise ConfigError(
                 f"{section}optimizer.offload needs model.dtype bf16, got {config.model.dtype}: with "
@@ -102,7 +111,7 @@ def check_offload(config: Config) -> None:
 
 def check_overlap(config: Config) -> None:
     """Checks that there are shards of weights, if their gather is to overlap."""
-    for section, optimizer in (("", config.optimizer), ("sft.", config.sft.optimizer)):
+    for section, optimizer in _optimizers(config):
         if config.parallel.overlap_param_gather and not optimizer.distributed:
             raise ConfigError(
                 f"parallel.overlap_param_gather needs {section}optimizer.distributed, got false: "
@@ -155,7 +164,7 @@ def check_rollout(config: Config) -> None:
             f"{horizon}"
         )
     name = config.algorithm.name
-    if name != "reinforce++" and rollout.samples_per_prompt < 2:
+    if name not in ("reinforce++", "ppo") and rollout.samples_per_prompt < 2:
         raise ConfigError(
             f"rollout.samples_per_prompt must be at least 2 for algorithm.name = {name}, got "
             f"{rollout.samples_per_prompt}: it compares the samples of a prompt with each other"

@@ -33,7 +33,13 @@ def head_flops(model: ModelConfig, vocab_size: int, rows: int) -> float:
 
 
 def step_flops(
-    model: ModelConfig, vocab_size: int, buffer: RolloutBuffer, *, epochs: int, passes: int
+    model: ModelConfig,
+    vocab_size: int,
+    buffer: RolloutBuffer,
+    *,
+    epochs: int,
+    passes: int,
+    critic_epochs: int | None = None,
 ) -> float:
     """The rollout, the log-probs and the update of the samples in `buffer`.
 
@@ -42,10 +48,15 @@ def step_flops(
     Args:
         epochs: passes of the update.
         passes: forward passes before the update: of the policy, of the reference.
+        critic_epochs: passes of the critic's update; None = there is no critic. Its head is one row
+            of a matrix, which does not count.
     """
     forward = body_flops(model, buffer.lengths)
     forward += head_flops(model, vocab_size, int(buffer.response_lengths.sum()))
     prompts = dict(zip(buffer.group_ids.tolist(), buffer.prompt_lengths.tolist()))
     once = body_flops(model, torch.tensor(list(prompts.values())))
     rollout = forward - body_flops(model, buffer.prompt_lengths) + once
-    return rollout + forward * (passes + 3 * epochs)
+    critic = 0.0
+    if critic_epochs is not None:
+        critic = body_flops(model, buffer.lengths) * (1 + 3 * critic_epochs)
+    return rollout + forward * (passes + 3 * epochs) + critic

@@ -28,6 +28,7 @@ from megatron_rpp.parallel import groups
 from megatron_rpp.rewards import Scores
 from megatron_rpp.rollout.buffer import RolloutBuffer
 from megatron_rpp.stages.advantage import AdvantageStats
+from megatron_rpp.stages.critic import CriticStats
 from megatron_rpp.stages.evaluation import Evaluation
 from megatron_rpp.stages.update import UpdateStats
 
@@ -103,6 +104,7 @@ def step_metrics(
     rewards: Scores,
     advantage: AdvantageStats,
     update: UpdateStats,
+    critic: CriticStats | None,
     times: StageTimes,
     flops: float,
     staleness: int,
@@ -112,6 +114,7 @@ def step_metrics(
     Args:
         algorithm: with the KL coefficients of the step.
         rewards: the scores of this replica's samples.
+        critic: None if there is none.
         flops: what this replica's samples need (flops.py).
         staleness: steps that have updated the policy since the weights of the rollout.
     """
@@ -156,12 +159,29 @@ def step_metrics(
     }
     if (peak := devices.peak_flops()) is not None:
         row["throughput/mfu"] = sums["flops"] / (whole * dist.get_world_size() * peak)
+    if critic is not None:
+        row |= _critic_row(critic, advantage)
     if len(rewards.parts) > 1:
         row |= {f"reward/{name}": sums[f"part/{name}"] / sums["samples"] for name in rewards.parts}
     if buffer.ref_logprobs is not None:
         row |= {f"kl/{kind}": sums[f"kl/{kind}"] / tokens for kind in KL_KINDS}
         row["kl/coef"] = algorithm.kl_coef if algorithm.kl_in_reward else algorithm.kl_loss_coef
     return row | {f"time/{stage}": value for stage, value in seconds.items()} | {"time/step": whole}
+
+
+def _critic_row(critic: CriticStats, advantage: AdvantageStats) -> dict[str, float]:
+    found = advantage.values
+    assert found is not None
+    return {
+        "critic/loss": critic.loss,
+        "critic/explained_variance": found.explained_variance,
+        "critic/value_mean": found.values.mean,
+        "critic/return_mean": found.returns.mean,
+        "critic/clip_fraction": critic.clip_fraction,
+        "critic/grad_norm": critic.grad_norm,
+        "critic/learning_rate": critic.learning_rate,
+        "critic/skipped_updates": len(critic.skip_reasons),
+    }
 
 
 class MetricsLog:

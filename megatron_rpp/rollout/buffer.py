@@ -29,7 +29,7 @@ class RolloutBuffer:
     its prompt's number in the step; mask: [R] bool, True if the policy wrote the token (False:
     tool output); rollout_logprobs: [R] fp32 by the rollout engine; truncated: [n] bool.
     The stages fill the rest: scores [n], and per response token [R] old_logprobs, ref_logprobs,
-    advantages, returns, and rollout_weights if a correction is on.
+    values if there is a critic, advantages, returns, and rollout_weights if a correction is on.
     """
 
     prompts: list[Prompt]
@@ -44,6 +44,7 @@ class RolloutBuffer:
     scores: torch.Tensor | None = None
     old_logprobs: torch.Tensor | None = None
     ref_logprobs: torch.Tensor | None = None
+    values: torch.Tensor | None = None
     advantages: torch.Tensor | None = None
     returns: torch.Tensor | None = None
     rollout_weights: torch.Tensor | None = None

@@ -18,7 +18,7 @@ from megatron_rpp.rewards import Scores
 from megatron_rpp.rollout.buffer import RolloutBuffer
 
 PER_SAMPLE = ("prompt_lengths", "sample_ids", "group_ids", "truncated", "scores")
-PER_RESPONSE_TOKEN = ("mask", "rollout_logprobs", "old_logprobs", "ref_logprobs")
+PER_RESPONSE_TOKEN = ("mask", "rollout_logprobs", "old_logprobs", "ref_logprobs", "values")
 NOT_STORED = ("prompts", "offsets", "advantages", "returns", "rollout_weights")
 assert {field.name for field in fields(RolloutBuffer)} == {
     "tokens", *PER_SAMPLE, *PER_RESPONSE_TOKEN, *NOT_STORED

@@ -46,7 +46,7 @@ def resume(run: Run, *, repair: bool) -> None:
         path = checkpoint.require(settings.load, log)
     else:
         return
-    state = checkpoint.resume(run.policy, path)
+    state = checkpoint.resume(run.policy, path, critic=run.critic)
     run.state = identity.carry_over(state, now, path, log=log)
     content = ranks.gathered(manifest.read_manifest(path))[0]
     if content is not None and _PROGRESS in content["notes"]:
@@ -157,7 +157,7 @@ def _save(
         return {_PROGRESS: saved}
 
     run.saves.pending = checkpoint.save(
-        run.policy, run.state, run.config.checkpoint, notes=notes,
+        run.policy, run.state, run.config.checkpoint, critic=run.critic, notes=notes,
         suffix=run.step_progress.suffix, write_more=save_progress, in_background=in_background,
     )  # fmt: skip
 

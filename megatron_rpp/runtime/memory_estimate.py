@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_rpp.config import Config, ModelConfig, ParallelConfig
+from megatron_rpp.config import Config, ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_rpp.model.decode_sizes import PASS_TOKENS
 from megatron_rpp.runtime import activation_memory as activation
 from megatron_rpp.runtime.activation_memory import CPU, GPU, Device
@@ -32,6 +32,8 @@ class Memory:
     gradients: int
     optimizer: int
     reference: int
+    critic: int
+    """Its weights, gradients and optimizer; 0 if there is none."""
     activations: int
     """Of the micro-batches in flight, with the outputs that wait for their gradient."""
     backward: int
@@ -51,7 +53,8 @@ class Memory:
     @property
     def resident(self) -> int:
         """What is there all the time."""
-        return self.weights + self.gradients + self.optimizer + self.reference + self.overhead
+        models = self.weights + self.gradients + self.optimizer + self.reference + self.critic
+        return models + self.overhead
 
     @property
     def rollout(self) -> int:
@@ -69,9 +72,9 @@ def has_reference(config: Config) -> bool:
     return config.algorithm.kl_in_reward or config.algorithm.kl_loss_coef > 0
 
 
-def optimizer_shards(config: Config, replicas: int) -> int:
+def optimizer_shards(optimizer: OptimizerConfig, parallel: ParallelConfig, replicas: int) -> int:
     """Over how many ranks Adam's state of one parameter is spread."""
-    return replicas * config.parallel.context if config.optimizer.distributed else 1
+    return replicas * parallel.context if optimizer.distributed else 1
 
 
 def _fullest(parallel: ParallelConfig) -> set[int]:
@@ -99,8 +102,6 @@ def stage_estimate(
     count = stage_parameters(model, parallel, vocab_size=vocab_size, stage=stage)
     weights = count * weight_bytes(model)
     resident = has_reference(config) and config.reference.placement == "resident"
-    shards = optimizer_shards(config, replicas)
-    offloaded = config.optimizer.offload and device is GPU
     activations, backward = _update(
         config, vocab_size, replicas=replicas, stage=stage, device=device
     )
@@ -108,14 +109,34 @@ def stage_estimate(
     return Memory(
         weights=weights,
         gradients=count * FP32,
-        optimizer=0 if offloaded else count * optimizer_bytes(model) // shards,
+        optimizer=_optimizer(config, config.optimizer, count, replicas=replicas, device=device),
         reference=weights if resident else 0,
+        critic=_critic(config, vocab_size, replicas=replicas, stage=stage, device=device),
         activations=activations,
         backward=backward,
         cache=cache,
         prefill=prefill,
         overhead=device.overhead,
     )
+
+
+def _optimizer(
+    config: Config, optimizer: OptimizerConfig, count: int, *, replicas: int, device: Device
+) -> int:
+    """Adam's bytes on the device for a rank that holds `count` parameters."""
+    if optimizer.offload and device is GPU:
+        return 0
+    shards = optimizer_shards(optimizer, config.parallel, replicas)
+    return count * optimizer_bytes(config.model) // shards
+
+
+def _critic(config: Config, vocab_size: int, *, replicas: int, stage: int, device: Device) -> int:
+    if not config.algorithm.has_critic:
+        return 0
+    model, parallel = config.model, config.parallel
+    count = stage_parameters(model, parallel, vocab_size=vocab_size, stage=stage, scalar=True)
+    adam = _optimizer(config, config.critic.optimizer, count, replicas=replicas, device=device)
+    return count * (weight_bytes(model) + FP32) + adam
 
 
 def _update(
@@ -178,9 +199,18 @@ def cache_bytes_per_token(model: ModelConfig, parallel: ParallelConfig) -> int:
 
 def checkpoint_bytes(config: Config, vocab_size: int) -> int:
     """Bytes of one checkpoint: weights and Adam's state, once, whatever the layout."""
-    model = config.model
-    count = stage_parameters(model, ParallelConfig(), vocab_size=vocab_size, stage=0)
-    return count * saved_bytes(model, config.optimizer.distributed)
+    return sum(
+        stage_parameters(
+            config.model, ParallelConfig(), vocab_size=vocab_size, stage=0, scalar=scalar
+        ) * saved_bytes(config.model, optimizer.distributed)
+        for scalar, optimizer in _trained(config)
+    )  # fmt: skip
+
+
+def _trained(config: Config) -> list[tuple[bool, OptimizerConfig]]:
+    """Whether its head is a scalar, and the optimizer, of each model that is trained."""
+    critic = [(True, config.critic.optimizer)] if config.algorithm.has_critic else []
+    return [(False, config.optimizer), *critic]
 
 
 @dataclass(frozen=True)
@@ -195,6 +225,12 @@ class HostMemory:
     """Copies of what the rank writes: its share of the weights, and its part of Adam's state. State
     that is on the host is copied only if training goes on meanwhile."""
 
+    def __add__(self, other: HostMemory) -> HostMemory:
+        return HostMemory(
+            self.reference + other.reference, self.optimizer + other.optimizer,
+            self.save + other.save,
+        )  # fmt: skip
+
     @property
     def total(self) -> int:
         return self.reference + self.optimizer + self.save
@@ -202,19 +238,25 @@ class HostMemory:
 
 def host_estimate(config: Config, vocab_size: int, replicas: int) -> HostMemory:
     """Host bytes of the rank that needs the most."""
+    stages = _fullest(config.parallel)
+    found = (_stage_on_host(config, vocab_size, replicas=replicas, stage=s) for s in stages)
+    return max(found, key=lambda memory: memory.total)
+
+
+def _stage_on_host(config: Config, vocab_size: int, *, replicas: int, stage: int) -> HostMemory:
     model, parallel = config.model, config.parallel
-    count = max(
-        stage_parameters(model, parallel, vocab_size=vocab_size, stage=stage)
-        for stage in _fullest(parallel)
-    )
     offloaded = has_reference(config) and config.reference.placement == "offload"
-    on_host = config.optimizer.offload
-    # Besides the weights themselves.
-    state = saved_bytes(model, config.optimizer.distributed) - weight_bytes(model)
-    share = count * weight_bytes(model) // (replicas * parallel.context)
-    owned = count // optimizer_shards(config, replicas)
-    return HostMemory(
-        reference=count * weight_bytes(model) if offloaded else 0,
-        optimizer=owned * (optimizer_bytes(model) + FP32) if on_host else 0,
-        save=share + (0 if on_host and not config.checkpoint.async_save else owned * state),
-    )
+    total = HostMemory(0, 0, 0)
+    for scalar, optimizer in _trained(config):
+        count = stage_parameters(model, parallel, vocab_size=vocab_size, stage=stage, scalar=scalar)
+        # Besides the weights themselves.
+        state = saved_bytes(model, optimizer.distributed) - weight_bytes(model)
+        share = count * weight_bytes(model) // (replicas * parallel.context)
+        owned = count // optimizer_shards(optimizer, parallel, replicas)
+        copied = not optimizer.offload or config.checkpoint.async_save
+        total += HostMemory(
+            reference=count * weight_bytes(model) if offloaded and not scalar else 0,
+            optimizer=owned * (optimizer_bytes(model) + FP32) if optimizer.offload else 0,
+            save=share + owned * state * copied,
+        )
+    return total

@@ -40,9 +40,17 @@ def vocabulary_rows(vocab_size: int, tensor: int) -> int:
 
 
 def stage_parameters(
-    model: ModelConfig, parallel: ParallelConfig, *, vocab_size: int, stage: int
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    *,
+    vocab_size: int,
+    stage: int,
+    scalar: bool = False,
 ) -> int:
-    """Parameters of pipeline stage `stage` on one tensor-parallel rank."""
+    """Parameters of pipeline stage `stage` on one tensor-parallel rank.
+
+    scalar: of a critic or a reward model, which has one number per token instead of a vocabulary.
+    """
     embedding = vocabulary_rows(vocab_size, parallel.tensor) * model.hidden
     first, last = stage == 0, stage == parallel.pipeline - 1
     count = model.layers // parallel.pipeline * layer_parameters(model, parallel.tensor)
@@ -50,7 +58,9 @@ def stage_parameters(
         count += embedding
     if last:
         count += model.hidden  # the final norm
-        if not (model.tied_embeddings and first):  # a last stage of its own has a copy even if tied
+        if scalar:
+            count += model.hidden
+        elif not (model.tied_embeddings and first):  # a last stage of its own has a copy if tied
             count += embedding
     return count
 

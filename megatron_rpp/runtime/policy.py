@@ -1,4 +1,4 @@
-"""Builds the models of a run and loads their weights: the policy and the reference."""
+"""Builds the models of a run and loads their weights: the policy, the reference and the critic."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from megatron_rpp.model.hf_weights import load_hf
 from megatron_rpp.model.language_model import chunks
 from megatron_rpp.model.optimizer import build_optimizer
 from megatron_rpp.model.reference import OffloadedReference, Reference, ResidentReference
+from megatron_rpp.model.scalar_model import ScalarModel
 from megatron_rpp.model.trained_model import TrainedModel
 from megatron_rpp.parallel import device as devices
 from megatron_rpp.parallel.ranks import raise_on_all_ranks
@@ -47,9 +48,44 @@ def build_policy(
     config: Config, optimizer: OptimizerConfig, vocab_size: int, *, source: Source | None = None
 ) -> TrainedModel:
     """The policy before its first update; for `source` see build_start."""
-    stage = build_start(config, vocab_size, source)
+    return _in_training(build_start(config, vocab_size, source), optimizer, config)
+
+
+def _in_training(
+    stage: torch.nn.ModuleList, optimizer: OptimizerConfig, config: Config
+) -> TrainedModel:
     model = build.wrap_for_training(stage, optimizer.distributed, config.parallel)
     return TrainedModel(model, *build_optimizer(model, optimizer, config.model.dtype == "bf16"))
+
+
+def build_critic(config: Config, policy: TrainedModel, vocab_size: int) -> TrainedModel | None:
+    """The critic before its first update; None if the algorithm has none. Collective.
+
+    Call it before the policy resumes from a checkpoint: unless the critic section names other
+    weights, it starts from the weights that the policy has now.
+    """
+    if not config.algorithm.has_critic:
+        return None
+    settings = config.critic
+    stage = build.build_model(
+        config.model, config.parallel, vocab_size=vocab_size, seed=config.seed, train=config.train,
+        kind=ScalarModel,
+    )  # fmt: skip
+    if settings.init_path is not None:
+        checkpoint.load_weights(stage, settings.init_path)
+    elif settings.hf_path is not None:
+        load_hf(stage, settings.hf_path)
+    else:
+        _copy_layers(policy.model, stage)
+    return _in_training(stage, settings.optimizer, config)
+
+
+def _copy_layers(policy: torch.nn.ModuleList, critic: torch.nn.ModuleList) -> None:
+    """Copies all weights but those of the head."""
+    for target, source in zip(chunks(critic), chunks(policy), strict=True):
+        weights = source.state_dict()
+        own = {name: weights.get(name, value) for name, value in target.state_dict().items()}
+        target.load_state_dict(own)
 
 
 def build_reference(config: Config, policy: TrainedModel, vocab_size: int) -> Reference | None:

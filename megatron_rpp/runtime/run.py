@@ -23,7 +23,7 @@ from megatron_rpp.rollout.vllm.engine import VllmEngine
 from megatron_rpp.runtime.cache_size import max_cache_tokens
 from megatron_rpp.runtime.engine_check import check_engine
 from megatron_rpp.runtime.inputs import Inputs
-from megatron_rpp.runtime.policy import build_policy, build_reference
+from megatron_rpp.runtime.policy import build_critic, build_policy, build_reference
 from megatron_rpp.runtime.step_progress import StepProgress
 from megatron_rpp.runtime.stop_request import Stop
 from megatron_rpp.stages.evaluation import evaluate
@@ -62,6 +62,8 @@ class Run:
     policy: TrainedModel
     reference: Reference | None
     """None if no KL coefficient needs it, and in supervised fine-tuning."""
+    critic: TrainedModel | None
+    """None if the algorithm has none, and in supervised fine-tuning."""
     engine: RolloutEngine
     console: Console
     metrics: MetricsLog
@@ -82,6 +84,11 @@ class Run:
     def finished(self) -> bool:
         train = self.config.train
         return self.state.step >= train.steps or self.state.reached(train.stop_accuracy)
+
+    @property
+    def warms_up(self) -> bool:
+        """Whether the step is one in which only the critic is trained."""
+        return self.critic is not None and self.state.step < self.config.critic.warmup_steps
 
     @property
     def step_key(self) -> StepKey:
@@ -113,8 +120,11 @@ def build(config: Config, inputs: Inputs, console: Console) -> Run:
     check_engine(config, inputs.vocab_size)
     policy = build_policy(config, config.optimizer, inputs.vocab_size, source=inputs.source)
     reference = build_reference(config, policy, inputs.vocab_size)
+    critic = build_critic(config, policy, inputs.vocab_size)
     engine = build_engine(config, policy, inputs, log=console.log)
-    return assemble(config, inputs, console, policy=policy, reference=reference, engine=engine)
+    return assemble(
+        config, inputs, console, policy=policy, reference=reference, critic=critic, engine=engine
+    )
 
 
 def build_engine(
@@ -143,12 +153,13 @@ def assemble(
     *,
     policy: TrainedModel,
     reference: Reference | None = None,
+    critic: TrainedModel | None = None,
     engine: RolloutEngine | None = None,
 ) -> Run:
     """Makes a run of these models. engine: None = Megatron's, which samples from `policy`."""
     engine = engine or _megatron_engine(config, policy, inputs)
     metrics = MetricsLog(config.logging.dir)
-    return Run(config, inputs, policy, reference, engine, console, metrics)
+    return Run(config, inputs, policy, reference, critic, engine, console, metrics)
 
 
 def evaluate_held_out(run: Run, step: int, stop: Callable[[], bool]) -> dict[str, float]:

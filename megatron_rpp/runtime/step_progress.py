@@ -34,7 +34,7 @@ from megatron_rpp.rewards import Scores
 from megatron_rpp.rollout import storage
 from megatron_rpp.rollout.buffer import RolloutBuffer
 from megatron_rpp.rollout.planning import shard
-from megatron_rpp.stages.update import UpdateProgress
+from megatron_rpp.stages.minibatches import UpdateProgress
 
 ROLLOUTS = "rollouts"
 STAGES = ("rollout", "reward")
@@ -50,6 +50,8 @@ class StepProgress:
     scores: Scores | None = None
     """Scores of this replica's samples; None before the reward stage."""
     update: UpdateProgress = field(default_factory=UpdateProgress)
+    critic: UpdateProgress = field(default_factory=UpdateProgress)
+    """Of the critic's update, which comes before that of the policy."""
     times: StageTimes = field(default_factory=StageTimes)
     staleness: int = 0
     """Updated steps between the weights that sampled the rollouts and those of the step."""
@@ -63,8 +65,8 @@ class StepProgress:
 
     @property
     def minibatches(self) -> int:
-        """Mini-batches whose update is done; a supervised step has one."""
-        return self.update.done if self.supervised is None else 1
+        """Mini-batches whose update is done, of critic and policy; a supervised step has one."""
+        return self.critic.done + self.update.done if self.supervised is None else 1
 
     @property
     def suffix(self) -> str:
@@ -103,7 +105,7 @@ def save(
     ranks.on_every_rank(save_shard)
     digest = ranks.on_main_rank(partial(_prompts_digest, config, prompts, key))
     return {
-        "update": asdict(progress.update), "seconds": progress.times.seconds, "prompts": digest,
+        "update": asdict(progress.update), "critic": asdict(progress.critic), "seconds": progress.times.seconds, "prompts": digest,
         "staleness": progress.staleness,
     }  # fmt: skip
 
@@ -130,9 +132,11 @@ def load(
     paths = sorted((directory / ROLLOUTS).glob("*.safetensors"))
     chosen = [prompts[rows[position]] for position in positions for _ in range(each)]
     buffer, scores = storage.load(paths, samples, chosen)
+    # Earlier versions had no critic, and sampled every step with its own weights.
     return StepProgress(
-        buffer, scores, UpdateProgress(**notes["update"]), StageTimes(notes["seconds"]),
-        notes.get("staleness", 0),  # earlier versions sampled every step with its own weights
+        buffer, scores, UpdateProgress(**notes["update"]),
+        UpdateProgress(**notes.get("critic", {})), StageTimes(notes["seconds"]),
+        notes.get("staleness", 0),
     )  # fmt: skip
 
 

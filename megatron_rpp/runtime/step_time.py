@@ -169,7 +169,7 @@ def _optimizer_time(clock: _Clock, replicas: int) -> tuple[float, float]:
     ranks = replicas * config.parallel.context
     sent = (ranks - 1) / ranks * count * (FP32 + weight_bytes(model))
     exchange = clock.send(sent, clock.world) if ranks > 1 else 0.0
-    held = count / optimizer_shards(config, replicas)
+    held = count / optimizer_shards(config.optimizer, config.parallel, replicas)
     touched = held * (2 * optimizer_bytes(model) + FP32)  # state read and written, gradients read
     adam = clock.read(count * 3 * FP32)  # gradients set to zero, and their norm
     if config.optimizer.offload:
@@ -228,7 +228,10 @@ def step_time(
     machine: Machine,
     assumed: Assumptions,
 ) -> StepTime:
-    """Seconds of one step of `config` on its layout times `replicas`."""
+    """Seconds of one step of `config` on its layout times `replicas`.
+
+    A critic counts like a second policy that samples nothing: its head is smaller than assumed.
+    """
     parallel, train = config.parallel, config.train
     world = replicas * parallel.tensor * parallel.pipeline * parallel.context
     clock = _Clock(config, machine, assumed, world, vocab_size)
@@ -238,8 +241,10 @@ def step_time(
     steps = train.epochs * train.minibatches
     passes = _pass_time(clock, count, tokens, training=True)
     exchange, adam = _optimizer_time(clock, replicas)
-    forward = (config.algorithm.old_logprobs == "recompute") + has_reference(config)
+    critic = config.algorithm.has_critic
+    forward = (config.algorithm.old_logprobs == "recompute") + has_reference(config) + critic
     scored = _pass_time(clock, count * train.minibatches, tokens, training=False)
     rollout, token = _rollout_time(clock, replicas)
+    steps *= 1 + critic
     parts = {"passes": steps * passes, "exchange": steps * exchange, "adam": steps * adam}
     return StepTime(rollout, forward * scored, sum(parts.values()), parts | {"token": token})

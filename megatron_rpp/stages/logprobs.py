@@ -4,6 +4,8 @@ the reference model. The forward passes are pipelined over micro-batches.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 
@@ -79,14 +81,28 @@ def response_logprobs(
 
     temperature: divides the logits, as in the rollout that sampled the tokens.
     """
-    batches = make_micro_batches(model, buffer, list(range(len(buffer))), max_tokens=max_tokens)
 
     def head(batch: MicroBatch, hidden: torch.Tensor) -> torch.Tensor:
         return token_logprobs(model, batch, hidden, temperature=temperature)[0]
 
+    return response_column(model, buffer, head, max_tokens=max_tokens)
+
+
+def response_column(
+    model: torch.nn.ModuleList,
+    buffer: RolloutBuffer,
+    head: Callable[[MicroBatch, torch.Tensor], torch.Tensor],
+    *,
+    max_tokens: int,
+) -> torch.Tensor:
+    """A number for every response token of this replica's shard: fp32 [R], on the host. Collective.
+
+    head: (micro-batch, the last stage's output [t, 1, h]) -> the numbers [n] of its response tokens.
+    """
+    batches = make_micro_batches(model, buffer, list(range(len(buffer))), max_tokens=max_tokens)
     column = torch.zeros(len(buffer.mask), dtype=torch.float32, device=devices.device())
-    for batch, logprobs in zip(batches, pipeline.forward(model, batches, head)):
-        column[devices.upload(batch.column, column.device)] = logprobs
+    for batch, numbers in zip(batches, pipeline.forward(model, batches, head)):
+        column[devices.upload(batch.column, column.device)] = numbers
     if groups.context_group().size() > 1:  # each rank has filled in its own tokens
         dist.all_reduce(column, group=groups.context_group())
     return groups.broadcast_from_last_stage(column).cpu()

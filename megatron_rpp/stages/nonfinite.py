@@ -11,7 +11,6 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from megatron_rpp.checkpoint.run_state import RunState
 from megatron_rpp.lifecycle.exit_codes import RunFailure
 from megatron_rpp.model.pipeline import Backward
 from megatron_rpp.parallel import device as devices
@@ -79,14 +78,18 @@ def check_columns(buffer: RolloutBuffer, columns: dict[str, torch.Tensor | None]
         raise RunFailure(next(text for text in problems if text is not None))
 
 
-def count_skipped(state: RunState, reason: str | None, limit: int) -> None:
-    """Counts in `state` how many updates in a row were skipped; the same on every rank.
+def skipped_in_a_row(before: int, reason: str | None, *, limit: int) -> int:
+    """How many updates in a row were skipped, after one with this `skip_reason`.
 
-    Raises RunFailure if there are `limit` of them.
+    Args:
+        before: the number before it; the same on every rank.
+    Raises:
+        RunFailure: there are `limit` of them.
     """
-    state.skipped_in_a_row = 0 if reason is None else state.skipped_in_a_row + 1
-    if state.skipped_in_a_row >= limit:
+    count = 0 if reason is None else before + 1
+    if count >= limit:
         raise RunFailure(
             f"{limit} updates in a row were skipped (train.max_skipped_updates), the last because "
             f"{reason}: resume from the last checkpoint with a lower learning rate"
         )
+    return count

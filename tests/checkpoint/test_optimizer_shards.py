@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_rpp.checkpoint.optimizer_shards import optimizer_shards, rectangles
-from megatron_rpp.checkpoint.state import _allocate_moments, _model_state
+from megatron_rpp.checkpoint.optimizer_state import allocate_moments
+from megatron_rpp.checkpoint.weights import model_state
 from megatron_rpp.config import ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_rpp.model import build
 from megatron_rpp.model.optimizer import build_optimizer
@@ -64,11 +65,11 @@ def covered(rank: int) -> list[dict[str, torch.Tensor]]:
         stage = build.build_model(MODEL, parallel, vocab_size=50, seed=3)
         model = build.wrap_for_training(stage, True)
         optimizer, _ = build_optimizer(model, OptimizerConfig(), bf16=False)
-        _allocate_moments(optimizer)
+        allocate_moments(optimizer)
         (part,) = optimizer.chained_optimizers
         counts: dict[str, torch.Tensor] = {}
         held = 0
-        for key, shards in optimizer_shards(part, _model_state(model)).items():
+        for key, shards in optimizer_shards(part, model_state(model)).items():
             counts[key] = torch.zeros(shards[0].global_shape, dtype=torch.int32)
             for shard in shards:
                 held += shard.data.numel()

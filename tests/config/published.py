@@ -32,6 +32,12 @@ PUBLISHED = {
         },
         7_615_616_512, 8, "qwen2",
     ),
+    "qwen2.5-7b-math-ppo": (
+        _QWEN25 | {
+            "rope_theta": 10000.0, "max_position_embeddings": 4096, "sliding_window": 4096,
+        },
+        7_615_616_512, 8, "qwen2",
+    ),
     "qwen2.5-7b-one-gpu": (
         _QWEN25 | {
             "rope_theta": 1000000.0, "max_position_embeddings": 32768, "sliding_window": 131072,

@@ -13,6 +13,7 @@ from megatron_rpp.config import (
     AlgorithmConfig,
     CheckpointConfig,
     Config,
+    CriticConfig,
     DataConfig,
     EvaluationConfig,
     LoggingConfig,
@@ -28,6 +29,7 @@ from megatron_rpp.config import (
     check_world_size,
     count_replicas,
 )
+from megatron_rpp.lifecycle.config_error import ConfigError
 
 
 def _sections(section=Config):
@@ -79,7 +81,19 @@ def test_every_field_has_a_docstring():
         (RewardConfig, {"functions": []}, "reward.functions must name at least one"),
         (RewardConfig, {"weights": [1.0, 2.0]}, "as long as reward.functions (1), got [1.0, 2.0]"),
         (RewardConfig, {"clip": 0.0}, "reward.clip must be above 0, got 0.0"),
-        (AlgorithmConfig, {"name": "ppo"}, "algorithm.name must be one of reinforce++,"),
+        (AlgorithmConfig, {"name": "sac"}, "algorithm.name must be one of reinforce++, ppo,"),
+        (
+            AlgorithmConfig,
+            {"gae_lambda": 1.1},
+            "algorithm.gae_lambda must be at least 0 and at most 1",
+        ),
+        (CriticConfig, {"value_clip": 0.0}, "critic.value_clip must be above 0, got 0.0"),
+        (CriticConfig, {"warmup_steps": -1}, "critic.warmup_steps must be at least 0, got -1"),
+        (
+            CriticConfig,
+            {"init_path": "a", "hf_path": "b"},
+            "both set: the weights come from only one",
+        ),
         (AlgorithmConfig, {"kl_coef": -0.1}, "algorithm.kl_coef must be at least 0, got -0.1"),
         (AlgorithmConfig, {"gamma": 1.1}, "algorithm.gamma must be at least 0 and at most 1"),
         (AlgorithmConfig, {"dual_clip": 1.0}, "algorithm.dual_clip must be above 1, got 1.0"),
@@ -233,3 +247,24 @@ def test_prompts_that_do_not_divide_over_the_replicas_are_errors():
         check_world_size(Config(), 3)
     # A program that samples no rollouts does not need this.
     assert count_replicas(ParallelConfig(), 3) == 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"critic": CriticConfig(warmup_steps=3)}, "critic.warmup_steps is 3, but algorithm.name"),
+        ({"critic": CriticConfig(optimizer=OptimizerConfig(lr=1e-6))}, "critic.optimizer is"),
+        ({"algorithm": AlgorithmConfig(gae_lambda=0.5)}, "algorithm.gae_lambda is 0.5, but"),
+        ({"algorithm": AlgorithmConfig(name="grpo", gae_lambda=0.5)}, "name grpo has no critic"),
+    ],
+)
+def test_settings_of_a_critic_that_nothing_reads_are_refused(settings, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        Config(**settings)
+
+
+def test_settings_of_a_critic_are_for_ppo():
+    ppo = AlgorithmConfig(name="ppo", gae_lambda=0.5)
+    assert Config(algorithm=ppo, critic=CriticConfig(warmup_steps=3)).algorithm.has_critic
+    with pytest.raises(ConfigError, match="critic.optimizer.offload needs model.dtype bf16"):
+        Config(algorithm=ppo, critic=CriticConfig(optimizer=OptimizerConfig(offload=True)))

@@ -106,3 +106,11 @@ def all_commands() -> list[Command]:
         comments = [line for line in recipe.read_text().splitlines() if line.startswith("#   ")]
         found += commands(name_of(recipe), "\n".join(line[1:] for line in comments))
     return found
+
+
+def documented(heading: str = "") -> set[str]:
+    """The tags of the tables of metrics.md, or of the table below one heading."""
+    text = (ROOT / "docs/metrics.md").read_text()
+    if heading:
+        text = text.partition(f"## {heading}\n")[2].partition("\n## ")[0]
+    return set(re.findall(r"^\| `([a-z]+/\w+)` \|", text, re.MULTILINE))

@@ -23,6 +23,7 @@ from tests.docs.pages import (
     SUFFIXES,
     anchors,
     commands,
+    documented,
     is_ours,
     is_setting,
     name_of,
@@ -30,9 +31,8 @@ from tests.docs.pages import (
 )
 from tests.test_rooms import FLOORS
 
-METRICS = ROOT / "docs/metrics.md"
-ONLY_WHERE = {"throughput/mfu", "reward/NAME"}
-"""Tags that a run has on a GPU, or with several reward functions."""
+ONLY_WHERE = {"throughput/mfu", "reward/NAME", "time/values", "time/critic"}
+"""Tags that a run has on a GPU, with several reward functions, or with a critic."""
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
@@ -92,14 +92,6 @@ def test_the_floors_of_the_packages_are_described():
     for number, rooms in re.findall(r"^\| (\d+) \| (.+?) \|", text, re.MULTILINE):
         floors[int(number) - 1].update(re.findall(r"`(\w+)[./]", rooms))
     assert floors == [set(rooms) for rooms in FLOORS]
-
-
-def documented(heading: str = "") -> set[str]:
-    """The tags of the tables of metrics.md, or of the table below one heading."""
-    text = METRICS.read_text()
-    if heading:
-        text = text.partition(f"## {heading}\n")[2].partition("\n## ")[0]
-    return set(re.findall(r"^\| `([a-z]+/\w+)` \|", text, re.MULTILINE))
 
 
 def test_every_tag_in_the_code_is_described():
@@ -162,7 +154,9 @@ def test_the_example_of_a_reward_runs_and_its_tags_are_described(tmp_path):
         f"--logging.dir={tmp_path}",
     )
     assert [row["step"] for row in rows] == [1, 2]
-    others = documented("Supervised fine-tuning") | documented("TensorBoard only") | ONLY_WHERE
+    others = ONLY_WHERE.union(
+        *map(documented, ("Supervised fine-tuning", "TensorBoard only", "Critic"))
+    )
     assert set().union(*rows) - {"step"} == documented() - others
 
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from megatron_rpp.checkpoint import state as checkpoint
 from megatron_rpp.checkpoint.run_state import RunState
+from megatron_rpp.checkpoint.weights import model_state
 from megatron_rpp.config import CheckpointConfig, OptimizerConfig, ParallelConfig
 from megatron_rpp.conversion.convert import to_hf_alone, to_megatron
 from megatron_rpp.hf.families import canonical
@@ -80,7 +81,7 @@ def parameters(stage):
 
 def sharded(stage):
     """Where every tensor of a checkpoint lies in its whole, by key."""
-    state = checkpoint._model_state(stage)
+    state = model_state(stage)
     apply_factories(state)
     return {
         (entry.key, entry.global_offset): (entry.global_shape, entry.local_shape, entry.replica_id)

@@ -30,6 +30,7 @@ Budget = dict[str, Allowance]
 
 _BATCH = "megatron_rpp/rollout/batch.py Batch."
 _LOGPROBS = "megatron_rpp/stages/logprobs.py "
+_MINIBATCHES = "megatron_rpp/stages/minibatches.py "
 _P2P = "megatron/core/pipeline_parallel/p2p_communication.py P2PCommunicator."
 _AGREE = {
     "megatron_rpp/parallel/groups.py reduce_sums": Allowance(
@@ -44,7 +45,9 @@ _SKIP = {
 
 PER_UNIT: dict[str, Budget] = {
     "token": {},
+    "values": {},
     "log-probs": {},
+    "critic": {},
     "update": {},
     "supervised": {},
 }
@@ -52,7 +55,7 @@ PER_UNIT: dict[str, Budget] = {
 
 _HOP = {f"{_P2P}_communicate": Allowance(1, "Megatron waits after batched sends and receives")}
 PER_HOP: dict[str, Budget] = {"token": {}} | dict.fromkeys(
-    ("log-probs", "update", "supervised"), _HOP
+    ("values", "log-probs", "critic", "update", "supervised"), _HOP
 )
 """In addition, per micro-batch, where pipeline stages send each other hidden states."""
 
@@ -66,15 +69,21 @@ PER_CALL: dict[str, Budget] = {
             2, "the replicas agree that none was told to stop"
         ),
     },
-    "log-probs": {
-        f"{_LOGPROBS}response_logprobs": Allowance(1, "the column goes to the host"),
-        **_AGREE,
-    },
-    "update": {
-        "megatron_rpp/stages/update.py _reduce": Allowance(1, "the metrics go to the host"),
-        **_SKIP,
-        **_AGREE,
-    },
+    **dict.fromkeys(
+        ("values", "log-probs"),
+        {
+            f"{_LOGPROBS}response_column": Allowance(1, "the column goes to the host"),
+            **_AGREE,
+        },
+    ),
+    **dict.fromkeys(
+        ("critic", "update"),
+        {
+            f"{_MINIBATCHES}Objective.reduce": Allowance(1, "the metrics go to the host"),
+            **_SKIP,
+            **_AGREE,
+        },
+    ),
     "supervised": {
         "megatron_rpp/sft.py _mean_loss": Allowance(1, "the loss goes to the host"),
         **_SKIP,
@@ -86,7 +95,7 @@ because Megatron's differ between its versions."""
 
 PER_PIPELINE: dict[str, Budget] = {
     "token": {f"{_BATCH}_synchronise": Allowance(2, "two stages decode two batches")}
-} | dict.fromkeys(("log-probs", "update", "supervised"), {})
+} | dict.fromkeys(("values", "log-probs", "critic", "update", "supervised"), {})
 """The same, in its place, on two pipeline stages."""
 
 

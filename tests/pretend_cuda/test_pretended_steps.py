@@ -36,6 +36,7 @@ LAYOUTS = {
     "TP1": BF16,
     "TP1 Adam on the host": BF16 | {"optimizer__offload": "true"},
     "TP2 SP": BF16 | {"parallel__tensor": 2, "parallel__sequence_parallel": "true"},
+    "TP1 PPO": BF16 | {"algorithm__name": "ppo"},
     "CP2": OFFLOAD | {"parallel__context": 2},  # in fp32
     "PP2": BF16 | OFFLOAD | {"parallel__pipeline": 2},
 }

@@ -19,8 +19,8 @@ from megatron_rpp.rollout.planning import shard
 from megatron_rpp.runtime import run as runs
 from megatron_rpp.runtime.inputs import load_inputs
 from megatron_rpp.runtime.run import Run
-from megatron_rpp.stages import advantage, logprobs, reward, rollout, update
-from tests.pretend_cuda.budget import PER_UNIT, Loop
+from megatron_rpp.stages import advantage, critic, logprobs, minibatches, reward, rollout, update
+from tests.pretend_cuda.budget import Loop
 from tests.pretend_cuda.device import pretended_cuda
 from tests.pretend_cuda.watch import Sync, Watch
 from tests.small_run import config_of
@@ -77,6 +77,8 @@ def sampled(run: Run) -> RolloutBuffer:
     logprobs.compute_logprobs(
         buffer, run.policy.model, run.reference, recompute=True, max_tokens=WIDE, temperature=1.0
     )
+    if run.critic is not None:
+        critic.compute_values(buffer, run.critic.model, max_tokens=WIDE)
     advantage.compute_advantages(buffer, config.algorithm, config.reward, group=groups.data_group())
     return buffer
 
@@ -100,8 +102,25 @@ def update_once(run: Run, buffer: RolloutBuffer, max_tokens: int) -> None:
     budget = replace(run.config.train, minibatches=1, max_tokens_per_microbatch=max_tokens)
     update.update_policy(
         run.policy, buffer, run.config.algorithm, train=budget, rollout=run.config.rollout,
-        key=run.step_key, state=run.state, progress=update.UpdateProgress(),
+        key=run.step_key, state=run.state, progress=minibatches.UpdateProgress(),
         safe_point=lambda: None,
+    )  # fmt: skip
+
+
+def predict(run: Run, buffer: RolloutBuffer, max_tokens: int) -> None:
+    """One pass of the critic over the buffer."""
+    assert run.critic is not None
+    critic.compute_values(buffer, run.critic.model, max_tokens=max_tokens)
+
+
+def update_critic_once(run: Run, buffer: RolloutBuffer, max_tokens: int) -> None:
+    """One optimizer step of the critic over the whole buffer."""
+    assert run.critic is not None
+    budget = replace(run.config.train, minibatches=1, max_tokens_per_microbatch=max_tokens)
+    critic.update_critic(
+        run.critic, buffer, run.config.critic, aggregation="token_mean", train=budget,
+        rollout=run.config.rollout, key=run.step_key, state=run.state,
+        progress=minibatches.UpdateProgress(), safe_point=lambda: None,
     )  # fmt: skip
 
 
@@ -128,7 +147,11 @@ def loops_of(run: Run) -> dict[str, tuple[Callable[[int], None], tuple[int, int]
     def batches(content: RolloutBuffer) -> tuple[int, int]:
         return _micro_batches(run, content, WIDE), _micro_batches(run, content, NARROW)
 
-    return {
+    of_critic = {
+        "values": (partial(predict, run, buffer), budgets, batches(buffer)),
+        "critic": (partial(update_critic_once, run, buffer), budgets, batches(buffer)),
+    }
+    return (of_critic if run.critic is not None else {}) | {
         "token": (partial(decode, run), TOKENS, TOKENS),
         "log-probs": (partial(score, run, buffer), budgets, batches(buffer)),
         "update": (partial(update_once, run, buffer), budgets, batches(buffer)),
@@ -136,10 +159,10 @@ def loops_of(run: Run) -> dict[str, tuple[Callable[[int], None], tuple[int, int]
     }
 
 
-def measure(watch: Watch, run: Run, names: Iterable[str] = PER_UNIT) -> dict[str, Loop]:
-    """The synchronisations of hot loops at two lengths."""
+def measure(watch: Watch, run: Run, names: Iterable[str] | None = None) -> dict[str, Loop]:
+    """The synchronisations of hot loops at two lengths; None = of all."""
     loops, found = loops_of(run), {}
-    for name in names:
+    for name in loops if names is None else names:
         work, sizes, lengths = loops[name]
         short, long = (_counted(watch, partial(work, size)) for size in sizes)
         found[name] = Loop(short, long, lengths)

@@ -13,6 +13,7 @@ far as any other, in a random direction. The tests set Adam's epsilon above that
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -64,6 +65,13 @@ RECIPES = {
         "optimizer__decay_steps": 10,
         "optimizer__weight_decay": 0.1,
     },
+    "ppo": {
+        "algorithm__name": "ppo",
+        "algorithm__gae_lambda": 0.9,
+        "critic__value_clip": 0.1,
+        "critic__optimizer__lr": 2e-3,
+        "critic__optimizer__eps": 1e-5,
+    },
 }
 TP2, PP2, CP2 = ({f"parallel__{kind}": 2} for kind in ("tensor", "pipeline", "context"))
 VPP2 = PP2 | {"parallel__virtual_pipeline": 2}
@@ -107,6 +115,12 @@ CASES = [
     Case("TP2xPP2 SP VPP2", 4, "all options", TP2 | VPP2 | SP),
     Case("DP4", 4, "all options", {}),
     Case("TP2xDP2 SP overlap, selective", 4, "baseline", TP2 | SP | OVERLAP | SELECTIVE),
+    Case("TP2 SP", 2, "ppo", TP2 | SP),
+    Case("PP2 VPP2", 2, "ppo", VPP2),
+    Case("CP2 whole optimizer", 2, "ppo", CP2 | {"critic__optimizer__distributed": "false"}),
+    Case("DP2 overlap, selective", 2, "ppo", OVERLAP | SELECTIVE),
+    Case("TP2xPP2 SP", 4, "ppo", TP2 | PP2 | SP),
+    Case("DP2xCP2", 4, "ppo", CP2),
     Case("PP2xDP2 VPP2 overlap, full", 4, "all options", VPP2 | OVERLAP | FULL),
 ]
 BROKEN = {
@@ -140,23 +154,23 @@ def train_cases(rank: int, base: Path, cases: list[Case]) -> None:
 def train_two_ranks(rank: int, base: Path, cases: list[Case]) -> None:
     train_cases(rank, base, [*cases, PLAIN_ADAM])
     alone = [dist.new_group([member]) for member in range(2)][rank]
-    compute, loss = advantage.compute_advantages, update._loss
+    compute, objective = advantage.compute_advantages, update._objective
 
-    def broken_loss(*args, temperature):
-        right = loss(*args, temperature=temperature)
+    def broken_objective(*args, temperature):
+        right = objective(*args, temperature=temperature)
 
         def wrong(batch, hidden):
-            total, count, report = right(batch, hidden)
+            total, count, report = right.loss(batch, hidden)
             mean = total / count.clamp(min=1)
             return mean, torch.ones_like(count), torch.stack([mean.detach(), *report[1:]])
 
-        return wrong
+        return replace(right, loss=wrong)
 
     advantage.compute_advantages = lambda *args, group: compute(*args, group=alone)
     train_cases(rank, base, [BROKEN["whitened per rank"]])
-    advantage.compute_advantages, update._loss = compute, broken_loss
+    advantage.compute_advantages, update._objective = compute, broken_objective
     train_cases(rank, base, [BROKEN["mean of means"]])
-    update._loss, right = loss, groups.token_group
+    update._objective, right = objective, groups.token_group
     groups.token_group = groups.data_group
     train_cases(rank, base, [BROKEN["context left out"]])
     groups.token_group = right

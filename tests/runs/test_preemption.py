@@ -112,6 +112,35 @@ def test_a_stopped_run_resumes_inside_the_step(base, case):
     check_equal(base, case)
 
 
+PPO = SETTINGS | {
+    "algorithm__name": "ppo", "algorithm__gae_lambda": 0.9, "critic__optimizer__eps": 1e-5,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def ppo(tmp_path_factory) -> Path:
+    """As `base`, of PPO."""
+    return with_whole_run(tmp_path_factory.mktemp("ppo"), **PPO)
+
+
+# A step enters "critic" once for the stage and once for each of its four mini-batches.
+PPO_CASES = {
+    "before the critic's values": ("values", 1, "iter_0000000_minibatch_0000"),
+    "in the critic's update": ("critic", 8, "iter_0000001_minibatch_0002"),
+    "in the policy's update": ("update", 8, "iter_0000001_minibatch_0006"),
+}
+
+
+@pytest.mark.parametrize("case", PPO_CASES)
+def test_a_stopped_run_of_ppo_resumes_inside_the_step(ppo, case):
+    phase, count, left = PPO_CASES[case]
+    with at(phase, count, send(signal.SIGTERM)), pytest.raises(Preempted, match="saved"):
+        train_run(ppo, ppo / case, **PPO)
+    assert names(ppo / case) == [left]
+    train_run(ppo, ppo / case, **PPO)
+    same_bits(ppo / case, ppo / "whole", config_of(ppo, ppo / case, **(VARIED | PPO)), step=2)
+
+
 def test_deterministic_kernels_change_no_bit_on_a_cpu(base):
     train_run(base, base / "deterministic", train__deterministic="true", **SETTINGS)
     check_equal(base, "deterministic")

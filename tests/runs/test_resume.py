@@ -17,6 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from megatron_rpp import train
 from megatron_rpp.checkpoint.state import POINTER
+from megatron_rpp.lifecycle.config_error import ConfigError
 from tests import whole_runs
 from tests.distributed import run_ranks
 from tests.small_run import arguments, config_of, make_data
@@ -53,6 +54,14 @@ KINDS = {
     "bf16": {"model__dtype": "bf16"},
     "offloaded reference": {"reference__placement": "offload"},
     "at the end of an epoch": {"data__train": "two steps.jsonl"},
+    "ppo": {
+        "algorithm__name": "ppo",
+        "algorithm__gae_lambda": 0.9,
+        "critic__warmup_steps": 1,
+        "critic__optimizer__warmup_steps": 3,
+        "critic__optimizer__decay_steps": 12,
+        "critic__optimizer__eps": 1e-5,
+    },
 }
 
 
@@ -88,8 +97,8 @@ def log(base: Path, run: str) -> list[dict]:
     return rows(base / run / "logs/metrics.jsonl")
 
 
-def same_bits(base: Path, ours: str, theirs: str, first: int = 1) -> None:
-    config = config_of(base, base / ours, **VARIED)
+def same_bits(base: Path, ours: str, theirs: str, first: int = 1, **settings) -> None:
+    config = config_of(base, base / ours, **(VARIED | settings))
     whole_runs.same_bits(base / ours, base / theirs, config, 4, first)
 
 
@@ -107,8 +116,9 @@ def test_two_parts_equal_the_whole(base, kind):
         whole = f"whole {kind}"
         run_once(base, whole, **settings)
     run_in_two_parts(base, f"parts {kind}", **settings)
-    same_bits(base, f"parts {kind}", whole)
-    for changing in ("policy/learning_rate", "kl/coef"):
+    same_bits(base, f"parts {kind}", whole, **settings)
+    rate = "critic/learning_rate" if kind == "ppo" else "policy/learning_rate"
+    for changing in (rate, "kl/coef"):
         assert len({row[changing] for row in log(base, whole)}) == 4
 
 
@@ -241,6 +251,12 @@ def test_another_layout_resumes(base, messages, run):
 
 def test_sharded_moments_resume_bit_for_bit(base, messages):
     same_bits(base, "dp2 parts", "dp2")
+
+
+def test_a_checkpoint_without_a_critic_is_refused(base):
+    source = base / "whole/checkpoints"
+    with pytest.raises(ConfigError, match=r"has no critic, because algorithm.name was not ppo"):
+        run_once(base, "no critic", checkpoint__load=source, **KINDS["ppo"])
 
 
 def test_every_rank_refuses_a_checkpoint_of_another_shape(messages):

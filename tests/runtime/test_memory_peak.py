@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_rpp.checkpoint import state as checkpoint
+from megatron_rpp.checkpoint.optimizer_state import allocate_moments
 from megatron_rpp.config import Config
 from megatron_rpp.parallel import groups
 from megatron_rpp.records import Generation, Request
@@ -69,9 +69,9 @@ def measure(config: Config) -> int:
     """The most bytes that one optimizer step holds at once."""
     with layout(config):
         policy = build_policy(config, config.optimizer, VOCAB)
-        checkpoint._allocate_moments(policy.optimizer)  # else the first step does
+        allocate_moments(policy.optimizer)  # else the first step does
         buffer = full_buffer(config)
-        loss = update._loss(policy.model, buffer, config.algorithm, temperature=1.0)
+        loss = update._objective(policy.model, buffer, config.algorithm, temperature=1.0).loss
         tokens = config.train.max_tokens_per_microbatch
         batches = make_micro_batches(
             policy.model, buffer, list(range(len(buffer))), max_tokens=tokens

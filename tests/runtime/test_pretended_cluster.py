@@ -16,8 +16,9 @@ import torch
 import torch.distributed as dist
 import torch.testing._internal.distributed.fake_pg  # noqa: F401  (registers the backend "fake")
 
-from megatron_rpp.checkpoint import state as checkpoint
 from megatron_rpp.checkpoint.optimizer_shards import optimizer_shards
+from megatron_rpp.checkpoint.optimizer_state import allocate_moments
+from megatron_rpp.checkpoint.weights import model_state
 from megatron_rpp.config import Config, ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_rpp.model.build import build_model, wrap_for_training
 from megatron_rpp.model.optimizer import build_optimizer
@@ -77,13 +78,13 @@ def test_counts_of_a_rank(model, parallel, rank, monkeypatch):
             build_model(model, parallel, vocab_size=VOCAB, seed=None), distributed_optimizer=True
         )
         optimizer, _ = build_optimizer(wrapped, OptimizerConfig(), bf16=True)
-        checkpoint._allocate_moments(optimizer)
+        allocate_moments(optimizer)
         (part,) = optimizer.chained_optimizers
         held = sum(p.numel() for group in part.optimizer.param_groups for p in group["params"])
         moments = sum(
             t.numel() for s in part.optimizer.state.values() for t in s.values() if t.dim()
         )
-        weights = checkpoint._model_state(wrapped)
+        weights = model_state(wrapped)
         adam = optimizer_shards(part, weights)
         apply_factories(weights)
         replicas, sharing = groups.data_size(), groups.token_group().size()

@@ -191,7 +191,7 @@ def test_the_log_names_the_cause_and_the_rank(ranks, case):
     cause = cause_of(case[1])
     for result in ranks:
         first, second, third = result[case]["said"]
-        assert first == f"step 1: update skipped, mini-batch 0 of epoch 0: {cause}"
+        assert first == f"step 1: update of the policy skipped, mini-batch 0 of epoch 0: {cause}"
         assert second.startswith("step 2") and third.startswith("step 2")
 
 

@@ -25,7 +25,8 @@ from megatron_rpp.records import Generation, MicroBatch, Request, Sampling, Step
 from megatron_rpp.rollout.buffer import RolloutBuffer, from_generations
 from megatron_rpp.rollout.engine import MegatronEngine
 from megatron_rpp.stages.logprobs import make_micro_batches, response_logprobs, token_logprobs
-from megatron_rpp.stages.update import UpdateProgress, UpdateStats, update_policy
+from megatron_rpp.stages.minibatches import UpdateProgress
+from megatron_rpp.stages.update import UpdateStats, update_policy
 
 SEED = 5
 
