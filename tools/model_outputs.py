@@ -18,19 +18,25 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_rpp.config import ModelConfig, ParallelConfig
-from megatron_rpp.config.model import RopeScalingConfig
 from megatron_rpp.conversion.models import HfModel, MegatronModel
+from megatron_rpp.conversion.settings import model_config
+from megatron_rpp.hf.families import is_scalar
 
 SEQUENCES, LENGTH, PROMPT, ANSWER = 2, 48, 16, 64
+SCORED = (1, 12, 24, 48)
+"""Lengths at which a classifier scores each of the sequences."""
 VLLM_SECONDS = 900
+KINDS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class Outputs:
     """A model's outputs for the same tokens."""
 
-    logits: torch.Tensor  # [b, s, v] fp32
-    answer: list[int]
+    numbers: torch.Tensor
+    """fp32 logits [b, s, v]; of a classifier scores [b, number of SCORED]."""
+    answer: list[int] | None
+    """Greedy tokens; None: a classifier has none."""
 
 
 class NoEnd:
@@ -41,11 +47,12 @@ class NoEnd:
 
 def difference(source: HfModel, checkpoint: MegatronModel) -> str:
     """The settings in which the architectures differ, in words."""
-    theirs = checkpoint.settings
+    theirs, absent = checkpoint.settings, "output projection"  # the key of a scalar head
     return ", ".join(
-        f"{name} is {value} in Hugging Face, {theirs.get(name)} in Megatron"
-        for name, value in source.settings.items()
-        if theirs.get(name) != value
+        f"{name} is {source.settings.get(name, absent)} in Hugging Face, "
+        f"{theirs.get(name, absent)} in Megatron"
+        for name in source.settings | theirs
+        if theirs.get(name) != source.settings.get(name)
     )
 
 
@@ -70,14 +77,19 @@ def compare_weights(source: HfModel, checkpoint: MegatronModel, console: Console
 def compare_outputs(
     ours: Outputs, theirs: Outputs, *, tolerance: float, exact: bool, console: Console
 ) -> bool:
-    """Whether logits agree within `tolerance` of the largest and, if `exact`, answers are equal."""
-    largest = float(theirs.logits.abs().max())
-    share = float((ours.logits - theirs.logits).abs().max()) / largest
+    """Whether logits (of a classifier: scores) agree within `tolerance` of the largest and, if
+    `exact`, answers are equal."""
+    name = "score" if theirs.answer is None else "logit"
+    largest = float(theirs.numbers.abs().max())
+    share = float((ours.numbers - theirs.numbers).abs().max()) / largest
     near = share <= tolerance
     console.print(
-        f"logits: largest difference {share:.2e} of the largest logit {largest:.3g}, tolerance "
+        f"{name}s: largest difference {share:.2e} of the largest {name} {largest:.3g}, tolerance "
         f"{tolerance:.0e}: {'within' if near else 'OUTSIDE'}"
     )
+    if ours.answer is None or theirs.answer is None:
+        console.print("greedy tokens: left out, because a classifier does not generate")
+        return near
     return near & compare_answers(
         "Megatron", ours.answer, theirs.answer, exact=exact, console=console
     )
@@ -107,8 +119,8 @@ def on_ranks(path: str, settings: dict, parallel: ParallelConfig, *, dtype: str)
         free.close()
         result = Path(folder) / "outputs.pt"
         mp.spawn(_rank, (world, port, path, settings, parallel, dtype, result), nprocs=world)
-        logits, answer = torch.load(result, weights_only=True)
-    return Outputs(logits, answer)
+        numbers, answer = torch.load(result, weights_only=True)
+    return Outputs(numbers, answer)
 
 
 def _rank(  # noqa: PLR0917 (spawn calls it by position)
@@ -122,41 +134,61 @@ def _rank(  # noqa: PLR0917 (spawn calls it by position)
     groups.start(**parallel.sizes(), seed=0)
     outputs = megatron_outputs(path, settings, parallel, dtype=dtype)
     if rank == world - 1:
-        torch.save((outputs.logits.cpu(), outputs.answer), result)
+        torch.save((outputs.numbers.cpu(), outputs.answer), result)
     groups.stop()
 
 
-def model_config(settings: dict, dtype: str) -> ModelConfig:
+def compared_model(settings: dict, dtype: str) -> ModelConfig:
     """The model of an architecture, with a context that holds prompt and answer."""
-    scaling = RopeScalingConfig(**settings["rope_scaling"])
-    context = {"max_length": max(LENGTH, PROMPT + ANSWER), "dtype": dtype}
-    return ModelConfig(**(settings | context | {"rope_scaling": scaling}))
+    return model_config(settings, max_length=max(LENGTH, PROMPT + ANSWER), dtype=dtype)
 
 
 @torch.no_grad()
 def megatron_outputs(path: str, settings: dict, parallel: ParallelConfig, *, dtype: str) -> Outputs:
-    """The outputs on the last pipeline stage; the other stages have no logits. Collective."""
+    """The outputs on the last pipeline stage; the other stages have no numbers. Collective."""
     from megatron_rpp.checkpoint import state as checkpoint
     from megatron_rpp.model import build, pipeline
-    from megatron_rpp.model.language_model import chunks
+    from megatron_rpp.model.language_model import LanguageModel, chunks
+    from megatron_rpp.model.scalar_model import ScalarModel
     from megatron_rpp.parallel import device, groups
     from megatron_rpp.records import Request, Sampling
     from megatron_rpp.rollout.engine import MegatronEngine
 
-    model = model_config(settings, dtype)
-    stage = build.build_model(model, parallel, vocab_size=model.vocab_size, seed=0)
+    model, scalar = compared_model(settings, dtype), is_scalar(settings)
+    kind = ScalarModel if scalar else LanguageModel
+    stage = build.build_model(model, parallel, vocab_size=model.vocab_size, seed=0, kind=kind)
     checkpoint.load_weights(stage, path)
     stage.requires_grad_(False).eval()
     tokens = sample_tokens(model.vocab_size)
     hidden = pipeline.stage_forward(stage, tokens.to(device.device()))
-    logits = torch.empty(0)
+    numbers, last = torch.empty(0), chunks(stage)[-1]
     if groups.is_last_stage():
-        logits = chunks(stage)[-1].sampling_logits(hidden.flatten(0, 1))
-        logits = logits.unflatten(0, hidden.shape[:2]).transpose(0, 1)
+        project = last.score if isinstance(last, ScalarModel) else last.sampling_logits
+        numbers = project(hidden.flatten(0, 1)).unflatten(0, hidden.shape[:2]).transpose(0, 1)
+        numbers = numbers[:, [length - 1 for length in SCORED]] if scalar else numbers
+    if scalar:
+        return Outputs(numbers, None)
     engine = MegatronEngine(stage, NoEnd(), max_batch=1)
     prompt = Request(tuple(tokens[0, :PROMPT].tolist()), sample_id=0)
     sampling = Sampling(max_new_tokens=ANSWER, temperature=0.0)
-    return Outputs(logits, engine.generate([prompt], sampling, seed=0, step=0)[0].tokens)
+    return Outputs(numbers, engine.generate([prompt], sampling, seed=0, step=0)[0].tokens)
+
+
+@torch.no_grad()
+def transformers_scores(path: str, vocab_size: int, dtype: str) -> Outputs:
+    """The oracle of a classifier: the scores of the first tokens of each sequence."""
+    from transformers import AutoModelForSequenceClassification
+
+    model = AutoModelForSequenceClassification.from_pretrained(
+        path, dtype=KINDS[dtype], attn_implementation="eager", local_files_only=True
+    ).eval()
+    model.config.pad_token_id = None  # the last token counts, whatever it is
+    tokens = sample_tokens(vocab_size)
+    scores = [
+        [float(model(row[None, :length], use_cache=False).logits) for length in SCORED]
+        for row in tokens
+    ]
+    return Outputs(torch.tensor(scores), None)
 
 
 @torch.no_grad()
@@ -164,9 +196,8 @@ def transformers_outputs(path: str, vocab_size: int, dtype: str) -> Outputs:
     """The oracle: logits, and the answer generated token by token with the cache."""
     from transformers import AutoModelForCausalLM
 
-    kind = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
     model = AutoModelForCausalLM.from_pretrained(
-        path, dtype=kind, attn_implementation="eager", local_files_only=True
+        path, dtype=KINDS[dtype], attn_implementation="eager", local_files_only=True
     ).eval()
     tokens = sample_tokens(vocab_size)
     logits = model(tokens, use_cache=False).logits.float()

@@ -7,7 +7,8 @@ Names and bits: every tensor has its counterpart on the other side, and the two 
 bit, both in Megatron's form and in Hugging Face's. Logits: the checkpoint, on tp × pp ranks that
 this program starts, and transformers compute logits for the same random tokens; they may differ by
 1e-5 (fp32) or 5e-2 (bf16) of the largest logit. Answers: 64 greedy tokens, which must be the same
-in fp32; in bf16 they are only shown, because rounding decides near-ties. Prints a table and a
+in fp32; in bf16 they are only shown, because rounding decides near-ties. Of a classifier with one
+label (a reward model) scores are compared instead of logits and answers. Prints a table and a
 verdict. The exit code is 0 only if everything agrees.
 
 --vllm also compares the answer of vLLM, run on the Hugging Face directory by the given interpreter.
@@ -33,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs without an 
 
 from megatron_rpp.config import ParallelConfig
 from megatron_rpp.config.validation import check_layout
+from megatron_rpp.hf.families import is_scalar
 from megatron_rpp.lifecycle.config_error import ConfigError, reading
 
 TOLERANCES = {"fp32": 1e-5, "bf16": 5e-2}
@@ -53,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--tolerance",
         type=float,
-        help="largest difference of logits, as a share of the largest logit",
+        help="largest difference of logits or scores, as a share of the largest",
     )
     parser.add_argument(
         "--vllm", metavar="PYTHON", help="also compare with the vLLM of this interpreter"
@@ -77,11 +79,12 @@ def main(argv: list[str] | None = None) -> int:
         if source.settings != checkpoint.settings:
             console.print(f"the architectures differ: {outputs.difference(source, checkpoint)}")
             return 1
-        check_layout(outputs.model_config(source.settings, options.dtype), parallel)
+        check_layout(outputs.compared_model(source.settings, options.dtype), parallel)
         sound = outputs.compare_weights(source, checkpoint, console)
-        vocab_size = source.settings["vocab_size"]
+        vocab_size, scalar = source.settings["vocab_size"], is_scalar(source.settings)
+        oracle = outputs.transformers_scores if scalar else outputs.transformers_outputs
         with reading(f"{source.directory}", "transformers has to load it, to be compared with"):
-            theirs = outputs.transformers_outputs(options.hf_path, vocab_size, options.dtype)
+            theirs = oracle(options.hf_path, vocab_size, options.dtype)
         ours = outputs.on_ranks(
             options.megatron_path, source.settings, parallel, dtype=options.dtype
         )
@@ -93,7 +96,9 @@ def main(argv: list[str] | None = None) -> int:
     sound &= outputs.compare_outputs(
         ours, theirs, tolerance=tolerance, exact=exact, console=console
     )
-    if options.vllm:
+    if options.vllm and scalar:
+        console.print("vLLM: left out, because a classifier does not generate")
+    elif options.vllm:
         answer = outputs.vllm_answer(
             options.vllm, options.hf_path, vocab_size=vocab_size, dtype=options.dtype
         )

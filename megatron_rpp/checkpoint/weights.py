@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,9 +12,11 @@ from torch.distributed.checkpoint.planner import ReadItem
 
 from megatron_rpp.checkpoint.store import require
 from megatron_rpp.config.model import NOT_COMPARED
+from megatron_rpp.hf.families import SCORE, refuse_scalar
 from megatron_rpp.lifecycle import heartbeat
 from megatron_rpp.lifecycle.config_error import ConfigError, reading
 from megatron_rpp.model.language_model import chunks
+from megatron_rpp.model.scalar_model import ScalarModel
 from megatron_rpp.parallel import device as _device  # noqa: F401  (before megatron)
 from megatron_rpp.parallel import groups
 
@@ -43,25 +45,39 @@ def model_state(model: torch.nn.Module, prefix: str = "") -> dict:
     }
 
 
-def check_fit(model: torch.nn.Module, path: Path, prefix: str = "") -> dict:
+def _stored(path: Path) -> dict[str, ShardedTensor]:
+    """The tensors of a checkpoint by their keys, without their values."""
+    with reading(f"checkpoint {path}", "choose another"):
+        return dist_checkpointing.load_tensors_metadata(str(path))
+
+
+def check_fit(
+    model: torch.nn.Module, path: Path, prefix: str = "", *, keep: Container[str] = ()
+) -> dict:
     """Returns what the checkpoint at `path` holds besides tensors. Collective.
+
+    keep: tensors of `model` that the checkpoint need not hold.
 
     Raises ConfigError, on every rank, if it is of another model.
     """
+    stored, scalar = _stored(path), isinstance(chunks(model)[0], ScalarModel)
     with reading(f"checkpoint {path}", "choose another"):
-        stored = dist_checkpointing.load_tensors_metadata(str(path))
         common = dist_checkpointing.load_common_state_dict(str(path))
+    if SCORE in stored and not scalar:
+        refuse_scalar(f"checkpoint {path}")
     # A checkpoint of another program has no such record; then only shapes are compared.
     theirs = common.get("architecture", {})
+    # A scalar model has no output projection that could be tied.
+    free = {*NOT_COMPARED, "tied_embeddings"} if scalar else {*NOT_COMPARED}
     own = model_state(model, prefix)
     apply_factories(own)
     problems = [
         f"{name} is {theirs[name]} there, {value} here"
         for name, value in chunks(model)[0].architecture.items()
-        if name not in NOT_COMPARED and theirs.get(name, value) != value
+        if name not in free and theirs.get(name, value) != value
     ]
     for entry in nested_values(own):
-        if not isinstance(entry, ShardedTensor) or entry.allow_shape_mismatch:
+        if not isinstance(entry, ShardedTensor) or entry.allow_shape_mismatch or entry.key in keep:
             continue
         found = stored.get(entry.key)
         if found is None:
@@ -98,20 +114,28 @@ def signs_of_life() -> Iterator[None]:
 
 
 def load_weights(model: torch.nn.Module, directory: str | Path) -> None:
-    """Loads the weights of a checkpoint that any layout wrote into `model`. Collective."""
+    """Loads the weights of a checkpoint that any layout wrote into `model`. Collective.
+
+    A scalar model that is filled from a policy keeps the values of its head.
+    """
     path = require(directory)
     heartbeat.enter("load the weights")
-    check_fit(model, path)
-    load_model(model, path)
+    keep = {SCORE} - _stored(path).keys()
+    check_fit(model, path, keep=keep)
+    load_model(model, path, keep=keep)
 
 
-def load_model(model: torch.nn.Module, path: Path, prefix: str = "") -> None:
-    """Loads the weights at `path`; the data-parallel ranks share the reading. Collective."""
+def load_model(
+    model: torch.nn.Module, path: Path, prefix: str = "", *, keep: Container[str] = ()
+) -> None:
+    """Loads the weights at `path`, except `keep`; the data-parallel ranks share the reading.
+    Collective."""
     # What modules hold besides weights (TransformerEngine's FP8 scales) is not loaded: a checkpoint
     # that was converted, or saved without TransformerEngine, has none.
     weights, extra = {}, {}
     for number, state in model_state(model, prefix).items():
         extra[number] = {n: None for n, entry in state.items() if isinstance(entry, ShardedObject)}
+        extra[number] |= {n: entry.data for n, entry in state.items() if n in keep}
         weights[number] = {n: entry for n, entry in state.items() if n not in extra[number]}
     reader = FullyParallelLoadStrategyWrapper(
         get_default_load_sharded_strategy(str(path)), groups.token_group()

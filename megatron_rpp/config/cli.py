@@ -83,7 +83,7 @@ def _parse(argv: list[str], program: str) -> tuple[Arguments, bool]:
     if options.micro_batch_size is not None:
         _set_microbatch(values, options.micro_batch_size, words)
     settings = values.as_dict()
-    infer_settings(settings, Config().model)
+    infer_settings(settings, Config().model, scalar=program == "reward_model")
     config = _build(Config, settings)
     return Arguments(config, options.dry_run), options.print_config
 

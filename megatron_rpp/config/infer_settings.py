@@ -29,21 +29,32 @@ def hf_source(hf_path: str | None, init_path: str | None) -> Path | None:
     return None if init_path is None else side_folder(init_path)
 
 
-def infer_settings(settings: dict[str, Any], defaults: ModelConfig) -> None:
+def infer_settings(
+    settings: dict[str, Any], defaults: ModelConfig, *, scalar: bool = False
+) -> None:
     """Fills `settings` (all sections, by name) from the directory that the weights come from.
 
     A setting at its default takes its value from the directory. model.max_length is left alone: it
-    may be shorter than the model's context. Raises ConfigError if a setting contradicts the
-    directory.
+    may be shorter than the model's context.
+
+    Args:
+        scalar: the program trains a reward model, which may start from another one.
+    Raises:
+        ConfigError: a setting contradicts the directory, or a policy would start from a classifier.
     """
     model = settings["model"]
     with reading(f"{model['hf_path'] or model['init_path']}", "correct the path of the model"):
         folder = hf_source(model["hf_path"], model["init_path"])
     if folder is None:
         return
-    from megatron_rpp.hf.architecture import read_architecture  # imported here: it loads torch
+    # Imported here: it loads torch.
+    from megatron_rpp.hf.architecture import read_architecture
+    from megatron_rpp.hf.families import HEAD, is_scalar, refuse_scalar
 
     theirs = dict(read_architecture(folder).settings)
+    if is_scalar(theirs) and not scalar:
+        refuse_scalar(folder.absolute())
+    theirs = {name: value for name, value in theirs.items() if name not in HEAD}
     context = theirs.pop("max_length")
     theirs["rope_scaling"] = asdict(defaults.rope_scaling) | theirs["rope_scaling"]
     for name, value in theirs.items():

@@ -30,7 +30,8 @@ from megatron_rpp.conversion.output_dir import (
     copy_side_files,
 )
 from megatron_rpp.hf import safetensors_out
-from megatron_rpp.hf.architecture import CONFIG, config_json
+from megatron_rpp.hf.architecture import CONFIG, config_json, read_architecture
+from megatron_rpp.hf.classifier import labels_json, padding_json
 from megatron_rpp.hf.families import EMBEDDING
 from megatron_rpp.hf.json_object import read_json
 from megatron_rpp.parallel.ranks import raise_on_all_ranks, rank, world_size
@@ -181,13 +182,22 @@ def to_hf_alone(megatron_path: str | Path, hf_path: str | Path) -> None:
 
 
 def _write_side_files(model: MegatronModel, output: Path, kinds: dict[str, torch.dtype]) -> None:
-    """Copies tokenizer and settings as they are, and sets the type of the weights in
-    config.json."""
+    """Copies tokenizer and settings as they are, and sets the type of the weights in config.json.
+
+    For a reward model that was trained from a language model, it also sets what makes it a
+    classifier.
+    """
     if model.side_files is None:
         content = config_json(model.settings)
     else:
         copy_side_files(model.side_files, output)
         content = read_json(output / CONFIG)
+        if (
+            read_architecture(output).name != model.name
+        ):  # of the language model it was trained from
+            content |= (
+                labels_json() | padding_json(output, content) | {"architectures": [model.name]}
+            )
     # If both keys are present, transformers prefers `dtype`.
     for key in content.keys() & {"dtype", "torch_dtype"} or {"dtype"}:
         content[key] = str(kinds[EMBEDDING]).removeprefix("torch.")

@@ -45,7 +45,7 @@ from megatron_rpp.hf.families import EMBEDDING, OUTPUT, canonical
 from megatron_rpp.lifecycle.config_error import ConfigError, reading, reason
 
 _STACKED = "decoder.layers."
-_MODEL_PREFIXES = ("embedding.", "decoder.", "output_layer.")
+_MODEL_PREFIXES = ("embedding.", "decoder.", "output_layer.", "score.")
 _COMMON_OBJECT = "common_state/shard_0_1"
 _FORMAT = {
     "sharded_backend": "torch_dist",

@@ -16,7 +16,16 @@ from megatron_rpp.checkpoint import store
 from megatron_rpp.config.infer_settings import HF_FOLDER, side_folder
 from megatron_rpp.conversion.dist_checkpoint import Checkpoint, Entry, Place, place_of
 from megatron_rpp.hf.architecture import family_of, read_architecture
-from megatron_rpp.hf.families import EMBEDDING, OUTPUT, Row, rows_of
+from megatron_rpp.hf.families import (
+    CAUSAL,
+    CLASSIFIER,
+    EMBEDDING,
+    HEAD,
+    OUTPUT,
+    SCORE,
+    Row,
+    rows_of,
+)
 from megatron_rpp.hf.source import check_source
 from megatron_rpp.lifecycle.config_error import ConfigError, reading
 
@@ -95,6 +104,8 @@ class MegatronModel:
     """A Megatron checkpoint and its architecture."""
 
     checkpoint: Checkpoint
+    name: str
+    """The architecture, a key of families.FAMILIES."""
     settings: dict[str, Any]
     rows: list[Row]
     side_files: Path | None
@@ -115,6 +126,9 @@ class MegatronModel:
             if side is not None:
                 source = read_architecture(side)
                 name, settings = source.name, source.settings
+                # A reward model that was trained from a language model keeps its side files.
+                if SCORE in checkpoint.tensors:
+                    name, settings = name.replace(CAUSAL, CLASSIFIER), settings | HEAD
             elif recorded is not None and "layers" in recorded:
                 name, settings = family_of(recorded), recorded
             else:
@@ -122,7 +136,7 @@ class MegatronModel:
                     f"{path} does not say its architecture: put the model's config.json and "
                     f"tokenizer into {folder.parent / HF_FOLDER}"
                 )
-            model = cls(checkpoint, settings, rows_of(name, settings), side)
+            model = cls(checkpoint, name, settings, rows_of(name, settings), side)
             model.check()
         return model
 

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_rpp.hf.families import FAMILIES
+from megatron_rpp.hf.classifier import check_one_label, labels_json
+from megatron_rpp.hf.families import CAUSAL, CLASSIFIER, FAMILIES, HEAD, is_scalar
 from megatron_rpp.hf.json_object import JsonObject, is_file, shown
 from megatron_rpp.hf.rope import read_rope, rope_json
 from megatron_rpp.lifecycle.config_error import ConfigError
@@ -69,12 +70,14 @@ class _Class:
 
 
 _CLASSES = {
-    "LlamaForCausalLM": _Class("llama", None, head_dim_null=True, windows=True),
-    "MistralForCausalLM": _Class("mistral", 8, head_dim_null=True, windows=True, window=4096),
-    "Qwen2ForCausalLM": _Class(
-        "qwen2", 32, ignores=("attention_bias",)
-    ),  # its biases are always there
-    "Qwen3ForCausalLM": _Class("qwen3", 32, head_dim=128),
+    f"{family}{kind}": configuration
+    for family, configuration in {
+        "Llama": _Class("llama", None, head_dim_null=True, windows=True),
+        "Mistral": _Class("mistral", 8, head_dim_null=True, windows=True, window=4096),
+        "Qwen2": _Class("qwen2", 32, ignores=("attention_bias",)),  # its biases are always there
+        "Qwen3": _Class("qwen3", 32, head_dim=128),
+    }.items()
+    for kind in (CAUSAL, CLASSIFIER)  # a language model and its classifier share the class
 }
 
 
@@ -85,8 +88,8 @@ class HfArchitecture:
     name: str
     """The architecture, a key of families.FAMILIES."""
     settings: dict[str, Any]
-    """The same settings as ModelConfig.architecture. max_length is the longest context, in tokens,
-    in which the model is what config.json describes."""
+    """The same settings as ModelConfig.architecture, and HEAD if it is a classifier. max_length is
+    the longest context, in tokens, in which the model is what config.json describes."""
     dtype: str | None
     """The type to which transformers 5 casts the weights as it loads them. Here they keep
     theirs."""
@@ -121,7 +124,11 @@ def architecture_of(config: JsonObject) -> HfArchitecture:
                 f"is {reprlib.repr(config[key])}, files that are not read: load the model with "
                 f"transformers and save it with save_pretrained",
             )
-    return HfArchitecture(name, _settings(name, config), _dtype(config))
+    settings = _settings(name, config)
+    if name.endswith(CLASSIFIER):
+        check_one_label(config)
+        settings |= HEAD
+    return HfArchitecture(name, settings, _dtype(config))
 
 
 def _instead(folder: Path) -> str:
@@ -134,11 +141,12 @@ def _instead(folder: Path) -> str:
 
 def _name(config: JsonObject) -> str:
     """The architecture. transformers reads model_type and vLLM architectures, so they must
-    agree."""
+    agree. A language model and its classifier have the same model_type; without architectures it
+    is the language model."""
     names, kind = config.get("architectures") or [], config.get("model_type")
     if not isinstance(names, list) or not all(type(name) is str for name in names):
         config.refuse("architectures", f"must be a list of names, got {shown(names)}")
-    kinds = {family.model_type: name for name, family in _CLASSES.items()}
+    kinds = {family.model_type: n for n, family in _CLASSES.items() if n.endswith(CAUSAL)}
     if names and names[0] not in FAMILIES:
         raise ConfigError(
             f"{config.path}: no table for the architecture {names[0]!r}: known are "
@@ -148,13 +156,13 @@ def _name(config: JsonObject) -> str:
         return names[0]
     if type(kind) is not str or kind not in kinds:
         config.refuse("model_type", f"is {shown(kind)}: known are {', '.join(kinds)}")
-    if names and kinds[kind] != names[0]:
+    if names and _CLASSES[names[0]].model_type != kind:
         config.refuse(
             "model_type",
             f"is {kind!r}, which is {kinds[kind]}, but architectures names {names[0]}: correct "
             f"the wrong one",
         )
-    return kinds[kind]
+    return names[0] if names else kinds[kind]
 
 
 def _dtype(config: JsonObject) -> str | None:
@@ -231,7 +239,7 @@ def _check_layer_types(name: str, config: JsonObject, layers: int) -> None:
     """Raises ConfigError unless all layers have full attention."""
     if "layer_types" not in config:
         return
-    if name == "MistralForCausalLM":
+    if _CLASSES[name].model_type == "mistral":
         config.refuse("layer_types", "makes it a Ministral for transformers: choose another model")
     if config["layer_types"] not in (None, ["full_attention"] * layers):
         config.refuse(
@@ -245,22 +253,22 @@ def family_of(settings: dict[str, Any]) -> str:
     """The architecture with exactly these features, for a model that did not come from a file."""
     features = settings["qkv_bias"], settings["qk_norm"]
     names = {
-        (False, False): "LlamaForCausalLM",
-        (True, False): "Qwen2ForCausalLM",
-        (False, True): "Qwen3ForCausalLM",
+        (False, False): "Llama",
+        (True, False): "Qwen2",
+        (False, True): "Qwen3",
     }
     if features not in names:
         raise ConfigError(
             "model.qkv_bias and model.qk_norm together are no known Hugging Face architecture: "
             "turn one of them off to export"
         )
-    return names[features]
+    return names[features] + (CLASSIFIER if is_scalar(settings) else CAUSAL)
 
 
 def config_json(settings: dict[str, Any]) -> dict[str, Any]:
     """The content of config.json for a model that did not come from a file."""
     name = family_of(settings)
-    return rope_json(settings) | {
+    content = rope_json(settings) | {
         "architectures": [name],
         "model_type": _CLASSES[name].model_type,
         "num_hidden_layers": settings["layers"],
@@ -275,3 +283,4 @@ def config_json(settings: dict[str, Any]) -> dict[str, Any]:
         "max_position_embeddings": settings["max_length"],
         "vocab_size": settings["vocab_size"],
     }
+    return content | (labels_json() if is_scalar(settings) else {})

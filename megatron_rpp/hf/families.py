@@ -13,7 +13,11 @@ source is followed by its shape:
 
     v vocabulary · h hidden · f feed-forward · d head · q all query heads · k all key-value heads
 
-Left out: mixtures of experts, multi-head latent attention, layers that differ from each other.
+Each family is there twice: as a language model, and as a classifier with one label, which has a
+scalar head `score` instead of the output projection (reward models).
+
+Left out: mixtures of experts, multi-head latent attention, layers that differ from each other,
+classifiers with several labels.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 if TYPE_CHECKING:
     import torch
@@ -64,6 +68,7 @@ class Row:
             "d": settings["head_dim"],
             "q": settings["heads"] * settings["head_dim"],
             "k": settings["kv_heads"] * settings["head_dim"],
+            "1": 1,
         }
         return [tuple(size[letter] for letter in shape.split()) for shape in self.shapes]
 
@@ -97,6 +102,12 @@ class Row:
 
 EMBEDDING = "embedding.word_embeddings.weight"
 OUTPUT = "output_layer.weight"
+SCORE = "score.weight"
+HEAD = {"head": "score"}
+"""What the settings of a model with a scalar head have in addition; language models have no such
+key."""
+CAUSAL, CLASSIFIER = "ForCausalLM", "ForSequenceClassification"
+"""How the architectures of language models and of classifiers end."""
 
 
 def _layer(megatron: str, *sources: str, kind: Kind = "COPY") -> Row:
@@ -124,8 +135,9 @@ _LLAMA = (
     ),
     _layer("mlp.linear_fc2.weight", "mlp.down_proj.weight [h f]"),
     Row.made_of("decoder.final_layernorm.weight", "model.norm.weight [h]"),
-    Row.made_of(OUTPUT, "lm_head.weight [v h]"),
 )
+_LM_HEAD = Row.made_of(OUTPUT, "lm_head.weight [v h]")
+_SCORE = Row.made_of(SCORE, "score.weight [1 h]")
 _QKV_BIAS = (
     _layer(
         "self_attention.linear_qkv.bias",
@@ -141,12 +153,18 @@ _QK_NORM = (
 )
 
 # Llama 2 and 3, SmolLM2 · Mistral · Qwen2 and 2.5 · Qwen3 (dense)
-FAMILIES: dict[str, tuple[Row, ...]] = {
-    "LlamaForCausalLM": _LLAMA,
-    "MistralForCausalLM": _LLAMA,
-    "Qwen2ForCausalLM": (*_LLAMA, *_QKV_BIAS),
-    "Qwen3ForCausalLM": (*_LLAMA, *_QK_NORM),
+_BODIES: dict[str, tuple[Row, ...]] = {
+    "Llama": _LLAMA,
+    "Mistral": _LLAMA,
+    "Qwen2": (*_LLAMA, *_QKV_BIAS),
+    "Qwen3": (*_LLAMA, *_QK_NORM),
 }
+FAMILIES: dict[str, tuple[Row, ...]] = {
+    f"{family}{kind}": (*body, head)
+    for kind, head in ((CAUSAL, _LM_HEAD), (CLASSIFIER, _SCORE))
+    for family, body in _BODIES.items()
+}
+"""The rows of each architecture that config.json may name."""
 
 # The names above are those of TransformerEngine's fused modules. Megatron's own modules keep the
 # norms separate, but may write checkpoints with the fused names. Both are read.
@@ -164,6 +182,19 @@ def canonical(name: str) -> str:
         if name.endswith(local):
             return name.removesuffix(local) + fused
     return name
+
+
+def is_scalar(settings: Mapping[str, Any]) -> bool:
+    """Whether a model of these settings has a scalar head instead of an output projection."""
+    return settings.keys() >= HEAD.keys()
+
+
+def refuse_scalar(directory: str | Path) -> NoReturn:
+    """Raises ConfigError: a policy cannot start from the scalar model in `directory`."""
+    raise ConfigError(
+        f"{directory} holds a reward model (a classifier with one label): it has the head 'score' "
+        f"and no output projection, so it cannot generate: give the directory of a language model"
+    )
 
 
 def rows_of(architecture: str, settings: dict[str, Any]) -> list[Row]:
@@ -186,11 +217,12 @@ def check_tensors(
 ) -> None:
     """Raises ConfigError if a tensor is missing, has another shape, or belongs to no row.
 
-    If embeddings are tied, the output projection may be stored too. It is not read.
+    If embeddings are tied, the output projection may be stored too. It is not read. A classifier
+    must not have one.
     """
     needed = {name: size for row in rows for name, size in zip(row.hf, row.sizes(settings))}
     there = {name for name in shapes if not name.endswith(IGNORED)}
-    if settings["tied_embeddings"]:
+    if settings["tied_embeddings"] and not is_scalar(settings):
         there.discard("lm_head.weight")
     for problem, wrong in (
         ("lacks", needed.keys() - there),
@@ -202,14 +234,34 @@ def check_tensors(
             raise ConfigError(
                 f"{directory} does not fit the table of its architecture: it {problem} "
                 f"{shown}{' ...' if len(wrong) > 3 else ''} ({len(wrong)} in all): "
-                f"{_explanation(needed, there)}"
+                f"{_explanation(needed, there, shapes)}"
             )
 
 
-def _explanation(needed: Collection[str], there: Collection[str]) -> str:
+def _explanation(
+    needed: Collection[str], there: Collection[str], shapes: Mapping[str, tuple[int, ...]]
+) -> str:
+    scalar = SCORE in needed
+    if scalar and len(shapes.get(SCORE, (1,))) == 2 and shapes[SCORE][0] != 1:
+        return (
+            f"it has {shapes[SCORE][0]} labels, but config.json says 1; only classifiers with one "
+            f"label (reward models) are supported: choose another model"
+        )
     if any(f"model.{name}" in needed for name in there):
         return (
             "the names do not begin with 'model.', as in a model that was saved without its head: "
-            "load it with AutoModelForCausalLM and save it with save_pretrained"
+            f"load it with AutoModel{CLASSIFIER if scalar else CAUSAL} and save it with "
+            "save_pretrained"
+        )
+    if scalar and "lm_head.weight" in there:
+        return (
+            f"config.json names a classifier ({CLASSIFIER}), the files are of a language model: "
+            f"name {CAUSAL} in architectures, or save the classifier again without lm_head.weight"
+        )
+    if scalar and SCORE not in there:
+        return "a classifier without its head: give the directory that its training saved"
+    if not scalar and SCORE in there:
+        return (
+            f"the files are of a classifier: name its architecture (...{CLASSIFIER}) in config.json"
         )
     return "the files or config.json are of another model"

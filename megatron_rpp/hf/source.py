@@ -25,7 +25,7 @@ class Source:
     """A directory whose files match its config.json."""
 
     settings: dict[str, Any]
-    """The same settings as ModelConfig.architecture."""
+    """The same settings as ModelConfig.architecture, and HEAD if it is a classifier."""
     rows: list[Row]
     weights: Weights
     notes: list[str]

@@ -10,25 +10,42 @@ from typing import Any
 
 import torch
 
-from megatron_rpp.hf.families import EMBEDDING, OUTPUT, Row, canonical
+from megatron_rpp.hf.families import (
+    EMBEDDING,
+    HEAD,
+    OUTPUT,
+    SCORE,
+    Row,
+    canonical,
+    is_scalar,
+    refuse_scalar,
+)
 from megatron_rpp.hf.safetensors_in import Weights
 from megatron_rpp.hf.source import Source, check_source
 from megatron_rpp.lifecycle import heartbeat
 from megatron_rpp.lifecycle.config_error import ConfigError
 from megatron_rpp.model import initialization
 from megatron_rpp.model.language_model import LanguageModel, chunks
+from megatron_rpp.model.scalar_model import ScalarModel
 from megatron_rpp.parallel.ranks import raise_on_all_ranks
 
 
 def _check_architecture(
     stage: torch.nn.Module, theirs: dict[str, Any], directory: str | Path
 ) -> None:
-    """Raises ConfigError if `theirs`, the settings of the directory's model, do not fit `stage`."""
-    ours = chunks(stage)[0].architecture
+    """Raises ConfigError if `theirs`, the settings of the directory's model, do not fit `stage`.
+
+    A scalar model may be filled from a language model.
+    """
+    ours, free = chunks(stage)[0].architecture, {"max_length"}
+    if isinstance(chunks(stage)[0], ScalarModel):
+        free |= {*HEAD, "tied_embeddings"}  # it has no output projection that could be tied
+    elif is_scalar(theirs):
+        refuse_scalar(directory)
     differences = [
         f"{name} is {theirs[name]} there, {value} here"
         for name, value in ours.items()
-        if theirs[name] != value and name != "max_length"
+        if name not in free and theirs[name] != value
     ]
     if ours["max_length"] > theirs["max_length"]:
         differences.append(
@@ -45,7 +62,7 @@ def _check_architecture(
 def load_hf(stage: torch.nn.Module, directory: str | Path | Source) -> None:
     """Loads every parameter of `stage`, cast to the dtype of the stage.
 
-    Collective if there is a process group.
+    A scalar model that is filled from a language model keeps the values of its head. Collective if there is a process group.
 
     Args:
         directory: a Hugging Face directory, or what the check of one returned.
@@ -62,6 +79,8 @@ def load_hf(stage: torch.nn.Module, directory: str | Path | Source) -> None:
     by_name = {row.megatron: row for row in source.rows}
     for chunk in chunks(stage):
         for name, parameter in chunk.named_parameters():
+            if name == SCORE and SCORE not in by_name:
+                continue
             row = by_name[canonical(initialization.global_name(chunk, name))]
             heartbeat.current.beat()
             parameter.copy_(local_shard(chunk, row, parameter, weights=source.weights))

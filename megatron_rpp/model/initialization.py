@@ -12,13 +12,12 @@ import math
 
 import torch
 
+from megatron_rpp.hf.families import SCORE
 from megatron_rpp.lifecycle import heartbeat
 from megatron_rpp.model.language_model import LanguageModel
 
 # The std of projections into the residual stream is smaller by 1/sqrt(2·layers) (GPT-2).
 RESIDUAL_OUTPUTS = ("linear_proj.weight", "linear_fc2.weight")
-SCORE = "score.weight"
-"""The head of a critic or a reward model (scalar_model.py)."""
 
 
 def is_tensor_sharded(parameter: torch.nn.Parameter) -> bool:

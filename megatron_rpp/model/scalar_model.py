@@ -11,12 +11,10 @@ from typing import Any
 
 import torch
 
+from megatron_rpp.hf.families import HEAD
 from megatron_rpp.model.language_model import LanguageModel, chunks
 
 from megatron.core.transformer.module import MegatronModule
-
-HEAD = {"head": "score"}
-"""What the architecture of such a model has in addition (LanguageModel.architecture)."""
 
 
 class ScalarHead(torch.nn.Module):

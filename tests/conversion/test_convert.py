@@ -22,7 +22,7 @@ from megatron_rpp.hf.architecture import config_json, read_architecture
 from megatron_rpp.hf.families import rows_of
 from megatron_rpp.hf.safetensors_in import INDEX, SINGLE, Weights
 from megatron_rpp.hf.safetensors_out import parse_size, plan
-from tests.hf.models import FAMILIES, LLAMA3, positions, save
+from tests.hf.models import CLASSIFIERS, FAMILIES, LLAMA3, positions, save
 from tools import convert_hf_to_megatron, convert_megatron_to_hf
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -70,7 +70,7 @@ def copy(source, tmp_path):
     return tmp_path / "model", tensors
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES | CLASSIFIERS)
 def test_there_and_back_gives_the_same_bits(tmp_path, family):
     path = save(tmp_path, family)
     to_megatron(path, tmp_path / "megatron")

@@ -46,6 +46,13 @@ FAMILIES = {
     "qwen3": ("Qwen3", {"rope": _PLAIN, "head_dim": 12}),
     "qwen3-tied": ("Qwen3", {"rope": LLAMA3, "tie_word_embeddings": True}),
 }
+# The same for classifiers with one label. They have no output projection that could be tied.
+CLASSIFIERS = {
+    "llama-score": ("Llama", {"rope": LLAMA3, "head_dim": 16, "tie_word_embeddings": True}),
+    "mistral-score": ("Mistral", {"rope": _PLAIN, "sliding_window": 512}),
+    "qwen2-score": ("Qwen2", {"rope": _PLAIN, "tie_word_embeddings": True}),
+    "qwen3-score": ("Qwen3", {"rope": _PLAIN, "head_dim": 12}),
+}
 
 
 def positions(rope: dict) -> dict:
@@ -64,12 +71,13 @@ def make(family: str, seed: int = 3, **settings):
     """A model of transformers with random weights, in fp32."""
     import transformers
 
-    name, special = FAMILIES[family]
-    given = SIZES | special | settings
+    name, special = (FAMILIES | CLASSIFIERS)[family]
+    kind = "ForSequenceClassification" if family in CLASSIFIERS else "ForCausalLM"
+    given = SIZES | special | ({"num_labels": 1} if family in CLASSIFIERS else {}) | settings
     given |= positions(given.pop("rope"))
     config = getattr(transformers, f"{name}Config")(**given)
     torch.manual_seed(seed)
-    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    model = getattr(transformers, f"{name}{kind}")(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:
@@ -93,6 +101,19 @@ def logits(directory: Path, tokens: torch.Tensor, dtype=torch.float32) -> torch.
         directory, dtype=dtype, attn_implementation="eager", local_files_only=True
     )
     return model.eval()(tokens, use_cache=False).logits
+
+
+@torch.no_grad()
+def scores(directory: Path, tokens: torch.Tensor) -> torch.Tensor:
+    """Scores [b, s] of transformers' classifier: entry i is that of the first i + 1 tokens."""
+    from transformers import AutoModelForSequenceClassification
+
+    model = AutoModelForSequenceClassification.from_pretrained(
+        directory, dtype=torch.float32, attn_implementation="eager", local_files_only=True
+    ).eval()
+    model.config.pad_token_id = None  # the last token counts, whatever it is
+    lengths = range(1, tokens.shape[1] + 1)
+    return torch.tensor([[float(model(row[None, :n]).logits) for n in lengths] for row in tokens])
 
 
 @torch.no_grad()

@@ -48,7 +48,8 @@ def theirs(folder: Path):
 
 
 def test_every_family_is_here():
-    assert {f"{name}ForCausalLM" for name in NAMES.values()} == set(FAMILIES)
+    kinds = "ForCausalLM", "ForSequenceClassification"
+    assert {f"{name}{kind}" for name in NAMES.values() for kind in kinds} == set(FAMILIES)
 
 
 @pytest.mark.parametrize("kind", NAMES)
@@ -232,7 +233,8 @@ OTHERS = [
     ("llama", {"model_type": ABSENT, "architectures": ABSENT}, "model_type is null: known are"),
     ("llama", {"architectures": "LlamaForCausalLM"}, "architectures must be a list of names"),
     ("llama", {"architectures": {"a": 1}}, "architectures must be a list of names"),
-    ("llama", {"architectures": ["LlamaForSequenceClassification"]}, "no table for the arch"),
+    ("llama", {"architectures": ["LlamaForTokenClassification"]}, "no table for the arch"),
+    ("mistral", {"architectures": ["LlamaForSequenceClassification"]}, "model_type is 'mistral'"),
     ("llama", {"dtype": "banana"}, "dtype must be a floating-point type of torch .* got \"banana\""),
     ("llama", {"torch_dtype": {}}, "torch_dtype must be a floating-point type of torch"),
 ]  # fmt: skip
@@ -242,6 +244,41 @@ OTHERS = [
 def test_other_functions_and_no_functions_are_errors(tmp_path, kind, values, message):
     with pytest.raises(ValueError, match=message) as refused:
         read_architecture(write(tmp_path, kind, **values))
+    assert str(refused.value).startswith(str(tmp_path / "config.json"))
+
+
+CLASSIFIER = {"architectures": ["Qwen2ForSequenceClassification"]}
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"num_labels": 1}, {"id2label": {"0": "LABEL_0"}}, {"num_labels": 1, "id2label": {"0": "good"}}],
+)  # fmt: skip
+def test_a_classifier_with_one_label_has_a_score_head(tmp_path, values):
+    found = read_architecture(write(tmp_path, "qwen2", **CLASSIFIER, **values))
+    assert theirs(tmp_path).num_labels == 1
+    assert found.name == "Qwen2ForSequenceClassification"
+    assert found.settings == read_architecture(write(tmp_path, "qwen2")).settings | {
+        "head": "score"
+    }
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({}, "num_labels is absent, .* means 2 labels: set num_labels to 1 if score.weight has one"),
+        ({"id2label": {}}, "num_labels is absent"),
+        ({"num_labels": 2}, "num_labels is 2: only classifiers with one label .reward models. are"),
+        ({"num_labels": True}, "num_labels is true: only"),
+        ({"id2label": {"0": "no", "1": "yes"}}, "id2label names 2 labels: only classifiers"),
+        ({"id2label": {"0": "no", "1": "yes"}, "num_labels": 1}, "id2label names 2 labels"),
+        ({"id2label": {"0": "good"}, "num_labels": 2}, "num_labels is 2, but id2label names 1"),
+        ({"id2label": ["good"]}, "id2label must be an object"),
+    ],
+)  # fmt: skip
+def test_several_labels_are_an_error(tmp_path, values, message):
+    with pytest.raises(ValueError, match=message) as refused:
+        read_architecture(write(tmp_path, "qwen2", **CLASSIFIER, **values))
     assert str(refused.value).startswith(str(tmp_path / "config.json"))
 
 

@@ -6,6 +6,7 @@ The check itself, the converter and a run that loads them name the cause with ab
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,11 +20,12 @@ from megatron_rpp.model import build
 from megatron_rpp.model.hf_weights import load_hf
 from megatron_rpp.parallel import groups
 from tests.hf import odd
-from tests.hf.models import edit, save
+from tests.hf.models import edit, save, set_config
 from tests.hf.odd import EMBEDDING, HEAD
 from tests.model.test_hf_weights import model_config
 from tools import convert_hf_to_megatron
 
+SCORE = "score.weight"
 LATE_NORM = "model.layers.3.input_layernorm.weight"
 
 
@@ -136,6 +138,29 @@ ERRORS = {
     "names without 'model.'": (
         "smollm2", odd.tensors(without_prefix),
         "lacks model.embed_tokens.weight.*do not begin with 'model.'.*AutoModelForCausalLM",
+    ),
+    "a classifier's names without 'model.'": (
+        "llama-score", odd.tensors(without_prefix),
+        "do not begin with 'model.'.*load it with AutoModelForSequenceClassification",
+    ),
+    "a classifier with an output projection": (
+        "llama-score", odd.tensors(odd.stored_head),
+        r"also has lm_head.weight \(1 in all\): config.json names a classifier .* of a language model",
+    ),
+    "a language model as a classifier": (
+        "llama2", partial(set_config, architectures=["LlamaForSequenceClassification"], num_labels=1),
+        r"lacks score.weight \(1 in all\): config.json names a classifier .*: name ForCausalLM",
+    ),
+    "a classifier without its head": (
+        "llama-score", odd.tensors(lambda t: t.pop(SCORE)), "lacks score.weight .* without its head",
+    ),
+    "a classifier with two labels": (
+        "llama-score", odd.tensors(lambda t: t.update({SCORE: t[SCORE].repeat(2, 1)})),
+        "another shape score.weight .* it has 2 labels, but config.json says 1",
+    ),
+    "a classifier as a language model": (
+        "qwen3-score", partial(set_config, architectures=["Qwen3ForCausalLM"]),
+        "lacks lm_head.weight .*of a classifier: name its architecture",
     ),
     "broken generation settings": (
         "llama2", odd.text("generation_config.json", '{"eos'),
