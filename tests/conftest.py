@@ -23,7 +23,8 @@ LONGEST = (
 
 SLOW = {
     "checkpoint", "conversion", "hf", "launch", "parallel", "runs", "runtime", "stages", "tools",
-    "test_statistics_distributed", "test_pool", "test_http", "test_engine", "test_hf_weights", "test_watchdog",
+    "test_statistics_distributed", "test_pool", "test_http", "test_engine", "test_hf_weights",
+    "test_hf_classifiers", "test_watchdog",
 }  # fmt: skip
 
 

@@ -247,41 +247,6 @@ def test_other_functions_and_no_functions_are_errors(tmp_path, kind, values, mes
     assert str(refused.value).startswith(str(tmp_path / "config.json"))
 
 
-CLASSIFIER = {"architectures": ["Qwen2ForSequenceClassification"]}
-
-
-@pytest.mark.parametrize(
-    "values",
-    [{"num_labels": 1}, {"id2label": {"0": "LABEL_0"}}, {"num_labels": 1, "id2label": {"0": "good"}}],
-)  # fmt: skip
-def test_a_classifier_with_one_label_has_a_score_head(tmp_path, values):
-    found = read_architecture(write(tmp_path, "qwen2", **CLASSIFIER, **values))
-    assert theirs(tmp_path).num_labels == 1
-    assert found.name == "Qwen2ForSequenceClassification"
-    assert found.settings == read_architecture(write(tmp_path, "qwen2")).settings | {
-        "head": "score"
-    }
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({}, "num_labels is absent, .* means 2 labels: set num_labels to 1 if score.weight has one"),
-        ({"id2label": {}}, "num_labels is absent"),
-        ({"num_labels": 2}, "num_labels is 2: only classifiers with one label .reward models. are"),
-        ({"num_labels": True}, "num_labels is true: only"),
-        ({"id2label": {"0": "no", "1": "yes"}}, "id2label names 2 labels: only classifiers"),
-        ({"id2label": {"0": "no", "1": "yes"}, "num_labels": 1}, "id2label names 2 labels"),
-        ({"id2label": {"0": "good"}, "num_labels": 2}, "num_labels is 2, but id2label names 1"),
-        ({"id2label": ["good"]}, "id2label must be an object"),
-    ],
-)  # fmt: skip
-def test_several_labels_are_an_error(tmp_path, values, message):
-    with pytest.raises(ValueError, match=message) as refused:
-        read_architecture(write(tmp_path, "qwen2", **CLASSIFIER, **values))
-    assert str(refused.value).startswith(str(tmp_path / "config.json"))
-
-
 FILES = {
     "a list": (b"[]", r"must hold a JSON object \{...\}, got list"),
     "null": (b"null", r"must hold a JSON object \{...\}, got NoneType"),

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from megatron_rpp.conversion.convert import to_hf, to_megatron
 from tests.distributed import fork
 from tests.hf import odd
-from tests.hf.models import save, set_config
+from tests.hf.models import edit, save, set_config
 from tools import verify_conversion
 
 VLLM = Path(__file__).resolve().parents[2] / "runs/vllm/bin/python"
@@ -70,6 +70,28 @@ def test_permuted_queries_fail_by_name_in_bits_and_in_logits(forked, converted, 
 def test_bf16_stays_within_its_stated_tolerance(converted, capfd):
     assert verify(*converted, "--dtype", "bf16") == 0
     assert "tolerance 5e-02: within" in capfd.readouterr().out
+
+
+def test_a_classifier_is_compared_by_its_scores(forked, tmp_path, capfd):
+    path = save(tmp_path, "qwen3-score", shards="1GB")
+    to_megatron(path, tmp_path / "megatron")
+    assert verify(path, tmp_path / "megatron", "--tp", "2", "--pp", "2") == 0
+    shown = capfd.readouterr().out
+    assert "scores: largest difference" in shown and "tolerance 1e-05: within" in shown
+    assert "greedy tokens: left out, because a classifier does not generate" in shown
+    assert "score.weight" in shown and "verdict: the same model" in shown
+    assert verify(save(tmp_path, "qwen3"), tmp_path / "megatron") == 1
+    assert "head is output projection in Hugging Face, score in Megatron" in capfd.readouterr().out
+
+
+def test_another_score_head_fails_in_bits_and_scores(forked, tmp_path, capfd):
+    path = save(tmp_path, "llama-score", shards="1GB")
+    to_megatron(path, tmp_path / "megatron")
+    edit(path, lambda tensors: tensors["score.weight"].mul_(2))
+    assert verify(path, tmp_path / "megatron", "--dtype", "bf16") == 1
+    shown = capfd.readouterr().out
+    (line,) = [line for line in shown.splitlines() if "DIFFERENT" in line]
+    assert "score.weight" in line and "tolerance 5e-02: OUTSIDE" in shown
 
 
 def test_a_model_of_another_shape_fails_before_anything_is_computed(converted, tmp_path, capfd):
