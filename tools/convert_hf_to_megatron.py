@@ -3,9 +3,9 @@
     python tools/convert_hf_to_megatron.py --hf-path DIR --megatron-path DIR [--overwrite]
     torchrun --nproc-per-node N tools/convert_hf_to_megatron.py ...        # shares the work
 
-Weights keep the type they are stored in. The output directory appears whole or not at all, and
-holds a manifest of checksums like a trained checkpoint. Memory holds one tensor and the mapped file
-that it is read from.
+Reads language models, and classifiers with one label (reward models). Weights keep the type they
+are stored in. The output directory appears whole or not at all, and holds a manifest of checksums
+like a trained checkpoint. Memory holds one tensor and the mapped file that it is read from.
 """
 
 from __future__ import annotations

@@ -6,8 +6,9 @@
 
 The source is a converted or trained checkpoint directory, whose current checkpoint is taken, or one
 checkpoint itself. config.json, tokenizer and chat template come from its `hf` folder. If the model
-did not come from a Hugging Face directory, a new config.json is written. Memory holds one output
-file. A checkpoint whose files do not match its manifest is an error.
+did not come from a Hugging Face directory, a new config.json is written. A reward model becomes a
+classifier with one label. Memory holds one output file. A checkpoint whose files do not match its
+manifest is an error.
 """
 
 from __future__ import annotations

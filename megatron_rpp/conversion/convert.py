@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -97,6 +98,8 @@ class _Export:
     """Bytes of each tensor in the files, in order."""
     files: list[list[str]]
     """The tensors of each file."""
+    config: dict[str, Any]
+    """The content of config.json."""
 
     @classmethod
     def of(
@@ -120,7 +123,8 @@ class _Export:
             for row in model.rows
             for name, shape in zip(row.hf, row.sizes(model.settings))
         }
-        return cls(model, kinds, sizes, safetensors_out.plan(sizes, limit))
+        config = _config_json(model, kinds[EMBEDDING])
+        return cls(model, kinds, sizes, safetensors_out.plan(sizes, limit), config)
 
     def write(self, directory: Path, *, rank: int, ranks: int, counting: Counting) -> None:
         """Writes the files of this rank, and on the first rank also the index and the side
@@ -133,7 +137,9 @@ class _Export:
                 advance(len(names))
         if rank == 0:
             safetensors_out.write_index(directory, self.files, sum(self.sizes.values()))
-            _write_side_files(self.model, directory, self.kinds)
+            if self.model.side_files is not None:
+                copy_side_files(self.model.side_files, directory)
+            (directory / CONFIG).write_text(json.dumps(self.config, indent=2) + "\n")
 
     def _tensors(self, names: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
         for row in self.model.rows:
@@ -181,24 +187,20 @@ def to_hf_alone(megatron_path: str | Path, hf_path: str | Path) -> None:
         export.write(partial, rank=0, ranks=1, counting=uncounted)
 
 
-def _write_side_files(model: MegatronModel, output: Path, kinds: dict[str, torch.dtype]) -> None:
-    """Copies tokenizer and settings as they are, and sets the type of the weights in config.json.
+def _config_json(model: MegatronModel, dtype: torch.dtype) -> dict[str, Any]:
+    """The content of config.json: that of the side files, with the type of the weights.
 
-    For a reward model that was trained from a language model, it also sets what makes it a
+    For a reward model that was trained from a language model, it also has what makes it a
     classifier.
     """
-    if model.side_files is None:
+    side = model.side_files
+    if side is None:
         content = config_json(model.settings)
     else:
-        copy_side_files(model.side_files, output)
-        content = read_json(output / CONFIG)
-        if (
-            read_architecture(output).name != model.name
-        ):  # of the language model it was trained from
-            content |= (
-                labels_json() | padding_json(output, content) | {"architectures": [model.name]}
-            )
+        content = read_json(side / CONFIG)
+        if read_architecture(side).name != model.name:
+            content |= padding_json(side, content) | labels_json() | {"architectures": [model.name]}
     # If both keys are present, transformers prefers `dtype`.
     for key in content.keys() & {"dtype", "torch_dtype"} or {"dtype"}:
-        content[key] = str(kinds[EMBEDDING]).removeprefix("torch.")
-    (output / CONFIG).write_text(json.dumps(content, indent=2) + "\n")
+        content[key] = str(dtype).removeprefix("torch.")
+    return content

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rpp.hf.json_object import JsonObject, is_file, read_json, shown
+from megatron_rpp.lifecycle.config_error import reading
 
 _DEFAULT_LABELS = 2
 """What transformers takes if config.json says nothing."""
+_ONLY_ONE = "only classifiers with one label (reward models) are supported, choose such a model"
 
 
 def check_one_label(config: JsonObject) -> None:
@@ -37,9 +39,6 @@ def check_one_label(config: JsonObject) -> None:
         )
     elif type(number) is not int or number != 1:
         config.refuse("num_labels", f"is {shown(number)}: {_ONLY_ONE}")
-
-
-_ONLY_ONE = "only classifiers with one label (reward models) are supported, choose such a model"
 
 
 def labels_json() -> dict[str, Any]:
@@ -77,5 +76,6 @@ def _of_tokenizer(folder: Path) -> Any:
     name = read_json(settings).get("pad_token")
     if isinstance(name, dict):  # older files store the token with its flags
         name = name.get("content")
-    added = read_json(tokenizer).get("added_tokens") or []
-    return next((token["id"] for token in added if token["content"] == name), None)
+    with reading(f"{tokenizer}", "fetch or write it again"):
+        added = read_json(tokenizer).get("added_tokens") or []
+        return next((token["id"] for token in added if token["content"] == name), None)
