@@ -10,11 +10,10 @@ micro-batches, evaluation, checkpoints, resume and stopping are those of `train.
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from megatron_rpp.config import Config, LoggingConfig
+from megatron_rpp.config import Config
 from megatron_rpp.lifecycle import entrypoint, heartbeat
 from megatron_rpp.runtime import startup
 
@@ -39,6 +38,7 @@ from megatron_rpp.runtime import checkpointing
 from megatron_rpp.runtime.inputs import Inputs
 from megatron_rpp.runtime.policy import build_policy
 from megatron_rpp.runtime.run import Run, assemble
+from megatron_rpp.runtime.sections import with_section
 from megatron_rpp.runtime.session import session, training
 from megatron_rpp.stages import nonfinite
 from megatron_rpp.stages.logprobs import make_micro_batches, token_logprobs
@@ -69,23 +69,8 @@ def batch_of(prompts: list[Prompt], form: PromptFormat) -> RolloutBuffer:
 
 
 def settings_of(config: Config) -> Config:
-    """The settings with the sft section in the places where a run of train.py has its own."""
-    sft = config.sft
-    return replace(
-        config,
-        optimizer=sft.optimizer,
-        train=replace(config.train, steps=sft.steps, stop_accuracy=sft.stop_accuracy),
-        evaluation=replace(config.evaluation, interval=sft.eval_interval),
-        checkpoint=replace(
-            config.checkpoint,
-            dir=sft.dir,
-            load=None,
-            interval=sft.checkpoint_interval,
-            keep_best=False,
-            save_rollouts=False,
-        ),  # fmt: skip
-        logging=LoggingConfig(dir=sft.dir),
-    )
+    """The settings of the run."""
+    return with_section(config, config.sft)
 
 
 def finetune(config: Config, inputs: Inputs, dry_run: bool = False) -> None:

@@ -19,7 +19,7 @@ FLOORS = (
     ("stages",),
     ("reporting",),
     ("runtime",),
-    ("train", "sft"),
+    ("train", "sft", "reward_model"),
 )
 """From the ground up: a room imports rooms of lower floors only."""
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

@@ -6,6 +6,7 @@ response), per-token tensors and their bool mask [B, T].
 From a score to an advantage: ``shaping`` -> ``kl`` -> ``returns`` (PPO: ``gae``) -> ``statistics`` ->
 ``advantages``, whose ``compute_advantages`` takes the last three steps. From an advantage to a
 gradient: ``correction`` -> ``losses``. ``numerics`` keeps values under a zero mask out of both.
+``preferences`` has the losses of a reward model.
 """
 
 from megatron_rpp.algorithms.advantages import ALGORITHMS, group_baseline
@@ -26,6 +27,7 @@ from megatron_rpp.algorithms.losses import (
     policy_stats,
     value_loss,
 )
+from megatron_rpp.algorithms.preferences import bradley_terry_loss, correlation, squared_error
 from megatron_rpp.algorithms.returns import returns_to_go, token_rewards
 from megatron_rpp.algorithms.shaping import ShapingStats, shape_scores
 from megatron_rpp.algorithms.statistics import Moments, global_whiten, moments
@@ -40,7 +42,9 @@ __all__ = [
     "ShapingStats",
     "adapted_kl_factor",
     "aggregation_weights",
+    "bradley_terry_loss",
     "clipped_values",
+    "correlation",
     "correction_weights",
     "effective_share",
     "gae",
@@ -53,6 +57,7 @@ __all__ = [
     "policy_stats",
     "returns_to_go",
     "shape_scores",
+    "squared_error",
     "token_rewards",
     "value_loss",
 ]

@@ -15,6 +15,7 @@ from megatron_rpp.config.learning import (
     RolloutConfig,
 )
 from megatron_rpp.config.model import ModelConfig, RopeScalingConfig
+from megatron_rpp.config.reward_model import RewardModelConfig
 from megatron_rpp.config.run import Config, check_world_size, count_replicas
 from megatron_rpp.config.training import (
     CheckpointConfig,
@@ -28,7 +29,7 @@ from megatron_rpp.config.vllm import VllmConfig
 
 __all__ = [
     "AlgorithmConfig", "CheckpointConfig", "Config", "CriticConfig", "DataConfig",
-    "EvaluationConfig",    "LoggingConfig", "ModelConfig", "OptimizerConfig", "ParallelConfig", "ReferenceConfig",
-    "RewardConfig", "RolloutConfig", "RopeScalingConfig", "SftConfig", "TaskConfig", "TrainConfig",
-    "VllmConfig", "check_world_size", "count_replicas",
+    "EvaluationConfig", "LoggingConfig", "ModelConfig", "OptimizerConfig", "ParallelConfig",
+    "ReferenceConfig", "RewardConfig", "RewardModelConfig", "RolloutConfig", "RopeScalingConfig",
+    "SftConfig", "TaskConfig", "TrainConfig", "VllmConfig", "check_world_size", "count_replicas",
 ]  # fmt: skip

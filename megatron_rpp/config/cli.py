@@ -40,7 +40,10 @@ class Arguments(NamedTuple):
     dry_run: bool
 
 
-def parse(argv: list[str] | None = None, program: Literal["train", "sft"] = "train") -> Arguments:
+Program = Literal["train", "sft", "reward_model"]
+
+
+def parse(argv: list[str] | None = None, program: Program = "train") -> Arguments:
     """Parses ``argv`` (None = the arguments of this process).
 
     Exits with code 0 after ``--help`` and ``--print-config``. On any mistake, prints one line on

@@ -57,24 +57,27 @@ _ALIASES = {
     "async-save": "checkpoint.async_save=true",
     "tensorboard-dir": "logging.dir",
 }
-# The warm start (sft) has separate settings: an alias must not set one that it never reads.
-_SFT_SETTINGS = {
-    "train.steps": "sft.steps",
-    "evaluation.interval": "sft.eval_interval",
-    "checkpoint.dir": "sft.dir",
+# sft and reward_model have a section each: an alias must not set what they never read.
+_SECTION_SETTINGS = {
+    "train.steps": "steps",
+    "evaluation.interval": "eval_interval",
+    "checkpoint.dir": "dir",
 }
-_NOT_IN_SFT = ("load", "save-interval", "async-save", "tensorboard-dir")
+_ONLY_IN_TRAIN = ("load", "save-interval", "async-save", "tensorboard-dir")
 
 
 def aliases_of(program: str) -> dict[str, str]:
-    """The aliases of ``train`` or ``sft``: flag -> setting, or ``setting=value`` for a bare
-    switch."""
+    """The aliases of a program: flag -> setting, or ``setting=value`` for a bare switch."""
     if program == "train":
         return _ALIASES
+
+    def own(setting: str) -> str:
+        if setting in _SECTION_SETTINGS:
+            return f"{program}.{_SECTION_SETTINGS[setting]}"
+        return re.sub("^optimizer", f"{program}.optimizer", setting)
+
     return {
-        alias: re.sub("^optimizer", "sft.optimizer", _SFT_SETTINGS.get(setting, setting))
-        for alias, setting in _ALIASES.items()
-        if alias not in _NOT_IN_SFT
+        alias: own(setting) for alias, setting in _ALIASES.items() if alias not in _ONLY_IN_TRAIN
     }
 
 

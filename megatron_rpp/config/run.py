@@ -17,6 +17,7 @@ from megatron_rpp.config.learning import (
     RolloutConfig,
 )
 from megatron_rpp.config.model import ModelConfig
+from megatron_rpp.config.reward_model import RewardModelConfig
 from megatron_rpp.config.training import (
     CheckpointConfig,
     LoggingConfig,
@@ -73,6 +74,8 @@ class Config:
     """Metrics."""
     sft: SftConfig = field(default_factory=SftConfig)
     """Supervised warm start (megatron_rpp.sft)."""
+    reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)
+    """Training of a reward model (megatron_rpp.reward_model)."""
     task: TaskConfig = field(default_factory=TaskConfig)
     """The reasoning-gym task that prompts are generated from."""
 

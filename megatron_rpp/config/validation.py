@@ -96,6 +96,7 @@ def _optimizers(config: Config) -> list[tuple[str, OptimizerConfig]]:
         ("", config.optimizer),
         ("critic.", config.critic.optimizer),
         ("sft.", config.sft.optimizer),
+        ("reward_model.", config.reward_model.optimizer),
     ]
 
 

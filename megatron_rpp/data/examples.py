@@ -55,13 +55,13 @@ class Examples(Sequence[Example]):
 
     def _example(self, index: int) -> Example:
         row, where = self.rows[index], self.rows.where(index)
-        path = _path(row, self.prompt_key)
+        path = path_of(row, self.prompt_key)
         if path is None:
             raise ConfigError(
                 f"{where} has no field {self.prompt_key!r}, only {sorted(row)}: set "
                 "data.prompt_key to the field that holds the prompt"
             )
-        prompt = _at(row, path)
+        prompt = value_at(row, path)
         messages = conversation(prompt, f"{where}: {self.prompt_key!r}")
         label = self._label(index, row)
         if len(messages) > 1 and messages[-1]["role"] == "assistant":
@@ -72,8 +72,8 @@ class Examples(Sequence[Example]):
         return Example(text, label, metadata, messages)
 
     def _label(self, index: int, row: Row) -> str | None:
-        path = _path(row, self.label_key)
-        value = None if path is None else _at(row, path)
+        path = path_of(row, self.label_key)
+        value = None if path is None else value_at(row, path)
         if value is None or isinstance(value, str):
             return value
         if isinstance(value, (int, float, Decimal)) and not isinstance(value, bool):
@@ -101,18 +101,19 @@ def open_examples(
     return Examples(open_rows(str(source), cache_dir, log), prompt_key, label_key)
 
 
-def _path(row: Row, key: str) -> tuple[str, ...] | None:
+def path_of(row: Row, key: str) -> tuple[str, ...] | None:
     """The keys that lead to the value of a key or dotted path; None if there is no such value."""
     if key in row:
         return (key,)
     first, dot, rest = key.partition(".")
     if not dot or not isinstance(row.get(first), dict):
         return None
-    path = _path(row[first], rest)
+    path = path_of(row[first], rest)
     return None if path is None else (first, *path)
 
 
-def _at(row: Row, path: Sequence[str]) -> Any:
+def value_at(row: Row, path: Sequence[str]) -> Any:
+    """The value at the end of a path of keys."""
     value = row
     for key in path:
         value = value[key]

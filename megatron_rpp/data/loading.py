@@ -90,14 +90,31 @@ def open_data(
         dropped += len(examples) - len(found.rows)
         return PromptFile(examples, form, found.rows, (found.prompts, found.labels))
 
-    held_out = None
+    train, held_out = open_parts(
+        data, seed, train=lambda source: open_file(source, train_check),
+        held_out=lambda source: open_file(source, held_out_check),
+    )  # fmt: skip
+    return Data(train, held_out, dropped)
+
+
+def open_parts(
+    data: DataConfig,
+    seed: int,
+    *,
+    train: Callable[[str], PromptFile],
+    held_out: Callable[[str], PromptFile],
+) -> tuple[PromptSet, PromptSet]:
+    """The training set and the held-out one, of data.eval or a part of the training sources.
+
+    train, held_out: open a source. Raises ConfigError if no source is named.
+    """
+    held = None
     if data.eval or not data.eval_split:
-        held_out = [open_file(given("data.eval", data.eval), held_out_check)]
-    sources = given("data.train", data.sources)
-    train = [open_file(source, train_check) for source in sources]
-    if held_out is None:
-        train, held_out = split_held_out(train, data.eval_split, seed)
-    return Data(PromptSet(train, data.weights), PromptSet(held_out), dropped)
+        held = [held_out(given("data.eval", data.eval))]
+    parts = [train(source) for source in given("data.train", data.sources)]
+    if held is None:
+        parts, held = split_held_out(parts, data.eval_split, seed)
+    return PromptSet(parts, data.weights), PromptSet(held)
 
 
 def check_sources(data: DataConfig) -> None:

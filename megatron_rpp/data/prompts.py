@@ -94,7 +94,7 @@ class PromptSet(Sequence[Prompt]):
 
         They do not depend on where the files are.
         """
-        prompts, labels = _digest(json.dumps(self._weights).encode()), _digest()
+        prompts, labels = digest_of(json.dumps(self._weights).encode()), digest_of()
         for part in self.parts:
             prompts.update(part.digests[0].encode() + part.rows.tobytes())
             labels.update(part.digests[1].encode() + part.rows.tobytes())
@@ -139,7 +139,7 @@ def fitting_rows(
             or, unless ``drop``, too many. The message names the place of the row.
     """
     fits = np.ones(len(examples), bool)
-    prompts, labels = _digest(), _digest()
+    prompts, labels = digest_of(), digest_of()
     for start in range(0, len(examples), _CHUNK):
         chunk = range(start, min(start + _CHUNK, len(examples)))
         read = [examples[row] for row in chunk]
@@ -158,7 +158,8 @@ def fitting_rows(
     return Pass(np.flatnonzero(fits), prompts.hexdigest(), labels.hexdigest())
 
 
-def _digest(start: bytes = b"") -> hashlib.blake2b:
+def digest_of(start: bytes = b"") -> hashlib.blake2b:
+    """A digest to update, of `start` so far."""
     return hashlib.blake2b(start, digest_size=16)
 
 

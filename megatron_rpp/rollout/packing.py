@@ -56,10 +56,14 @@ def pack(
     *,
     row_length: int,
     device: torch.device,
+    lag: int = 1,
 ) -> MicroBatch:
     """Packs `samples` into a row and returns this rank's part; no samples give a row of padding.
 
-    row_length: T, at least `split.row_length` and a multiple of `split.row_multiple`.
+    Args:
+        row_length: T, at least `split.row_length` and a multiple of `split.row_multiple`.
+        lag: how many tokens before each response token the hidden state of its row is. 1 = the one
+            that predicts the token, 0 = its own.
     """
     index = torch.tensor(samples, dtype=torch.int64)
     lengths, prompts = buffer.lengths[index], buffer.prompt_lengths[index]
@@ -77,7 +81,7 @@ def pack(
 
     answered = step >= prompts[within]
     column = (buffer.response_offsets[index] - prompts)[within[answered]] + step[answered]
-    before = place[answered] - 1  # the hidden state before a token predicts it
+    before = place[answered] - lag
     held = zigzag(pieces, split.context)  # [c, t]
     own = held[split.context_rank]
     local = torch.full((row_length,), -1)

@@ -54,6 +54,16 @@ def plan(lengths: list[int], samples: list[int], max_tokens: int) -> list[list[i
     return groups
 
 
+def _plan_together(
+    lengths: torch.Tensor, samples: list[int], max_tokens: int, *, together: int
+) -> list[list[int]]:
+    """As `plan`, with runs of `together` samples as the units that are planned."""
+    runs = [samples[i : i + together] for i in range(0, len(samples), together)]
+    sizes = [int(lengths[run].sum()) for run in runs]
+    planned = plan(sizes, list(range(len(runs))), max_tokens)
+    return [[sample for run in group for sample in runs[run]] for group in planned]
+
+
 def micro_batches(
     buffer: RolloutBuffer,
     samples: list[int],
@@ -63,6 +73,8 @@ def micro_batches(
     device: torch.device,
     agree: Callable[[int], int],
     same_length: bool = False,
+    together: int = 1,
+    lag: int = 1,
 ) -> list[MicroBatch]:
     """Makes the micro-batches of `samples`, and adds empty ones up to the number of all ranks.
 
@@ -74,8 +86,10 @@ def micro_batches(
             data-parallel ranks.
         same_length: pad all rows to the longest, so that pipeline stages know the shapes of their
             messages.
+        together: that many consecutive entries of `samples` stay in one micro-batch.
+        lag: see `packing.pack`.
     """
-    planned = plan(split.padded(buffer.lengths).tolist(), samples, max_tokens)
+    planned = _plan_together(split.padded(buffer.lengths), samples, max_tokens, together=together)
     planned += [[]] * (agree(len(planned)) - len(planned))
     rows = [
         split.row_length(buffer.lengths[torch.tensor(group, dtype=torch.int64)])
@@ -84,6 +98,6 @@ def micro_batches(
     if same_length:
         rows = [max(rows)] * len(rows)
     return [
-        pack(buffer, group, split, row_length=row, device=device)
+        pack(buffer, group, split, row_length=row, device=device, lag=lag)
         for group, row in zip(planned, rows)
     ]

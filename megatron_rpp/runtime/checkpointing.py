@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -16,6 +16,8 @@ from megatron_rpp.runtime import identity, rollouts, step_progress
 from megatron_rpp.runtime.run import Run, evaluate_held_out
 from megatron_rpp.runtime.step_progress import StepProgress
 
+Told = Callable[[], bool]
+"""Tells whether any rank has a reason to stop (stop_request.py)."""
 _PROGRESS = "underway"
 """Where the manifest of a checkpoint inside a step has the progress of that step."""
 
@@ -80,8 +82,10 @@ def finish_stage(run: Run, stage: str) -> None:
     stop_if_requested(run)
 
 
-def evaluate_if_due(run: Run) -> dict[str, float]:
-    """Evaluates the policy after the updates of a step if it is due; returns metrics. Collective.
+def evaluate_if_due(
+    run: Run, evaluate: Callable[[Run, int, Told], dict[str, float]] = evaluate_held_out
+) -> dict[str, float]:
+    """Evaluates the model after the updates of a step if it is due; returns metrics. Collective.
 
     Raises Abandoned, on every rank, if the run was told to stop. For then it comes before the step
     counts as finished: the run is still inside the step, after its last mini-batch, and a resumed run
@@ -89,7 +93,7 @@ def evaluate_if_due(run: Run) -> dict[str, float]:
     """
     step, config = run.state.step + 1, run.config
     if step == config.train.steps or due(step, config.evaluation.interval):
-        return evaluate_held_out(run, step, run.stop.told)
+        return evaluate(run, step, run.stop.told)
     return {}
 
 

@@ -9,7 +9,7 @@ from megatron_rpp.config import Config, OptimizerConfig
 from megatron_rpp.hf.source import Source
 from megatron_rpp.model import build
 from megatron_rpp.model.hf_weights import load_hf
-from megatron_rpp.model.language_model import chunks
+from megatron_rpp.model.language_model import LanguageModel, chunks
 from megatron_rpp.model.optimizer import build_optimizer
 from megatron_rpp.model.reference import OffloadedReference, Reference, ResidentReference
 from megatron_rpp.model.scalar_model import ScalarModel
@@ -19,11 +19,17 @@ from megatron_rpp.parallel.ranks import raise_on_all_ranks
 
 
 def build_start(
-    config: Config, vocab_size: int, source: Source | None = None
+    config: Config,
+    vocab_size: int,
+    source: Source | None = None,
+    *,
+    kind: type[LanguageModel] = LanguageModel,
 ) -> torch.nn.ModuleList:
     """The model with the weights of model.init_path or model.hf_path, else random ones. Collective.
 
-    source: what the check of model.hf_path found, if it was checked before.
+    Args:
+        source: what the check of model.hf_path found, if it was checked before.
+        kind: LanguageModel, or ScalarModel: its head is random if the weights are a language model's.
 
     Raises ConfigError, on every rank, if the device of any rank cannot run the model.
     """
@@ -32,10 +38,10 @@ def build_start(
     raise_on_all_ranks(
         lambda: devices.check_model(model.dtype, model.transformer_impl, deterministic)
     )
-    random = model.init_path is None and model.hf_path is None
+    random = model.init_path is None and model.hf_path is None or kind is not LanguageModel
     stage = build.build_model(
         model, config.parallel, vocab_size=vocab_size, seed=config.seed if random else None,
-        train=config.train,
+        train=config.train, kind=kind,
     )  # fmt: skip
     if model.init_path is not None:
         checkpoint.load_weights(stage, model.init_path)
@@ -45,10 +51,15 @@ def build_start(
 
 
 def build_policy(
-    config: Config, optimizer: OptimizerConfig, vocab_size: int, *, source: Source | None = None
+    config: Config,
+    optimizer: OptimizerConfig,
+    vocab_size: int,
+    *,
+    source: Source | None = None,
+    kind: type[LanguageModel] = LanguageModel,
 ) -> TrainedModel:
-    """The policy before its first update; for `source` see build_start."""
-    return _in_training(build_start(config, vocab_size, source), optimizer, config)
+    """The policy before its first update; for `source` and `kind` see build_start."""
+    return _in_training(build_start(config, vocab_size, source, kind=kind), optimizer, config)
 
 
 def _in_training(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from megatron_rpp.config import Config, check_world_size, cli, count_replicas
 from megatron_rpp.lifecycle.entrypoint import launched_world_size
 from megatron_rpp.runtime.inputs import Inputs, check_writable, load_inputs, with_fitting_rows
+from megatron_rpp.runtime.rated_inputs import load_rated_inputs
 
 if TYPE_CHECKING:
     from megatron_rpp.hf.source import Source
@@ -51,6 +52,19 @@ def for_sft(argv: list[str] | None = None) -> Startup:
     check_writable("sft.dir", config.sft.dir)
     inputs = with_fitting_rows(config, load_inputs(config, train_is_scored=False))
     source = _check_models(config, config.sft.dir)
+    return Startup(config, replace(inputs, source=source), dry_run)
+
+
+def for_reward_model(argv: list[str] | None = None) -> Startup:
+    """The settings and inputs of reward_model.py. Raises ConfigError for a mistake of the user's.
+
+    argv: the command line; None = that of this process.
+    """
+    config, dry_run = cli.parse(argv, program="reward_model")
+    count_replicas(config.parallel, launched_world_size())
+    check_writable("reward_model.dir", config.reward_model.dir)
+    inputs = load_rated_inputs(config)
+    source = _check_models(config, config.reward_model.dir)
     return Startup(config, replace(inputs, source=source), dry_run)
 
 

@@ -22,7 +22,14 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rpp.checkpoint import manifest
-from megatron_rpp.config import CheckpointConfig, Config, LoggingConfig, ParallelConfig, SftConfig
+from megatron_rpp.config import (
+    CheckpointConfig,
+    Config,
+    LoggingConfig,
+    ParallelConfig,
+    RewardModelConfig,
+    SftConfig,
+)
 from megatron_rpp.data.prompts import PromptSet
 from megatron_rpp.lifecycle import heartbeat
 from megatron_rpp.lifecycle.atomic_files import sync_directory, this_process
@@ -56,7 +63,8 @@ class StepProgress:
     staleness: int = 0
     """Updated steps between the weights that sampled the rollouts and those of the step."""
     supervised: dict[str, float] | None = None
-    """The metrics of a step of sft.py whose update is done; None before it, and in train.py."""
+    """The metrics of a step of sft.py or reward_model.py whose update is done; None before it, and in
+    train.py."""
 
     @property
     def begun(self) -> bool:
@@ -158,6 +166,7 @@ def _fingerprint(config: Config, key: StepKey) -> str:
         checkpoint=CheckpointConfig(),
         logging=LoggingConfig(),
         sft=SftConfig(),
+        reward_model=RewardModelConfig(),
         train=replace(
             config.train,
             steps=1,

@@ -22,11 +22,19 @@ from megatron_rpp.rollout.packing import Split
 
 
 def make_micro_batches(
-    model: torch.nn.ModuleList, buffer: RolloutBuffer, samples: list[int], *, max_tokens: int
+    model: torch.nn.ModuleList,
+    buffer: RolloutBuffer,
+    samples: list[int],
+    *,
+    max_tokens: int,
+    together: int = 1,
+    lag: int = 1,
 ) -> list[MicroBatch]:
     """Packs `samples` into micro-batches of at most `max_tokens` tokens.
 
     Every data-parallel rank gets the same number of them. Collective.
+
+    together, lag: see `planning.micro_batches`.
     """
     config, context = chunks(model)[0].config, groups.context_group()
     stages = config.pipeline_model_parallel_size
@@ -47,6 +55,8 @@ def make_micro_batches(
         device=devices.device(),
         agree=agree,
         same_length=stages > 1,
+        together=together,
+        lag=lag,
     )
 
 
@@ -94,12 +104,20 @@ def response_column(
     head: Callable[[MicroBatch, torch.Tensor], torch.Tensor],
     *,
     max_tokens: int,
+    together: int = 1,
+    lag: int = 1,
 ) -> torch.Tensor:
     """A number for every response token of this replica's shard: fp32 [R], on the host. Collective.
 
-    head: (micro-batch, the last stage's output [t, 1, h]) -> the numbers [n] of its response tokens.
+    Args:
+        head: (micro-batch, the last stage's output [t, 1, h]) -> the numbers [n] of its response
+            tokens.
+        together, lag: see `planning.micro_batches`.
     """
-    batches = make_micro_batches(model, buffer, list(range(len(buffer))), max_tokens=max_tokens)
+    samples = list(range(len(buffer)))
+    batches = make_micro_batches(
+        model, buffer, samples, max_tokens=max_tokens, together=together, lag=lag
+    )
     column = torch.zeros(len(buffer.mask), dtype=torch.float32, device=devices.device())
     for batch, numbers in zip(batches, pipeline.forward(model, batches, head)):
         column[devices.upload(batch.column, column.device)] = numbers
