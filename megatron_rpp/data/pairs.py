@@ -82,10 +82,8 @@ class RatedExamples(Examples):
         turns: tuple[Message, ...] = ()
         if prompt is not None:
             turns = conversation(prompt, f"{where}: {self.prompt_key!r}")
-        before = turns or prompt
-        sides, target = self._pair(index, before) if self.content == "pairs" else self._graded(
-            index, before
-        )  # fmt: skip
+        read = self._pair if self.content == "pairs" else self._graded
+        sides, target = read(index, turns or prompt)
         first = sides[0].context
         text = first if isinstance(first, str) else last_user_text(first)
         label = json.dumps([[side.response for side in sides], target])

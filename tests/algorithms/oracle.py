@@ -158,3 +158,23 @@ def value_loss(values, old_values, returns, clip=None):
             bounded = old_values[i] + min(max(values[i] - old_values[i], -clip), clip)
             out[i] = max(out[i], 0.5 * (bounded - returns[i]) ** 2)
     return out
+
+
+def bradley_terry(chosen, rejected, margin):
+    """-log of the share that the better response wins: e^r / (e^r + e^(r' + margin))."""
+    out = np.zeros_like(chosen)
+    for i in np.ndindex(*chosen.shape):
+        lead = chosen[i] - rejected[i] - margin[i]
+        out[i] = math.log1p(math.exp(-abs(lead))) + max(-lead, 0.0)
+    return out
+
+
+def correlation(rewards, scores):
+    """Pearson's, in exact fractions; only the last root is rounded."""
+    (mean_x, var_x), (mean_y, var_y) = exact_moments(rewards), exact_moments(scores)
+    if var_x == 0 or var_y == 0:
+        return 0.0
+    pairs = [(Fraction(float(x)), Fraction(float(y))) for x, y in zip(rewards, scores)]
+    together = sum((x - mean_x) * (y - mean_y) for x, y in pairs) / len(pairs)
+    sign = 1 if together > 0 else -1
+    return sign * math.sqrt(together * together / (var_x * var_y))
