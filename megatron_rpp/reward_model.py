@@ -37,7 +37,7 @@ from megatron_rpp.runtime.run import Run, assemble
 from megatron_rpp.runtime.sections import with_section
 from megatron_rpp.runtime.session import session, training
 from megatron_rpp.stages import nonfinite, rating
-from megatron_rpp.stages.update import optimizer_step
+from megatron_rpp.stages.minibatches import optimizer_step
 
 
 def main(argv: list[str] | None = None, *, start: startup.Startup | None = None) -> None:
