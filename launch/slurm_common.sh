@@ -23,12 +23,13 @@ refuse() {
 
 # Checks the settings above, and sets the directories of this job (of this seed, in an array).
 prepare() {
-  [[ $# -gt 0 && ($1 == train || $1 == sft) ]] ||
-    refuse "say what to run: sbatch [SBATCH OPTIONS] SCRIPT train|sft --config FILE [...]"
+  [[ $# -gt 0 && $1 =~ ^(train|sft|reward_model)$ ]] ||
+    refuse "say what to run: sbatch [SBATCH OPTIONS] SCRIPT train|sft|reward_model --config FILE [...]"
   local word name
   for word in "$@"; do
     case $word in
-      --checkpoint.dir* | --logging.dir* | --sft.dir* | --save | --save=* | --tensorboard-dir*)
+      --checkpoint.dir* | --logging.dir* | --sft.dir* | --reward_model.dir* | --save | --save=* | \
+        --tensorboard-dir*)
         refuse "$word: the script sets the directories, set RUN=DIR instead" ;;
     esac
   done
@@ -44,9 +45,9 @@ prepare() {
     seed=(--seed "$SLURM_ARRAY_TASK_ID")
   fi
   checkpoints=$RUN/checkpoints
-  [[ $1 == sft ]] && checkpoints=$RUN/sft
+  [[ $1 == train ]] || checkpoints=$RUN/$1
   program=("$@" "${seed[@]}" --checkpoint.dir "$RUN/checkpoints" --logging.dir "$RUN/logs"
-    --sft.dir "$RUN/sft")
+    --sft.dir "$RUN/sft" --reward_model.dir "$RUN/reward_model")
   notes=$RUN/slurm/${SLURM_JOB_ID:-JOB}
   steplog=$notes/restart-${SLURM_RESTART_COUNT:-0}
   nproc=${NPROC_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Starts a program of this package on one node or many, from any directory.
 #
-#   bash launch/torchrun.sh [TORCHRUN OPTIONS] train|sft --config FILE [--section.key value ...]
+#   bash launch/torchrun.sh [TORCHRUN OPTIONS] train|sft|reward_model --config FILE \
+#       [--section.key value ...]
 #
 #   one node:    bash launch/torchrun.sh --nproc-per-node 8 train --config FILE
 #   many nodes:  the same line on every node, with
@@ -14,12 +15,12 @@ repository=$(dirname -- "$(dirname -- "$(readlink -f -- "$0")")")
 
 # If an option is given twice, the last one counts.
 options=(--nnodes 1 --rdzv-backend c10d)
-while [[ $# -gt 0 && $1 != train && $1 != sft ]]; do
+while [[ $# -gt 0 && ! $1 =~ ^(train|sft|reward_model)$ ]]; do
   options+=("$1")
   shift
 done
 if [[ $# -eq 0 ]]; then
-  sed -n '2,11s/^# \{0,1\}//p' "$repository/launch/torchrun.sh" >&2
+  sed -n '2,12s/^# \{0,1\}//p' "$repository/launch/torchrun.sh" >&2
   exit 2
 fi
 

@@ -16,8 +16,9 @@ hypothesis.settings.load_profile("no deadline")
 # The longest files, from minutes to half a minute, start first: a late start would end alone.
 LONGEST = (
     "test_slurm", "test_layouts", "test_torchrun", "test_hf_weights", "test_config_errors",
-    "test_resume", "test_preemption", "test_stop_in_rollout", "test_sft", "test_verify_conversion",
-    "test_chaos", "test_convert", "test_watchdog", "test_reward_stage", "test_hf_run", "test_preflight",
+    "test_resume", "test_preemption", "test_stop_in_rollout", "test_sft", "test_reward_model",
+    "test_verify_conversion", "test_chaos", "test_convert", "test_watchdog", "test_reward_stage",
+    "test_hf_run", "test_preflight",
 )  # fmt: skip
 
 

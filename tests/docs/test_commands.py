@@ -35,7 +35,7 @@ def all_launches() -> Iterator[Launch]:
     """The runs of all commands, and the tools that take a recipe; not those whose recipe is a
     placeholder such as RECIPE or my_recipe.yaml."""
     for place, words in all_commands():
-        programs = [word for word in words if word in ("train", "sft")]
+        programs = [word for word in words if word in ("train", "sft", "reward_model")]
         options = dict(zip(words, words[1:]))
         environment = dict(word.split("=", 1) for word in words if re.match("[A-Z_]+=", word))
         if "launch/quickstart.sh" in words:
@@ -86,5 +86,9 @@ def test_runs_are_accepted(launch, tmp_path, monkeypatch):
     elif launch.processes is not None:
         count_replicas(config.parallel, launch.processes)
     if settings.keys() & {"--data.train", "--reward.functions"}:
-        own = {"sft": {"--sft.dir"}, "train": {"--checkpoint.dir", "--logging.dir"}}
+        own = {
+            "sft": {"--sft.dir"},
+            "reward_model": {"--reward_model.dir"},
+            "train": {"--checkpoint.dir", "--logging.dir"},
+        }
         assert own[launch.program] <= settings.keys(), "another run needs its own directories"

@@ -21,7 +21,7 @@ from tests.whole_runs import VARIED, compare_rows, compare_weights, rows, weight
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 4
 SETTINGS = VARIED | {"train__steps": STEPS, "train__epochs": 1, "checkpoint__interval": 1}
-OWNED = ("--checkpoint.dir", "--logging.dir", "--sft.dir")
+OWNED = ("--checkpoint.dir", "--logging.dir", "--sft.dir", "--reward_model.dir")
 
 
 @pytest.fixture(scope="module")

@@ -34,7 +34,9 @@ def run(*words: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("program", ["megatron_rpp.train", "megatron_rpp.sft"])
+@pytest.mark.parametrize(
+    "program", ["megatron_rpp.train", "megatron_rpp.sft", "megatron_rpp.reward_model"]
+)
 def test_the_programs(program):
     answer = run(program, "--help")
     assert answer.returncode == 0 and "--rollout.max_new_tokens" in answer.stdout, answer.stderr
