@@ -121,9 +121,9 @@ def _sample(run: Run) -> tuple[RolloutBuffer, int]:
 
 
 def _score(run: Run, buffer: RolloutBuffer) -> Scores:
-    """Stage 2: scores the responses with the reward functions."""
+    """Stage 2: scores the responses with the reward functions and models."""
     with run.stage("reward"):
-        return reward.score(buffer, run.inputs.rewards, run.inputs.response_form)
+        return reward.score(buffer, run.scorer)
 
 
 def _compute_values(run: Run, buffer: RolloutBuffer) -> None:
@@ -193,6 +193,7 @@ def _flops(run: Run, buffer: RolloutBuffer) -> float:
     return step_flops(
         config.model, run.inputs.vocab_size, buffer, epochs=0 if run.warms_up else epochs,
         passes=passes, critic_epochs=None if run.critic is None else epochs,
+        reward_models=[source.model for source in run.inputs.reward_models],
     )  # fmt: skip
 
 

@@ -49,6 +49,7 @@ def main(argv: list[str] | None = None) -> None:
     from megatron_rpp.runtime.initial_weights import check_initial_weights
     from megatron_rpp.runtime.inputs import check_writable, load_inputs
     from megatron_rpp.runtime.policy import build_start
+    from megatron_rpp.runtime.reward_models import build_scorer
     from megatron_rpp.stages.evaluation import evaluate
 
     count_replicas(config.parallel, launched_world_size())
@@ -65,8 +66,8 @@ def main(argv: list[str] | None = None) -> None:
         max_batch=config.rollout.max_batch, max_cache_tokens=max_cache_tokens(config, inputs.vocab_size),
     )  # fmt: skip
     result = evaluate(
-        engine, inputs.held_out, inputs.rewards, form=inputs.response_form,
-        sampling=inputs.greedy, shown=config.evaluation.samples,
+        engine, inputs.held_out, build_scorer(config, inputs), sampling=inputs.greedy,
+        shown=config.evaluation.samples,
     )  # fmt: skip
     if groups.is_main():
         report(result, options.output)

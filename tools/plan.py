@@ -98,17 +98,9 @@ def layout_text(plan: Plan) -> str:
 def table(title: str, plans: list[Plan]) -> Table:
     steps = plans[0].config.train.steps
     memory = (
-        "weights",
-        "grads",
-        "Adam",
-        "ref.",
-        "critic",
-        "update",
-        "rollout",
-        "CUDA",
-        "all GB",
+        "weights", "grads", "Adam", "ref.", "critic", "reward", "update", "rollout", "CUDA", "all GB",
         "host GB",
-    )
+    )  # fmt: skip
     time = ("rollout s", "scoring s", "update s", "step s", "GPU-h/step", "GPU-h/run")
     drawn = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in ("layout", "recompute"):
@@ -118,7 +110,7 @@ def table(title: str, plans: list[Plan]) -> Table:
     for plan in plans:
         held, seconds = plan.memory, plan.time
         kinds = (
-            held.weights, held.gradients, held.optimizer, held.reference, held.critic,
+            held.weights, held.gradients, held.optimizer, held.reference, held.critic, held.reward,
             held.update, held.rollout, held.overhead, held.total, plan.host.total,
         )  # fmt: skip
         drawn.add_row(

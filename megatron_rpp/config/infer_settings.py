@@ -29,6 +29,18 @@ def hf_source(hf_path: str | None, init_path: str | None) -> Path | None:
     return None if init_path is None else side_folder(init_path)
 
 
+def tokenizer_folder(directory: str | Path) -> Path | None:
+    """The folder with the tokenizer of the model in `directory`, of either kind; None if it has none."""
+    folders = [Path(directory), side_folder(directory)]
+    return next(
+        (folder for folder in folders if folder is not None and has_tokenizer(folder)), None
+    )
+
+
+def has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in _TOKENIZERS)
+
+
 def infer_settings(
     settings: dict[str, Any], defaults: ModelConfig, *, scalar: bool = False
 ) -> None:
@@ -69,5 +81,5 @@ def infer_settings(
             f"model.max_length is {model['max_length']}, the model in {folder.absolute()} reads at "
             f"most {context} tokens: lower it"
         )
-    if not settings["data"]["tokenizer"] and any((folder / name).is_file() for name in _TOKENIZERS):
+    if not settings["data"]["tokenizer"] and has_tokenizer(folder):
         settings["data"]["tokenizer"] = str(folder)

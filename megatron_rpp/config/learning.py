@@ -9,6 +9,8 @@ from megatron_rpp.config.validation import check_characters, check_choices, chec
 from megatron_rpp.config.vllm import VllmConfig
 from megatron_rpp.lifecycle.config_error import ConfigError
 
+MODEL = "model:"
+"""Begins the name of a reward function that is a model; its directory follows."""
 LOWEST_TEMPERATURE = 1e-3
 """Logits are divided by the temperature in fp32. At 100 / 0.001 the spacing of fp32 is 2^-7, so
 rounding changes a log-prob, and with it the ratio of two policies, by up to 1%: well within the
@@ -94,11 +96,16 @@ class RewardConfig:
 
     functions: list[str] = field(default_factory=lambda: ["exact_match"])
     """Reward functions. Each is exact_match, math_verify, regex, length, reasoning_gym,
-    path/to/file.py:function, package.module:function, or the URL of a reward model."""
+    path/to/file.py:function, package.module:function, the URL of a reward model, or model:DIR: a
+    reward model in DIR, a Megatron checkpoint or a Hugging Face classifier with one label, on the
+    layout of the run."""
     options: dict[str, Any] = field(default_factory=dict)
     """Options of the functions, by function name: regex {pattern, equals_label}, length
     {max_tokens, buffer_tokens}, URLs {shape, batch, concurrency, timeout, retries,
-    token_variable}."""
+    token_variable}, model:DIR {max_length}."""
+    model_placement: Literal["resident", "offload"] = "resident"
+    """Where the weights of reward models lie between two uses: resident = on the device; offload = in
+    host memory."""
     workers: int = 4
     """Worker processes per replica that run math_verify, regex, reasoning_gym and your own
     functions, one sample at a time; 0 = run them in the training process, on the whole batch and
@@ -122,6 +129,7 @@ class RewardConfig:
     it. false = leave out all special tokens, as most other trainers do."""
 
     def __post_init__(self) -> None:
+        check_choices("reward", self)
         check_range("reward", self, "scale clip timeout", above=0)
         check_range("reward", self, "workers", at_least=0)
         check_range("reward", self, "timeout_score", at_least=-1e6, at_most=1e6)
@@ -130,6 +138,11 @@ class RewardConfig:
                 raise ConfigError(
                     f"reward.options.{name} must be a mapping {{option: value}}, got {options!r}"
                 )
+        if self.model_placement != "resident" and not self.model_names:
+            raise ConfigError(
+                f"reward.model_placement is {self.model_placement}, but reward.functions "
+                f"{self.functions} has no model:DIR: leave it out"
+            )
         if not self.functions:
             raise ConfigError("reward.functions must name at least one function, got []")
         if self.weights and len(self.weights) != len(self.functions):
@@ -137,6 +150,11 @@ class RewardConfig:
                 f"reward.weights must be empty or as long as reward.functions "
                 f"({len(self.functions)}), got {self.weights}"
             )
+
+    @property
+    def model_names(self) -> list[str]:
+        """The functions that are reward models on Megatron."""
+        return [name for name in self.functions if name.startswith(MODEL)]
 
 
 @dataclass(frozen=True, kw_only=True)

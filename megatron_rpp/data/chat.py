@@ -43,6 +43,21 @@ class PromptFormat:
         text = self.tokenizer.render(self.with_system(prompt), generation_prompt=True)
         return Rendered(text, prepend_bos=False)
 
+    def render_answered(
+        self, prompt: str | Sequence[Message], response: str
+    ) -> tuple[Rendered, str | None]:
+        """The text of a prompt, and that of the response if it follows; None if it is in the first,
+        because a chat template has written both.
+
+        Raises ConfigError if the template is missing or fails.
+        """
+        if isinstance(prompt, str) and not self.apply_chat_template:
+            return self.render(prompt), response
+        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        turns = [*self.with_system(turns), {"role": "assistant", "content": response}]
+        text = self.tokenizer.render(turns, generation_prompt=False)
+        return Rendered(text, prepend_bos=False), None
+
     def encode_many(self, prompts: Sequence[Rendered]) -> list[tuple[int, ...]]:
         """Token ids of each prompt."""
         encoded = self.tokenizer.encode_many([prompt.text for prompt in prompts])

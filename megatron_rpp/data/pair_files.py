@@ -1,7 +1,8 @@
 """The data sets of a reward model, tokenized on access.
 
-A response follows its prompt as in supervised fine-tuning and in rollouts: prompt and response are
-encoded separately, and one end-of-sequence token ends the response. The reward is read at that token.
+A response to a text follows it as in supervised fine-tuning and in rollouts: prompt and response are
+encoded separately, and one end-of-sequence token ends the response. A response in a conversation is
+encoded with it, as the chat template ends it. The reward is read at the last token.
 """
 
 from __future__ import annotations
@@ -134,6 +135,7 @@ def fitting_rated_rows(
         assert isinstance(example, RatedExample)
         with reading(where, "correct the row"):
             try:
+                _check_responses(example.sides, form)
                 longest = max(map(len, encode_sides(example.sides, form)))
             except ConfigError as error:
                 raise ConfigError(f"{where}: {error}") from error
@@ -150,25 +152,32 @@ def fitting_rated_rows(
     return Pass(np.flatnonzero(fits), prompts.hexdigest(), labels.hexdigest())
 
 
-def encode_sides(sides: Sequence[Side], form: PromptFormat) -> list[tuple[int, ...]]:
-    """The token ids of each side: the rendered context, the response, one end-of-sequence.
-
-    A whole text (a side without a context) gets begin-of-sequence if the tokenizer has one.
-
-    Raises ConfigError if the template refuses the context or a response has no tokens.
-    """
+def _check_responses(sides: Sequence[Side], form: PromptFormat) -> None:
+    """Raises ConfigError if a response has no tokens, or there is no message for the template."""
     if form.apply_chat_template and not all(side.context for side in sides):
         raise ConfigError(
             "data.apply_chat_template needs a prompt in a field of its own: name it with "
             "data.prompt_key, or leave data.apply_chat_template out for whole texts"
         )
-    contexts = form.encode_many([form.render(side.context) for side in sides])
-    responses = form.tokenizer.encode_many([side.response for side in sides])
-    for side, tokens in zip(sides, responses):
+    for side, tokens in zip(sides, form.tokenizer.encode_many([s.response for s in sides])):
         if not tokens:
             raise ConfigError(f"the response {side.response!r} has no tokens: remove the row")
+
+
+def encode_sides(sides: Sequence[Side], form: PromptFormat) -> list[tuple[int, ...]]:
+    """The token ids of each side, context and response. A reward model reads them up to the last.
+
+    A text gets begin-of-sequence if the tokenizer has one, and one end-of-sequence. A conversation
+    begins and ends as the chat template says. Raises ConfigError if the template refuses it.
+    """
+    rendered = [form.render_answered(side.context, side.response) for side in sides]
+    contexts = form.encode_many([before for before, _ in rendered])
+    responses = form.tokenizer.encode_many([after or "" for _, after in rendered])
     eos = form.tokenizer.eos_id
-    return [(*before, *tokens, eos) for before, tokens in zip(contexts, responses)]
+    return [
+        tuple(before) if after is None else (*before, *tokens, eos)
+        for (_, after), before, tokens in zip(rendered, contexts, responses)
+    ]
 
 
 def _tokenized(example: RatedExample, form: PromptFormat) -> RatedPrompt:

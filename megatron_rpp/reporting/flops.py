@@ -10,6 +10,8 @@ Left out: mixture of experts.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from megatron_rpp.config import ModelConfig
@@ -40,6 +42,7 @@ def step_flops(
     epochs: int,
     passes: int,
     critic_epochs: int | None = None,
+    reward_models: Sequence[ModelConfig] = (),
 ) -> float:
     """The rollout, the log-probs and the update of the samples in `buffer`.
 
@@ -50,6 +53,7 @@ def step_flops(
         passes: forward passes before the update: of the policy, of the reference.
         critic_epochs: passes of the critic's update; None = there is no critic. Its head is one row
             of a matrix, which does not count.
+        reward_models: those that score the samples; counted as if they had the policy's tokens.
     """
     forward = body_flops(model, buffer.lengths)
     forward += head_flops(model, vocab_size, int(buffer.response_lengths.sum()))
@@ -59,4 +63,5 @@ def step_flops(
     critic = 0.0
     if critic_epochs is not None:
         critic = body_flops(model, buffer.lengths) * (1 + 3 * critic_epochs)
-    return rollout + forward * (passes + 3 * epochs) + critic
+    scored = sum(body_flops(scorer, buffer.lengths) for scorer in reward_models)
+    return rollout + forward * (passes + 3 * epochs) + critic + scored

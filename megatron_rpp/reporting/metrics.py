@@ -73,6 +73,7 @@ def _shard_sums(buffer: RolloutBuffer, rewards: Scores) -> dict[str, float]:
     sums = {
         "samples": len(buffer),
         "timeouts": rewards.timeouts,
+        "cut": rewards.cut,
         "truncated": int(buffer.truncated.sum()),
         "generated": int(lengths.sum()),
         "tokens": len(buffer.tokens),
@@ -135,6 +136,7 @@ def step_metrics(
         "reward/clipped_share": scores.clipped_share,
         "reward/zero_variance_share": sums["flat_groups"] / sums["groups"],
         "reward/timeouts": sums["timeouts"],
+        "reward/cut": sums["cut"],
         "policy/loss": update.loss,
         "policy/clip_fraction": update.clip_fraction,
         "policy/entropy": update.entropy,

@@ -3,8 +3,9 @@
 A reward function is ``f(prompts, responses, labels, metadata) -> one score per response``. Its
 arguments are lists of equal length: texts, texts, texts or None, dictionaries. Evaluation counts a
 response as correct if the first function gives it 1.0 or more. Functions that may hang or crash run
-in worker processes, one sample at a time (pool.py). Left out: reward models on Megatron;
-normalisation, scaling and clipping of the total (algorithms/).
+in worker processes, one sample at a time (pool.py). The scores of reward models on Megatron
+("model:DIR") come from outside (stages/model_reward.py) and are weighted here. Left out: normalisation,
+scaling and clipping of the total (algorithms/).
 """
 
 from __future__ import annotations
@@ -18,7 +19,13 @@ from typing import Any, NoReturn
 from megatron_rpp.lifecycle.config_error import ConfigError
 from megatron_rpp.lifecycle.exit_codes import RunFailure
 from megatron_rpp.rewards.golds import unread
-from megatron_rpp.rewards.loading import RewardFunction, load_reward, needs_worker, row_problem
+from megatron_rpp.rewards.loading import (
+    RewardFunction,
+    is_model,
+    load_reward,
+    needs_worker,
+    row_problem,
+)
 from megatron_rpp.rewards.pool import WorkerPool
 from megatron_rpp.rewards.validation import SampleError, numbers, short
 
@@ -39,6 +46,8 @@ class Scores:
     """[B] scores before weighting, by function name, in the order of reward.functions."""
     timeouts: int = 0
     """Number of scores that are the default, because the function hung or its process died."""
+    cut: int = 0
+    """Number of responses whose beginning a reward model did not read, because they are too long."""
 
 
 class RewardSet:
@@ -79,9 +88,12 @@ class RewardSet:
             raise ConfigError(
                 f"reward.options has {unknown}, but reward.functions has only {list(names)}"
             )
-        self._functions = {name: load_reward(name, options.get(name)) for name in names}
+        self._functions = {
+            name: load_reward(name, options.get(name)) for name in names if not is_model(name)
+        }
+        self._names = names
         self._weights = weights
-        outside = [name for name in names if workers and needs_worker(name)]
+        outside = [name for name in self._functions if workers and needs_worker(name)]
         self._pool = WorkerPool(
             [(name, options.get(name, {})) for name in outside],
             workers,
@@ -111,11 +123,13 @@ class RewardSet:
         labels: list[str | None],
         metadata: list[dict[str, Any]],
         *,
+        of_models: Mapping[str, list[float]] = MappingProxyType({}),
         alive: Callable[[], None] = lambda: None,
     ) -> Scores:
         """Scores B responses. The functions are not called for an empty batch.
 
         Args:
+            of_models: the scores [B] of each reward model, by its name in reward.functions.
             alive: called after each function and, for those in workers, after each sample.
 
         Raises:
@@ -124,7 +138,8 @@ class RewardSet:
         """
         batch = _Batch(prompts, responses, labels, metadata)
         parts, timeouts = {}, 0
-        for name, function in self._functions.items():
+        for name in self._names:
+            function = self._functions.get(name) or _constant(of_models[name])
             pool = self._pool if name in self._outside else None
             parts[name], lost = batch.score(name, function, pool=pool, alive=alive)
             timeouts += lost
@@ -134,6 +149,11 @@ class RewardSet:
             for scores in zip(*parts.values())
         ]
         return Scores(total, parts, timeouts)
+
+
+def _constant(scores: list[float]) -> RewardFunction:
+    """A function that returns what is known already."""
+    return lambda prompts, responses, labels, metadata: scores
 
 
 @dataclass(frozen=True)

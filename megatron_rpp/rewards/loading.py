@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from megatron_rpp.config.learning import MODEL
 from megatron_rpp.lifecycle.config_error import ConfigError
 from megatron_rpp.lifecycle.extras import require_extra
 from megatron_rpp.rewards.builtin import (
@@ -62,6 +63,11 @@ def row_problem(
     return None
 
 
+def is_model(name: str) -> bool:
+    """Whether the name is that of a reward model on Megatron."""
+    return name.startswith(MODEL)
+
+
 def is_url(name: str) -> bool:
     return name.startswith(("http://", "https://"))
 
@@ -99,7 +105,7 @@ def load_reward(name: str, options: dict[str, Any] | None = None) -> RewardFunct
     if not (source and colon and attribute):
         raise ConfigError(
             f"unknown reward function {name!r}: use one of {sorted([*_PLAIN, *_WITH_OPTIONS])}, "
-            "'path/to/file.py:function', 'package.module:function' or 'http://...'"
+            "'path/to/file.py:function', 'package.module:function', 'http://...' or 'model:DIR'"
         )
     module = _load_file(Path(source), name) if source.endswith(".py") else _import(source, name)
     if not hasattr(module, attribute):

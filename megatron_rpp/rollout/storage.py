@@ -25,7 +25,9 @@ assert {field.name for field in fields(RolloutBuffer)} == {
 }  # fmt: skip
 _OLD_NAMES = {"behaviour_logprobs": "rollout_logprobs"}
 """Names of columns in files of earlier versions, and their names now."""
-_PART, _TOTAL, _TIMEOUTS = "reward/", "reward_total", "reward_timeouts"
+_PART, _TOTAL = "reward/", "reward_total"
+_COUNTS = ("timeouts", "cut")
+"""Numbers of Scores, each of which stands with the first sample of its file."""
 
 
 def save(buffer: RolloutBuffer, scores: Scores | None, path: Path) -> None:
@@ -38,9 +40,10 @@ def save(buffer: RolloutBuffer, scores: Scores | None, path: Path) -> None:
         by_name = {_PART + name: values for name, values in scores.parts.items()}
         for name, values in ({_TOTAL: scores.total} | by_name).items():
             columns[name] = torch.tensor(values, dtype=torch.float64)
-        # One number for the whole file, stored with its first sample.
-        columns[_TIMEOUTS] = torch.zeros(len(buffer), dtype=torch.int64)
-        columns[_TIMEOUTS][:1] = scores.timeouts
+        for name in _COUNTS:
+            column = torch.zeros(len(buffer), dtype=torch.int64)
+            column[:1] = getattr(scores, name)
+            columns[f"reward_{name}"] = column
     try:
         save_file({name: column.contiguous() for name, column in columns.items()}, path)
     except SafetensorError as error:  # for example, a full disk
@@ -79,7 +82,8 @@ def load(
             for name in list(columns)
             if name.startswith(_PART)
         }
-        total, timeouts = columns.pop(_TOTAL).tolist(), columns.pop(_TIMEOUTS)
-        scores = Scores(total, parts, int(timeouts.sum()))
+        none = torch.zeros(1)  # earlier versions had no reward models
+        counts = {name: int(columns.pop(f"reward_{name}", none).sum()) for name in _COUNTS}
+        scores = Scores(columns.pop(_TOTAL).tolist(), parts, **counts)
     offsets = torch.nn.functional.pad(columns.pop("lengths").cumsum(0), (1, 0))
     return RolloutBuffer(prompts=prompts, offsets=offsets, **columns), scores

@@ -7,8 +7,10 @@ from pathlib import Path
 from megatron_rpp.checkpoint import store
 from megatron_rpp.config import Config
 from megatron_rpp.conversion.dist_checkpoint import Checkpoint
+from megatron_rpp.conversion.settings import model_settings
 from megatron_rpp.hf.families import SCORE, refuse_scalar
 from megatron_rpp.hf.source import Source, check_source
+from megatron_rpp.lifecycle.config_error import ConfigError
 from megatron_rpp.runtime.inputs import once_a_node
 
 
@@ -34,3 +36,34 @@ def check_initial_weights(config: Config, *, scalar: bool = False) -> Source | N
             if SCORE in checkpoint.tensors and not scalar:
                 refuse_scalar(checkpoint.directory)
     return source
+
+
+def check_critic(config: Config, vocab_size: int) -> None:
+    """Raises ConfigError unless the weights that the critic starts from have the policy's shape.
+
+    vocab_size: that of the policy.
+    """
+    critic = config.critic
+    setting, path = (
+        ("hf_path", critic.hf_path) if critic.hf_path else ("init_path", critic.init_path)
+    )
+    if path is None:
+        return
+    try:
+        theirs = model_settings(path).settings
+    except ConfigError as error:
+        raise ConfigError(f"critic.{setting}: {error}") from error
+    if critic.hf_path is not None:
+        check_source(critic.hf_path)
+    # A critic has no output projection that could be tied.
+    differences = [
+        f"{name} is {theirs[name]} there, {value} here"
+        for name, value in config.model.architecture(vocab_size).items()
+        if name not in ("max_length", "tied_embeddings") and theirs[name] != value
+    ]
+    if differences:
+        raise ConfigError(
+            f"critic.{setting} {Path(path).absolute()} does not fit the policy: "
+            f"{'; '.join(differences)}. The critic has the policy's shape: choose other weights, or "
+            "leave the setting out to start from the policy's"
+        )

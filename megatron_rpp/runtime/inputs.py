@@ -41,6 +41,7 @@ from megatron_rpp.rollout.stopping import split_stops
 
 if TYPE_CHECKING:  # it loads torch
     from megatron_rpp.hf.source import Source
+    from megatron_rpp.runtime.reward_models import RewardModelSource
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,8 @@ class Inputs:
     """How evaluations are decoded."""
     dropped: int = 0
     """Number of prompts left out because they are too long."""
+    reward_models: tuple[RewardModelSource, ...] = ()
+    """The reward models that were found and checked."""
     source: Source | None = None
     """What the check of model.hf_path found; None: there is none, or it was not checked yet."""
 
@@ -90,7 +93,7 @@ def check_writable(setting: str, directory: str) -> None:
 
 
 def load_inputs(config: Config, train_is_scored: bool = True) -> Inputs:
-    """Opens tokenizer, data sets and rewards.
+    """Opens tokenizer, data sets and rewards; checks the reward models.
 
     train_is_scored: the rewards score the training prompts too, not only the held-out ones.
 
@@ -116,7 +119,7 @@ def load_inputs(config: Config, train_is_scored: bool = True) -> Inputs:
     count = min(config.evaluation.prompts or len(data.held_out), len(data.held_out))
     held_out = [data.held_out[index] for index in range(count)]
     sampling, greedy = samplings(config.rollout, tokenizer)
-    return Inputs(
+    inputs = Inputs(
         tokenizer=tokenizer,
         form=form,
         train=data.train,
@@ -128,6 +131,11 @@ def load_inputs(config: Config, train_is_scored: bool = True) -> Inputs:
         greedy=greedy,
         dropped=data.dropped,
     )
+    if config.reward.model_names:
+        from megatron_rpp.runtime.reward_models import open_reward_models  # loads torch
+
+        inputs = replace(inputs, reward_models=open_reward_models(config, inputs))
+    return inputs
 
 
 def with_fitting_rows(config: Config, inputs: Inputs) -> Inputs:

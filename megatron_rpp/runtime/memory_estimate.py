@@ -1,4 +1,5 @@
-"""Estimates how many bytes a rank will hold, from the settings alone; uses no device.
+"""Estimates how many bytes a rank will hold, from the settings, and those of the reward models'
+directories; uses no device.
 
 The estimate is for the pipeline stage that holds the most, at the peak of an update or of a rollout.
 Left out: the allocator's fragmentation (5-10% of a GPU if rows vary in length), mixture of experts.
@@ -34,6 +35,8 @@ class Memory:
     reference: int
     critic: int
     """Its weights, gradients and optimizer; 0 if there is none."""
+    reward: int
+    """Weights of the reward models."""
     activations: int
     """Of the micro-batches in flight, with the outputs that wait for their gradient."""
     backward: int
@@ -53,8 +56,8 @@ class Memory:
     @property
     def resident(self) -> int:
         """What is there all the time."""
-        models = self.weights + self.gradients + self.optimizer + self.reference + self.critic
-        return models + self.overhead
+        models = self.reference + self.critic + self.reward
+        return self.weights + self.gradients + self.optimizer + models + self.overhead
 
     @property
     def rollout(self) -> int:
@@ -111,6 +114,9 @@ def stage_estimate(
         gradients=count * FP32,
         optimizer=_optimizer(config, config.optimizer, count, replicas=replicas, device=device),
         reference=weights if resident else 0,
+        reward=_reward_models(config, stage=stage)
+        if config.reward.model_placement == "resident"
+        else 0,
         critic=_critic(config, vocab_size, replicas=replicas, stage=stage, device=device),
         activations=activations,
         backward=backward,
@@ -137,6 +143,21 @@ def _critic(config: Config, vocab_size: int, *, replicas: int, stage: int, devic
     count = stage_parameters(model, parallel, vocab_size=vocab_size, stage=stage, scalar=True)
     adam = _optimizer(config, config.critic.optimizer, count, replicas=replicas, device=device)
     return count * (weight_bytes(model) + FP32) + adam
+
+
+def _reward_models(config: Config, *, stage: int) -> int:
+    """Weights of the reward models on a rank of a stage, in bytes. Reads their directories."""
+    if not config.reward.model_names:
+        return 0
+    from megatron_rpp.runtime.reward_models import reward_model_config  # loads torch
+
+    found = (reward_model_config(config, name) for name in config.reward.model_names)
+    return sum(
+        stage_parameters(
+            model, config.parallel, vocab_size=vocab_size, stage=stage, scalar=True
+        ) * weight_bytes(model)
+        for model, vocab_size in found
+    )  # fmt: skip
 
 
 def _update(
@@ -219,6 +240,8 @@ class HostMemory:
 
     reference: int
     """Weights of an offloaded reference model, pinned."""
+    reward: int
+    """Weights of offloaded reward models, pinned."""
     optimizer: int
     """Of an offloaded optimizer: Adam's state, fp32 weights, and pinned gradients in fp32."""
     save: int
@@ -227,13 +250,13 @@ class HostMemory:
 
     def __add__(self, other: HostMemory) -> HostMemory:
         return HostMemory(
-            self.reference + other.reference, self.optimizer + other.optimizer,
+            self.reference + other.reference, self.reward + other.reward, self.optimizer + other.optimizer,
             self.save + other.save,
         )  # fmt: skip
 
     @property
     def total(self) -> int:
-        return self.reference + self.optimizer + self.save
+        return self.reference + self.reward + self.optimizer + self.save
 
 
 def host_estimate(config: Config, vocab_size: int, replicas: int) -> HostMemory:
@@ -246,7 +269,8 @@ def host_estimate(config: Config, vocab_size: int, replicas: int) -> HostMemory:
 def _stage_on_host(config: Config, vocab_size: int, *, replicas: int, stage: int) -> HostMemory:
     model, parallel = config.model, config.parallel
     offloaded = has_reference(config) and config.reference.placement == "offload"
-    total = HostMemory(0, 0, 0)
+    waiting = config.reward.model_placement == "offload"
+    total = HostMemory(0, _reward_models(config, stage=stage) if waiting else 0, 0, 0)
     for scalar, optimizer in _trained(config):
         count = stage_parameters(model, parallel, vocab_size=vocab_size, stage=stage, scalar=scalar)
         # Besides the weights themselves.
@@ -256,6 +280,7 @@ def _stage_on_host(config: Config, vocab_size: int, *, replicas: int, stage: int
         copied = not optimizer.offload or config.checkpoint.async_save
         total += HostMemory(
             reference=count * weight_bytes(model) if offloaded and not scalar else 0,
+            reward=0,
             optimizer=owned * (optimizer_bytes(model) + FP32) if optimizer.offload else 0,
             save=share + owned * state * copied,
         )

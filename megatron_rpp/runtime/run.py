@@ -24,9 +24,11 @@ from megatron_rpp.runtime.cache_size import max_cache_tokens
 from megatron_rpp.runtime.engine_check import check_engine
 from megatron_rpp.runtime.inputs import Inputs
 from megatron_rpp.runtime.policy import build_critic, build_policy, build_reference
+from megatron_rpp.runtime.reward_models import build_scorer
 from megatron_rpp.runtime.step_progress import StepProgress
 from megatron_rpp.runtime.stop_request import Stop
 from megatron_rpp.stages.evaluation import evaluate
+from megatron_rpp.stages.reward import Scorer
 
 
 @dataclass
@@ -65,6 +67,7 @@ class Run:
     critic: TrainedModel | None
     """None if the algorithm has none, and in supervised fine-tuning."""
     engine: RolloutEngine
+    scorer: Scorer
     console: Console
     metrics: MetricsLog
     stop: Stop = field(default_factory=Stop)
@@ -159,7 +162,8 @@ def assemble(
     """Makes a run of these models. engine: None = Megatron's, which samples from `policy`."""
     engine = engine or _megatron_engine(config, policy, inputs)
     metrics = MetricsLog(config.logging.dir)
-    return Run(config, inputs, policy, reference, critic, engine, console, metrics)
+    scorer = build_scorer(config, inputs)
+    return Run(config, inputs, policy, reference, critic, engine, scorer, console, metrics)
 
 
 def evaluate_held_out(run: Run, step: int, stop: Callable[[], bool]) -> dict[str, float]:
@@ -178,8 +182,8 @@ def evaluate_held_out(run: Run, step: int, stop: Callable[[], bool]) -> dict[str
     overlap.complete_weights(run.policy.model)
     with run.console.stage("evaluation"):
         result = evaluate(
-            run.engine, inputs.held_out, inputs.rewards, form=inputs.response_form,
-            sampling=inputs.greedy, shown=run.config.evaluation.samples, stop=stop,
+            run.engine, inputs.held_out, run.scorer, sampling=inputs.greedy,
+            shown=run.config.evaluation.samples, stop=stop,
         )  # fmt: skip
     run.state.accuracy = result.accuracy
     run.metrics.evaluation(step, result)

@@ -39,6 +39,10 @@ def for_training(argv: list[str] | None = None) -> Startup:
     check_writable("logging.dir", config.logging.dir)
     inputs = load_inputs(config)
     source = _check_models(config, config.checkpoint.dir)
+    if config.critic.init_path or config.critic.hf_path:
+        from megatron_rpp.runtime.initial_weights import check_critic  # loads torch
+
+        check_critic(config, inputs.vocab_size)
     return Startup(config, replace(inputs, source=source), dry_run)
 
 
@@ -64,20 +68,22 @@ def for_reward_model(argv: list[str] | None = None) -> Startup:
     count_replicas(config.parallel, launched_world_size())
     check_writable("reward_model.dir", config.reward_model.dir)
     inputs = load_rated_inputs(config)
-    source = _check_models(config, config.reward_model.dir)
+    source = _check_models(config, config.reward_model.dir, scalar=True)
     return Startup(config, replace(inputs, source=source), dry_run)
 
 
-def _check_models(config: Config, checkpoints: str) -> Source | None:
+def _check_models(config: Config, checkpoints: str, *, scalar: bool = False) -> Source | None:
     """Raises ConfigError if the initial weights cannot be read or the export cannot be written.
 
     Returns what was found in model.hf_path, if it is given.
+
+    scalar: the model is a reward model.
     """
     model, source = config.model, None
     if model.hf_path or model.init_path or config.checkpoint.load:
         from megatron_rpp.runtime.initial_weights import check_initial_weights  # loads torch
 
-        source = check_initial_weights(config)
+        source = check_initial_weights(config, scalar=scalar)
     if config.checkpoint.export_hf is not None:
         from megatron_rpp.runtime.export import check_export  # loads torch
 

@@ -6,13 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from megatron_rpp.data.prompts import Prompt
-from megatron_rpp.data.response import ResponseFormat
 from megatron_rpp.parallel import groups
 from megatron_rpp.records import Request, Sampling
-from megatron_rpp.rewards import RewardSet
 from megatron_rpp.rollout.engine import RolloutEngine
 from megatron_rpp.rollout.planning import shard
-from megatron_rpp.stages.reward import score_responses
+from megatron_rpp.stages.reward import Scorer
 from megatron_rpp.stages.rollout import generate
 
 
@@ -39,9 +37,8 @@ class Evaluation:
 def evaluate(
     engine: RolloutEngine,
     prompts: Sequence[Prompt],
-    rewards: RewardSet,
+    scorer: Scorer,
     *,
-    form: ResponseFormat,
     sampling: Sampling,
     shown: int,
     stop: Callable[[], bool] = lambda: False,
@@ -51,7 +48,6 @@ def evaluate(
     A response is correct if the first reward function gives it 1.0 or more.
 
     Args:
-        form: how responses become text.
         shown: how many answers to return as samples.
         stop: whether the run was told to stop.
     Raises:
@@ -62,12 +58,12 @@ def evaluate(
     requests = [Request(prompt.tokens, sample_id=0) for prompt in own]
     generations = generate(engine, requests, sampling, seed=0, step=0, stop=stop)
     responses = [generation.tokens for generation in generations]
-    scores = score_responses(rewards, form, prompts=own, responses=responses)
+    scores = scorer.score(own, responses)
     first = next(iter(scores.parts.values()))
     sums = [float(len(own)), float(sum(value >= 1.0 for value in first)), sum(scores.total)]
     count, correct, reward = groups.reduce_sums(sums, groups.data_group())
     samples = [
-        Sample(prompt.example.prompt, form.text(response), prompt.example.label, score)
+        Sample(prompt.example.prompt, scorer.form.text(response), prompt.example.label, score)
         for prompt, response, score in list(zip(own, responses, scores.total))[:shown]
     ]
     return Evaluation(int(count), correct / count, reward / count, samples)

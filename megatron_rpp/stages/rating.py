@@ -59,18 +59,28 @@ class RowStats(NamedTuple):
 def batch_of(prompts: Sequence[Prompt], content: Content) -> Batch:
     """The batch of rows of a data set of a reward model."""
     rows: list[Prompt] = []
-    targets, sequences = [], []
+    targets: list[float] = []
+    sequences: list[tuple[int, ...]] = []
     for prompt in prompts:
         assert isinstance(prompt, RatedPrompt)
         targets.append(prompt.example.target)
-        for sequence in prompt.sequences:
-            rows.append(prompt)
-            sequences.append(sequence)
+        rows += [prompt] * len(prompt.sequences)
+        sequences += prompt.sequences
+    sides = 2 if content == "pairs" else 1
+    buffer = sequence_buffer(rows, sequences, sides)
+    return Batch(buffer, torch.tensor(targets, dtype=torch.float32), sides)
+
+
+def sequence_buffer(
+    prompts: list[Prompt], sequences: Sequence[tuple[int, ...]], together: int = 1
+) -> RolloutBuffer:
+    """A buffer of token sequences, each with one response token, its last.
+
+    prompts: that of each sequence. together: sequences of one prompt, side by side.
+    """
     requests = [Request(sequence[:-1], number) for number, sequence in enumerate(sequences)]
     ends = [Generation([sequence[-1]], [0.0], False) for sequence in sequences]
-    sides = 2 if content == "pairs" else 1
-    buffer = from_generations(rows, requests, ends, samples_per_prompt=sides)
-    return Batch(buffer, torch.tensor(targets, dtype=torch.float32), sides)
+    return from_generations(prompts, requests, ends, samples_per_prompt=together)
 
 
 def row_stats(rewards: torch.Tensor, targets: torch.Tensor, sides: int) -> RowStats:
@@ -111,15 +121,13 @@ def mean_report(reports: list[torch.Tensor]) -> list[float]:
     return [loss / count, correct / count, margin / count]
 
 
-def rewards_of(model: torch.nn.ModuleList, batch: Batch, max_tokens: int) -> torch.Tensor:
-    """The rewards of a batch's sequences, fp32 [sequences], on the host. Collective."""
+def rewards_of(model: torch.nn.ModuleList, buffer: RolloutBuffer, max_tokens: int) -> torch.Tensor:
+    """The rewards of the sequences of a `sequence_buffer`, fp32 [n], on the host. Collective."""
 
     def head(micro_batch: MicroBatch, hidden: torch.Tensor) -> torch.Tensor:
         return scalars(model, hidden, micro_batch.rows)
 
-    return response_column(
-        model, batch.buffer, head, max_tokens=max_tokens, together=batch.sides, lag=0
-    )
+    return response_column(model, buffer, head, max_tokens=max_tokens, lag=0)
 
 
 def evaluate(
@@ -150,7 +158,7 @@ def evaluate(
         count = min(batch_size, len(prompts) - start)
         own = shard(count, groups.data_rank(), groups.data_size())
         batch = batch_of([prompts[start + i] for i in own], content)
-        found = rewards_of(model, batch, max_tokens).tolist()
+        found = rewards_of(model, batch.buffer, max_tokens).tolist()
         for more_rewards, more_targets in groups.gather_objects(
             (found, batch.targets.tolist()), groups.data_group()
         ):

@@ -64,7 +64,7 @@ def texts(prompt, tokenizer) -> list[str]:
 
 
 CHAT = [
-    f"<|im_start|>user\n2 + 2?<|im_end|>\n<|im_start|>assistant\n{answer}<|im_end|>"
+    f"<|im_start|>user\n2 + 2?<|im_end|>\n<|im_start|>assistant\n{answer}<|im_end|>\n"
     for answer in ("4.", "5.")
 ]
 LAYOUTS = {
@@ -92,7 +92,6 @@ def test_conversations_in_every_layout_are_the_same(chatml, tmp_path, layout):
     assert data.have_prompts == ("prompt" in LAYOUTS[layout])
     for prompts in (data.train, data.held_out):
         assert texts(prompts[0], chatml) == CHAT
-        assert all(sequence[-1] == chatml.eos_id for sequence in prompts[0].sequences)
 
 
 def test_parquet_has_the_same_rows(chatml, tmp_path):
@@ -132,14 +131,14 @@ def test_a_text_becomes_a_user_message_if_so_configured(chatml, tmp_path):
 
 
 def test_a_system_prompt_and_earlier_turns(chatml, tmp_path):
-    """The reward is for the last turn; what is before it is as a policy sees it."""
+    """The reward is for the last turn; the template writes it as it writes those before it."""
     turns = [ASK, said("4?"), {"role": "user", "content": "Sure?"}, said("Yes.")]
     path = write(tmp_path, {"chosen": turns, "rejected": [ASK, said("9.")]})
     (prompt,) = open_all(path, PromptFormat(chatml, system_prompt="Be brief.")).train
     form = PromptFormat(chatml)
-    assert prompt.sequences == (
-        (*form.tokens([BRIEF, *turns[:-1]]), *chatml.encode("Yes."), chatml.eos_id),
-        (*form.tokens([BRIEF, ASK]), *chatml.encode("9."), chatml.eos_id),
+    assert prompt.sequences == tuple(
+        tuple(chatml.encode(chatml.render(conversation, generation_prompt=False)))
+        for conversation in ([BRIEF, *turns], [BRIEF, ASK, said("9.")])
     )
     row = {
         "prompt": "2 + 2?",
@@ -147,7 +146,8 @@ def test_a_system_prompt_and_earlier_turns(chatml, tmp_path):
         "rejected": [BRIEF, ASK, said("5.")],
     }
     (prompt,) = open_all(write(tmp_path, row), form).train
-    assert prompt.sequences[0][:-1] == (*form.tokens([BRIEF, ASK]), *chatml.encode("4."))
+    turns = chatml.render([BRIEF, ASK, said("4.")], generation_prompt=False)
+    assert prompt.sequences[0] == tuple(chatml.encode(turns))
 
 
 def test_rows_with_scores(tmp_path):

@@ -73,7 +73,7 @@ def sampled(run: Run) -> RolloutBuffer:
         run.engine, inputs.train, inputs.sampling, rollout=config.rollout, key=run.step_key,
         replica=groups.data_rank(), replicas=groups.data_size(), progress=lambda finished: None,
     )  # fmt: skip
-    reward.score(buffer, inputs.rewards, inputs.response_form)
+    reward.score(buffer, run.scorer)
     logprobs.compute_logprobs(
         buffer, run.policy.model, run.reference, recompute=True, max_tokens=WIDE, temperature=1.0
     )

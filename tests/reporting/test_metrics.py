@@ -21,7 +21,7 @@ from tests.small_run import config_of, make_data
 from tests.whole_runs import layout, rows, train_run
 
 TAGS = {
-    "reward/mean", "reward/std", "reward/timeouts", "reward/zero_variance_share",
+    "reward/mean", "reward/std", "reward/timeouts", "reward/cut", "reward/zero_variance_share",
     "reward/clipped_share", "reward/shaped_mean", "reward/shaped_std", "reward/shaped_min", "reward/shaped_max",
     "kl/k1", "kl/k2", "kl/k3", "kl/coef",
     "policy/loss", "policy/clip_fraction", "policy/entropy", "policy/grad_norm",

@@ -25,6 +25,7 @@ import torch.distributed as dist
 from megatron_rpp.parallel import groups
 from megatron_rpp.stages import advantage, update
 from tests.distributed import run_ranks
+from tests.hf.models import save
 from tests.small_run import config_of, make_data
 from tests.whole_runs import (
     TOLERANCE,
@@ -72,6 +73,8 @@ RECIPES = {
         "critic__optimizer__lr": 2e-3,
         "critic__optimizer__eps": 1e-5,
     },
+    # A classifier of random weights in the folder of the runs; the policy's tokenizer reads for it.
+    "reward model": {"reward__functions": "[tests.whole_runs:varied, model:FOLDER/qwen3-score]"},
 }
 TP2, PP2, CP2 = ({f"parallel__{kind}": 2} for kind in ("tensor", "pipeline", "context"))
 VPP2 = PP2 | {"parallel__virtual_pipeline": 2}
@@ -121,6 +124,10 @@ CASES = [
     Case("DP2 overlap, selective", 2, "ppo", OVERLAP | SELECTIVE),
     Case("TP2xPP2 SP", 4, "ppo", TP2 | PP2 | SP),
     Case("DP2xCP2", 4, "ppo", CP2),
+    Case("TP2 SP offloaded", 2, "reward model", TP2 | SP | {"reward__model_placement": "offload"}),
+    Case("PP2 VPP2", 2, "reward model", VPP2),
+    Case("CP2", 2, "reward model", CP2),
+    Case("TP2xDP2", 4, "reward model", TP2),
     Case("PP2xDP2 VPP2 overlap, full", 4, "all options", VPP2 | OVERLAP | FULL),
 ]
 BROKEN = {
@@ -134,10 +141,11 @@ BROKEN = {
 PLAIN_ADAM = Case("TP2, Adam's eps 1e-8", 2, "reinforce++", TP2 | {"optimizer__eps": 1e-8})
 
 
-def settings_of(case: Case) -> dict:
-    return (
-        VARIED | {"optimizer__eps": 1e-5, "train__steps": 3} | RECIPES[case.recipe] | case.settings
-    )
+def settings_of(base: Path, case: Case) -> dict:
+    recipe = RECIPES[case.recipe]
+    if "reward__functions" in recipe:
+        recipe = {"reward__functions": recipe["reward__functions"].replace("FOLDER", str(base))}
+    return VARIED | {"optimizer__eps": 1e-5, "train__steps": 3} | recipe | case.settings
 
 
 def folder(base: Path, case: Case) -> Path:
@@ -148,7 +156,7 @@ def train_cases(rank: int, base: Path, cases: list[Case]) -> None:
     """Trains the cases one after the other; every rank of a world calls it."""
     for case in cases:
         with small_buckets():
-            train_run(base, folder(base, case), **settings_of(case))
+            train_run(base, folder(base, case), **settings_of(base, case))
 
 
 def train_two_ranks(rank: int, base: Path, cases: list[Case]) -> None:
@@ -181,6 +189,7 @@ def base(tmp_path_factory) -> Path:
     """The folder of all runs, finished."""
     base = tmp_path_factory.mktemp("layouts")
     make_data(base)
+    save(base, "qwen3-score", pad_token_id=None)
     one_rank = [Case("one rank", 1, recipe, {}) for recipe in RECIPES]
     one_rank.append(PLAIN_ADAM._replace(ranks=1, settings={"optimizer__eps": 1e-8}))
     train_cases(0, base, one_rank + [case for case in CASES if case.ranks == 1])
@@ -201,7 +210,7 @@ def compare(base: Path, case: Case, expected: Case | None = None) -> tuple[Devia
 
 @cache
 def final_weights(run: Path, recipe: str) -> dict[str, torch.Tensor]:
-    config = config_of(run.parent, run, **settings_of(Case("", 1, recipe, {})))
+    config = config_of(run.parent, run, **settings_of(run.parent, Case("", 1, recipe, {})))
     return weights(config, run / "checkpoints")
 
 

@@ -20,6 +20,7 @@ from megatron_rpp.runtime.memory_estimate import CPU, stage_estimate
 from megatron_rpp.runtime.policy import build_policy
 from megatron_rpp.stages import update
 from megatron_rpp.stages.logprobs import make_micro_batches
+from megatron_rpp.stages.minibatches import optimizer_step
 from tests.distributed import run_ranks
 from tests.runtime.live_bytes import LiveBytes
 from tests.small_run import config_of
@@ -77,7 +78,7 @@ def measure(config: Config) -> int:
             policy.model, buffer, list(range(len(buffer))), max_tokens=tokens
         )
         with LiveBytes() as live:
-            update.optimizer_step(policy, batches, loss)
+            optimizer_step(policy, batches, loss)
     return live.peak
 
 

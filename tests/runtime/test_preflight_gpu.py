@@ -209,7 +209,7 @@ def test_the_compiler_is_tried(tmp_path):
 
 def test_host_memory():
     """Two ranks of 30 GB on one host, one on another."""
-    need = HostMemory(reference=10_000_000_000, optimizer=0, save=20_000_000_000)
+    need = HostMemory(reference=10_000_000_000, reward=0, optimizer=0, save=20_000_000_000)
     room = [("a", 61_000_000_000)] * 2 + [("b", 31_000_000_000)]
     check = judge_host_memory(need, room)
     assert check.passed and "30 GB a rank (reference 10 GB, save 20 GB), 2 rank(s)" in check.found
