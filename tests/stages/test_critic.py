@@ -12,16 +12,19 @@ import torch
 
 from megatron_rpp import train
 from megatron_rpp.checkpoint import state as checkpoint
+from megatron_rpp.lifecycle.config_error import ConfigError
 from megatron_rpp.lifecycle.exit_codes import RunFailure
 from megatron_rpp.model.language_model import chunks
 from megatron_rpp.reporting.console import Console
 from megatron_rpp.runtime import run as runs
+from megatron_rpp.runtime import startup
 from megatron_rpp.runtime.inputs import load_inputs
 from megatron_rpp.runtime.run import Run
 from megatron_rpp.stages import critic
 from tests.algorithms import oracle
 from tests.docs.pages import documented
-from tests.small_run import config_of, make_data
+from tests.hf.models import make, save
+from tests.small_run import arguments, config_of, make_data
 from tests.whole_runs import VARIED, layout
 
 GAMMA, LAMBDA, KL = 0.9, 0.8, 0.05
@@ -30,6 +33,13 @@ SETTINGS = VARIED | {
     "algorithm__gamma": GAMMA, "algorithm__gae_lambda": LAMBDA, "algorithm__kl_coef": KL,
     "critic__value_coef": 0.5, "critic__optimizer__lr": 1e-3,
 }  # fmt: skip
+
+SHAPE = {
+    "model__vocab_size": 101, "model__ffn_hidden": 48, "model__qk_norm": "true",
+    "model__head_dim": 12, "model__rope_theta": 500.0, "model__norm_eps": 1e-6,
+}  # fmt: skip
+"""The shape of tests/hf/models.py's small Qwen3."""
+QWEN = {"pad_token_id": None, "eos_token_id": 2}
 
 
 @pytest.fixture(scope="module")
@@ -158,3 +168,24 @@ def test_it_takes_over_the_head_of_the_weights_it_is_given(data):
     checkpoint.save(run.critic, run.state, settings).publish()
     other = built(data, critic__init_path=data / "scalar", seed=5)
     assert all(map(torch.equal, weights(run.critic), weights(other.critic)))
+
+
+def test_a_classifier_gives_it_layers_and_head(data, tmp_path):
+    directory = save(tmp_path, "qwen3-score", **QWEN)
+    run = built(data, **SHAPE, critic__hf_path=directory)
+    head = chunks(run.critic.model)[0].score.weight
+    assert torch.equal(head, make("qwen3-score", **QWEN).score.weight)
+
+
+@pytest.mark.parametrize("shape", [{"hidden_size": 16}, {"num_hidden_layers": 2}], ids=str)
+def test_another_shape_is_refused_at_the_start(data, tmp_path, shape):
+    directory = save(tmp_path, "qwen3-score", **(QWEN | shape))
+    argv = arguments(data, tmp_path, **(SETTINGS | SHAPE), critic__hf_path=directory)
+    with pytest.raises(ConfigError, match=r"critic.hf_path .* does not fit the policy: .* there"):
+        startup.for_training(argv)
+
+
+def test_a_directory_that_is_missing_is_refused_at_the_start(data, tmp_path):
+    argv = arguments(data, tmp_path, **SETTINGS, critic__init_path=tmp_path / "nothing")
+    with pytest.raises(ConfigError, match="critic.init_path: no checkpoint at"):
+        startup.for_training(argv)
