@@ -34,5 +34,6 @@ def sequence_scores(
     context = groups.context_group()
     if context.size() > 1:
         both = torch.stack([scores, present])
-        scores, present = reduce_from_tensor_model_parallel_region(both, context).unbind()
+        both = reduce_from_tensor_model_parallel_region(both, context)
+        scores, present = both[0], both[1].detach()
     return scores, present > 0

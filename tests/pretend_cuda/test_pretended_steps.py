@@ -20,6 +20,7 @@ from megatron_rpp.rollout import batch
 from megatron_rpp.runtime.run import Run
 from megatron_rpp.stages import update
 from tests.distributed import run_ranks
+from tests.preference_run import make_preferences
 from tests.pretend_cuda import budget, work
 from tests.pretend_cuda.device import pretended_cuda
 from tests.pretend_cuda.watch import MixedPlaces, Watch
@@ -42,7 +43,8 @@ LAYOUTS = {
 }
 TIMEOUT = 400.0  # a busy machine is slow, not wrong
 STAGES = {
-    "rollout", "reward", "logprobs", "update", "evaluation", "supervised step", "save: begin",
+    "rollout", "reward", "logprobs", "update", "evaluation", "supervised step",
+    "reward-model step", "save: begin",
 }  # fmt: skip
 
 
@@ -50,6 +52,8 @@ STAGES = {
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pretended")
     make_data(folder)
+    (folder / "preferences").mkdir()
+    make_preferences(folder / "preferences")
     return folder
 
 

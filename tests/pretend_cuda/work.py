@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from megatron_rpp import sft
+from megatron_rpp import reward_model, sft
 from megatron_rpp.config import Config
 from megatron_rpp.parallel import groups
 from megatron_rpp.reporting.console import Console
@@ -18,8 +18,10 @@ from megatron_rpp.rollout.buffer import RolloutBuffer
 from megatron_rpp.rollout.planning import shard
 from megatron_rpp.runtime import run as runs
 from megatron_rpp.runtime.inputs import load_inputs
+from megatron_rpp.runtime.rated_inputs import load_rated_inputs
 from megatron_rpp.runtime.run import Run
 from megatron_rpp.stages import advantage, critic, logprobs, minibatches, reward, rollout, update
+from tests import preference_run
 from tests.pretend_cuda.budget import Loop
 from tests.pretend_cuda.device import pretended_cuda
 from tests.pretend_cuda.watch import Sync, Watch
@@ -41,6 +43,7 @@ SETTINGS = VARIED | {
     "sft__steps": 1,
     "sft__batch_size": 16,
 }
+_SHARED = ("parallel__", "model__")
 TOKENS = (3, 6)
 """Numbers of tokens to decode."""
 WIDE, NARROW = 400, 60
@@ -48,13 +51,24 @@ WIDE, NARROW = 400, 60
 
 
 def train_resume_finetune(data: Path, run: Path, settings: dict) -> None:
-    """A step from the start, saved; one more after a resume; a supervised step."""
+    """A step from the start, saved; one more after a resume; a supervised step; a step of a reward
+    model."""
     train_run(data, run, **settings)
     train_run(data, run, **(settings | {"train__steps": 2}))
     config = config_of(data, run, **settings)
     inputs = load_inputs(config)
     with layout(config):
         sft.finetune(config, inputs)
+    rate(data / "preferences", run / "reward_model", settings)
+
+
+def rate(data: Path, run: Path, settings: dict) -> None:
+    """A step of reward_model.py, its evaluation and its save, on the layout of `settings`."""
+    shared = {name: value for name, value in settings.items() if name.startswith(_SHARED)}
+    config = preference_run.config_of(data, run, **shared, reward_model__steps=1)
+    inputs = load_rated_inputs(config)
+    with layout(config):
+        reward_model.train_rewards(config, inputs)
 
 
 @contextmanager
@@ -191,7 +205,7 @@ class Found(NamedTuple):
     loops: dict[str, Loop]
 
 
-STEPS = "over two steps, a resume, a supervised step and their saves"
+STEPS = "over two steps, a resume, a supervised step, a step of a reward model and their saves"
 
 
 def everything(rank: int, data: Path, run: Path, settings: dict) -> Found:

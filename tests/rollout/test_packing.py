@@ -14,10 +14,10 @@ CPU = torch.device("cpu")
 SAMPLES = [([5, 6], [7, 8]), ([9], [10, 11, 12]), ([13, 14, 15], [16])]
 
 
-def row_of(samples, order, split=Split(), length=None):
+def row_of(samples, order, split=Split(), length=None, **options):
     buffer = make_buffer(samples)
     length = length or split.row_length(buffer.lengths[torch.tensor(order, dtype=int)])
-    return pack(buffer, order, split, row_length=length, device=CPU)
+    return pack(buffer, order, split, row_length=length, device=CPU, **options)
 
 
 def test_a_row_by_hand():
@@ -31,6 +31,16 @@ def test_a_row_by_hand():
     assert batch.rows.tolist() == [2, 4, 5, 6]
     assert batch.targets.tolist() == [16, 10, 11, 12]
     assert batch.column.tolist() == [5, 2, 3, 4]
+
+
+@pytest.mark.parametrize("context", [1, 2, 4])
+def test_without_a_lag_the_rows_are_those_of_the_response_tokens_themselves(context):
+    found = {}
+    for rank in range(context):
+        batch = row_of(SAMPLES, [2, 0, 1], Split(context, rank), lag=0)
+        assert batch.tokens[0, batch.rows].tolist() == batch.targets.tolist()
+        found |= dict(zip(batch.column.tolist(), batch.targets.tolist(), strict=True))
+    assert found == dict(enumerate([7, 8, 10, 11, 12, 16]))
 
 
 def test_the_zigzag_by_hand():

@@ -102,6 +102,21 @@ def test_every_response_token_is_in_one_micro_batch_of_one_rank(context):
     assert sorted(torch.cat(columns).tolist()) == list(range(len(buffer.mask)))
 
 
+@pytest.mark.parametrize("budget", [1, 9, 16, 100])
+def test_pairs_stay_together(budget):
+    """Samples 2i and 2i + 1 are in one micro-batch, side by side; pairs share the budget."""
+    lengths = [4, 3, 2, 2, 7, 6, 3, 3]
+    batches = make_micro_batches(
+        make_buffer(lengths), list(range(8)), budget, lambda count: count, together=2
+    )
+    # All tokens of sample i are i + 1.
+    whole = [[t - 1 for t in batch.tokens[0].unique_consecutive().tolist()] for batch in batches]
+    for samples in whole:
+        assert all(b == a + 1 for a, b in zip(samples[::2], samples[1::2], strict=True))
+        assert sum(lengths[i] for i in samples) <= budget or len(samples) == 2
+    assert sorted(sample for samples in whole for sample in samples) == list(range(8))
+
+
 def test_rows_of_one_length_for_interleaved_stages():
     buffer = make_buffer([9, 4, 3])
     batches = make_micro_batches(buffer, [0, 1, 2], 9, lambda count: count + 1, same_length=True)
