@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from megatron_rpp import train
-from megatron_rpp.config import check_world_size, cli
+from megatron_rpp import reward_model, train
+from megatron_rpp.config import check_world_size, cli, count_replicas
 from megatron_rpp.hf.architecture import read_architecture
 from megatron_rpp.hf.families import rows_of
 from megatron_rpp.runtime.memory_estimate import estimate
 from tests.config.published import PUBLISHED
 from tests.hf.models import save
+from tests.preference_run import make_preferences
 from tests.small_run import make_data
 from tests.whole_runs import run_program
 
@@ -103,3 +104,31 @@ def test_dry_run(tmp_path, data, recipe, capfd):
     run_program(train.main, [*argv, *small, "--dry-run"])
     assert "dry run: everything is built and nothing was trained" in capfd.readouterr().out
     assert not (tmp_path / "exported").exists()
+
+
+REWARD_MODEL = f"--config={FOLDER / 'reward_model/llama3.1-8b.yaml'}"
+
+
+def test_the_reward_model_fits_its_machine(tmp_path):
+    """The estimate is that of a policy with a reference, which is more."""
+    content = PUBLISHED["llama3.1-8b-general"][0]
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    argv = [REWARD_MODEL, f"--model.hf_path={tmp_path}"]
+    config = reward_model.settings_of(cli.parse(argv, "reward_model").config)
+    replicas = count_replicas(config.parallel, 8)
+    memory = estimate(config, content["vocab_size"], replicas)
+    assert memory.total < 0.9 * GPU_MEMORY, memory
+
+
+def test_a_dry_run_of_the_reward_model(tmp_path, capfd):
+    """With a small random model and small data, and otherwise unchanged."""
+    make_preferences(tmp_path)
+    argv = [
+        REWARD_MODEL, "--model.hf_path=null", "--model.max_length=128", "--parallel.tensor=1",
+        "--parallel.sequence_parallel=false", "--data.apply_chat_template=false",
+        f"--data.train={tmp_path / 'train.jsonl'}", f"--data.eval={tmp_path / 'eval.jsonl'}",
+        f"--data.tokenizer={tmp_path / 'tokenizer.model'}",
+        f"--reward_model.dir={tmp_path / 'run'}", f"--checkpoint.export_hf={tmp_path / 'hf'}",
+    ]  # fmt: skip
+    run_program(reward_model.main, [*argv, "--dry-run"])
+    assert "dry run: everything is built and nothing was trained" in capfd.readouterr().out
