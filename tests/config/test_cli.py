@@ -18,6 +18,7 @@ from megatron_rpp.config import (
     OptimizerConfig,
     ParallelConfig,
     RewardConfig,
+    RewardModelConfig,
     RolloutConfig,
     SftConfig,
     TrainConfig,
@@ -217,10 +218,15 @@ def test_micro_batch_size_is_a_token_budget_of_the_final_length(write):
     assert parse(argv).config.train.max_tokens_per_microbatch == 4 * 512
 
 
-def test_aliases_of_sft_set_what_the_warm_start_reads():
+def test_aliases_set_what_sft_and_reward_model_read():
     argv = "--lr 3e-4 --train-iters 7 --eval-interval 2 --save warm --num-layers 2".split()
     expected = SftConfig(steps=7, eval_interval=2, dir="warm", optimizer=OptimizerConfig(lr=3e-4))
     assert parse(argv, "sft").config == Config(sft=expected, model=ModelConfig(layers=2))
+    rated = RewardModelConfig(
+        steps=7, eval_interval=2, dir="warm", optimizer=OptimizerConfig(lr=3e-4)
+    )
+    found = parse(argv, "reward_model").config
+    assert found == Config(reward_model=rated, model=ModelConfig(layers=2))
 
 
 _SCRIPT = """
