@@ -4,8 +4,8 @@
 
 The model learns from pairs of responses of which one is better, or from responses with a score
 (data/pairs.py). The loss is the mean over the rows of the whole batch (algorithms/preferences.py). The
-reward is read at the end-of-sequence token of a response. Models, packed micro-batches, checkpoints,
-resume and stopping are those of `train.py`.
+reward is read at the last token of a response (data/pair_files.py). Models, packed micro-batches,
+checkpoints, resume and stopping are those of `train.py`.
 """
 
 from __future__ import annotations
