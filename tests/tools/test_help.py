@@ -22,7 +22,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
     "name",
     [
         "convert_hf_to_megatron", "convert_megatron_to_hf", "verify_conversion", "generate",
-        "evaluate", "make_task", "gguf_to_hf", "plot", "plan",
+        "evaluate", "make_task", "gguf_to_hf", "plot", "plan", "reproduce",
     ],
 )  # fmt: skip
 def test_help_imports_nothing_heavy(name):

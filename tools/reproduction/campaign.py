@@ -13,12 +13,16 @@ from megatron_rpp.config import cli
 from megatron_rpp.data.tasks import jsonl
 from megatron_rpp.lifecycle.atomic_files import write_atomic
 from megatron_rpp.lifecycle.exit_codes import RunFailure
-from reproduction import protocol, results
+from megatron_rpp.rewards.builtin import exact_match
+from reproduction import last_number, protocol, results
 from reproduction.data import make_steps_data
 from reproduction.execute import Runner
 from reproduction.pairs import group_samples, make_pairs
 from reproduction.protocol import CHOOSE, Experiment, Job, Scale, Start, Task
 from reproduction.results import Row
+
+RULES = {"sums": exact_match, "steps": last_number.score}
+"""The rule of each task in Python."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,7 @@ class Campaign:
         answers = [json.loads(line) for line in (folder / "output.txt").open() if line[0] == "{"]
 
         def is_right(prompt: str, response: str) -> bool:
-            return task.is_right([prompt], [response], [labels[prompt]], [{}])[0] >= 1
+            return RULES[task.name]([prompt], [response], [labels[prompt]], [{}])[0] >= 1
 
         samples = group_samples(((row["prompt"], row["response"]) for row in answers), is_right)
         held_out = set(chosen[: scale.held_out_pair_prompts])
@@ -90,6 +94,10 @@ class Campaign:
         parts = {"eval": [row for row in rows if row["prompt"] in held_out],
                  "train": [row for row in rows if row["prompt"] not in held_out]}  # fmt: skip
         for name, part in parts.items():
+            if not part:
+                raise RunFailure(
+                    f"{folder}: no prompt has two answers that make a pair: train the warm start longer"
+                )
             write_atomic(folder / f"{name}.jsonl", jsonl(part))
         return folder
 

@@ -35,8 +35,8 @@ def per_nat(quantity: str) -> Metric:
 
 
 def phase(name: str) -> Metric:
-    """Median seconds of a phase; None if the algorithm has none."""
-    return lambda row: row["seconds"].get(name)
+    """Median seconds of a phase; 0 if the algorithm has no such phase."""
+    return lambda row: row["seconds"].get(name, 0.0)
 
 
 def to_target(name: str) -> Metric:

@@ -11,18 +11,21 @@ import hashlib
 import json
 import os
 import queue
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from megatron_rpp.config.yaml_files import read_yaml
 from megatron_rpp.lifecycle.atomic_files import write_atomic
 from megatron_rpp.lifecycle.exit_codes import RunFailure
+from megatron_rpp.lifecycle.parent_death import end_with
 from reproduction.protocol import ROOT, Job
 
 RESULTS = ("docs/reproduction", "docs/reproduction.md")
@@ -88,7 +91,10 @@ class Runner:
             (folder / "output.txt").open(mode) as output,
             (folder / "errors.txt").open("ab") as log,
         ):
-            done = subprocess.run(command, stdout=output, stderr=log, cwd=ROOT, env=_environment())
+            done = subprocess.run(
+                command, stdout=output, stderr=log, cwd=ROOT, env=_environment(),
+                preexec_fn=partial(end_with, os.getpid(), signal.SIGTERM),
+            )  # fmt: skip
         if done.returncode:
             tail = (folder / "errors.txt").read_text(errors="replace")[-2000:]
             raise RunFailure(f"{folder} ended with exit code {done.returncode}:\n{tail}")
@@ -120,9 +126,13 @@ def _outputs(program: str, folder: Path) -> dict[str, Any]:
 
 
 def _environment() -> dict[str, str]:
-    """The environment of a job: the package of this tree, on one thread per process."""
+    """The environment of a job: the package of this tree, on the CPU, one thread per process."""
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return os.environ | {"PYTHONPATH": ":".join(paths), "OMP_NUM_THREADS": "1"}
+    return os.environ | {
+        "PYTHONPATH": ":".join(paths),
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
 
 
 def first_cores(count: int) -> tuple[int, ...]:

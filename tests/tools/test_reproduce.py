@@ -1,0 +1,82 @@
+"""The whole reproduction, at the scale of --quick: every run, the document, the pictures; and what the
+command line refuses."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from reproduction.drawing import PANELS
+from reproduction.protocol import EXPERIMENTS, ROOT
+
+TOOL = ROOT / "tools/reproduce.py"
+
+
+def reproduce(run: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(TOOL), *words], capture_output=True, text=True, timeout=1500,
+        env=os.environ | {"RUN": str(run)},
+    )  # fmt: skip
+
+
+def rows_of(run: Path, name: str) -> list[dict]:
+    path = run / "quick/reproduction" / f"{name}.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def numbers(value: object) -> list[float]:
+    """All numbers in a row."""
+    if isinstance(value, dict):
+        return [number for part in value.values() for number in numbers(part)]
+    if isinstance(value, list):
+        return [number for part in value for number in numbers(part)]
+    return [value] if isinstance(value, (int, float)) else []
+
+
+def test_everything_runs_and_is_reported(tmp_path):
+    before = {path: path.stat().st_mtime_ns for path in (ROOT / "docs").rglob("*")}
+    done = reproduce(tmp_path, "run", "--quick")
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "quick/reproduction.md").read_text()
+    assert "Not run yet" not in page.replace(section_of(page, "choose"), "")
+    for experiment in EXPERIMENTS:
+        rows = rows_of(tmp_path, experiment.name)
+        assert {row["algorithm"] for row in rows} == set(experiment.algorithms)
+        for row in rows:
+            assert [point["step"] for point in row["curve"]] == [0, 1, 2]
+            assert row["steps"] == 2 and all(map(math.isfinite, numbers(row)))
+            assert f"`{row['algorithm']}`" in section_of(page, experiment.name)
+        if experiment.name in PANELS:
+            picture = tmp_path / "quick/reproduction" / f"{experiment.name}.png"
+            assert picture.read_bytes().startswith(b"\x89PNG")
+    assert {row["model"] for row in rows_of(tmp_path, "models")} == {
+        f"{kind}, {task}" for kind in ("warm start", "reward model") for task in ("sums", "steps")
+    }
+    assert {path: path.stat().st_mtime_ns for path in (ROOT / "docs").rglob("*")} == before
+
+    again = reproduce(tmp_path, "run", "--quick")
+    assert again.returncode == 0 and "seed1" not in again.stdout, "finished runs stay as they are"
+
+
+def section_of(page: str, name: str) -> str:
+    """The text between the markers of an experiment."""
+    return page.partition(f"<!-- results: {name} -->")[2].partition("<!-- end -->")[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["run", "maths"], "no experiment 'maths', only speed, length, math"),
+        (["run", "--seeds", "101"], "this seed chooses the learning rates"),
+        (["run", "--seeds", "1", "1"], "different seeds"),
+    ],
+)
+def test_what_is_refused(tmp_path, words, message):
+    done = reproduce(tmp_path, *words)
+    assert done.returncode == 2 and message in done.stderr
+    assert list(tmp_path.iterdir()) == []
