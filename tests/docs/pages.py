@@ -13,7 +13,8 @@ from megatron_rpp.config import Config
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md")])
-RECIPES = sorted([*ROOT.glob("launch/recipes/*.yaml"), *ROOT.glob("examples/*/*.yaml")])
+FOLDERS = ("launch/recipes", "launch/recipes/reproduction", "examples/*")
+RECIPES = sorted(path for folder in FOLDERS for path in ROOT.glob(f"{folder}/*.yaml"))
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"`([^`\n]+)`")
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")

@@ -37,19 +37,21 @@ class Campaign:
     def run(self, experiments: Iterable[Experiment]) -> None:
         """Runs the experiments, with all that comes before them, and writes their rows."""
         experiments = list(experiments)
-        warm = {CHOOSE.task.name: self.start(CHOOSE.task, learned_reward=False)}
+        starts = {CHOOSE.task.name: self.start(CHOOSE.task, experiments)}
+        for task in {experiment.task.name: experiment.task for experiment in experiments}.values():
+            starts[task.name] = starts.get(task.name) or self.start(task, experiments)
         algorithms = {name for experiment in experiments for name in experiment.algorithms}
-        rates = self.choose_rates(algorithms, warm[CHOOSE.task.name])
+        rates = self.choose_rates(algorithms, starts[CHOOSE.task.name])
         for experiment in experiments:
-            start = self.start(experiment.task, learned_reward=experiment.learned_reward)
-            self.run_experiment(experiment, rates, start)
+            self.run_experiment(experiment, rates, starts[experiment.task.name])
 
-    def start(self, task: Task, *, learned_reward: bool) -> Start:
-        """Data, warm start and, if it is asked for, reward model of a task; notes what they reach."""
+    def start(self, task: Task, experiments: Iterable[Experiment]) -> Start:
+        """Data, warm start and, if an experiment needs it, reward model of a task; notes what they
+        reach."""
         data = self.make_data(task)
         (warm_start,) = self.runner.finish([protocol.warm_start_job(task, data, self.scale)])
         self.note_model(warm_start, f"warm start, {task.name}")
-        if not learned_reward:
+        if not any(each.learned_reward and each.task is task for each in experiments):
             return Start(data=data, warm_start=warm_start, reward_model=None)
         pairs = self.make_pairs(task, data, warm_start)
         job = protocol.reward_model_job(

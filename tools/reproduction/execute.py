@@ -69,12 +69,13 @@ class Runner:
 
         for job in (job for job in jobs if job.processes > 1):
             self._finish_one(job, self.cores)
-        with ThreadPoolExecutor(len(self.cores)) as pool:
-            futures = [pool.submit(on_a_core, job) for job in jobs if job.processes == 1]
-            for future in futures:
-                if (error := future.exception()) is not None:
-                    pool.shutdown(cancel_futures=True)
-                    raise error
+        pool = ThreadPoolExecutor(len(self.cores))
+        try:
+            singles = [pool.submit(on_a_core, job) for job in jobs if job.processes == 1]
+            for future in singles:
+                future.result()
+        finally:  # also after Ctrl-C, which the jobs get, too
+            pool.shutdown(cancel_futures=True)
         return [self.directory(job) for job in jobs]
 
     def _finish_one(self, job: Job, cores: tuple[int, ...]) -> None:

@@ -47,7 +47,7 @@ SUMS = Task(
     labelling=by_correctness,
 )  # fmt: skip
 STEPS = Task(
-    name="steps", rule=f"{ROOT}/tools/reproduction/last_number.py:score",
+    name="steps", rule="tools/reproduction/last_number.py:score",
     supervised="supervised.jsonl", labelling=by_correctness_or_length,
 )  # fmt: skip
 TASKS = (SUMS, STEPS)
@@ -87,11 +87,11 @@ class Scale:
     """Learning rates to choose from."""
     selection_seeds: tuple[int, ...] = (101,)
     """Seeds of the runs that choose; none of them is reported."""
-    pair_prompts: int = 2000
+    pair_prompts: int = 3000
     """Training prompts that pairs are made of."""
     held_out_pair_prompts: int = 400
     """Those among them whose pairs measure the reward model."""
-    answers: int = 8
+    answers: int = 4
     """Answers sampled to each of these prompts."""
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Settings that replace those of the recipes, by program."""
