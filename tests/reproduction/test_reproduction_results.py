@@ -84,9 +84,20 @@ def test_a_mean_over_a_part_of_the_seeds_is_not_shown():
     rows[0]["target"] = rows[2]["target"] = rows[3]["target"] = {"steps": 5}
     table = document.comparison(rows, {"steps": document.to_target("steps")})
     assert cells(table)[2:] == [
-        ["steps", "`reinforce++`", "1 of 2 runs have it", "", ""],
+        ["steps", "`reinforce++`", "in 1 of 2 runs", "", ""],
         ["", "`ppo`", "5 ± 0", "", ""],
     ]
+
+
+def test_savings_are_shares_of_the_seconds_of_ppo():
+    rows = [row(name, seed, accuracy=0.6) for name in ("reinforce++", "ppo") for seed in (1, 2)]
+    for each, seconds in zip(rows, (3.0, 2.0, 4.0, 4.0)):
+        each["seconds"]["step"] = seconds
+    # 25% and 50%: mean 37.5, s = 12.5 * sqrt(2), margin 12.7062 * 12.5 = 158.8.
+    expected = "`ppo`: 37.5 ± 1.6e+02% per step. The paper"
+    assert expected in document.savings(rows)
+    rows[0]["target"] = rows[2]["target"] = {"seconds": 1.0}
+    assert expected in document.savings(rows), "not of one of two seeds"
 
 
 def test_gain_per_nat():

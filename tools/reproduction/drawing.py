@@ -15,9 +15,7 @@ from reproduction.results import Row
 LABELS = {
     "step": "step",
     "accuracy": "held-out accuracy",
-    "reward": "training reward",
     "held_out_reward": "held-out reward",
-    "right": "share of right rollouts",
     "kl": "KL, nats per response",
     "length": "response length, tokens",
 }
