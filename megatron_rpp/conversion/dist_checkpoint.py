@@ -1,6 +1,7 @@
 """Writes and reads Megatron's sharded checkpoint format, one tensor at a time.
 
-It is the format of torch.distributed.checkpoint plus two files (`metadata.json`, `common.pt`).
+It is the format of torch.distributed.checkpoint plus two files (`metadata.json`, `common.pt`; Megatron
+0.19 itself writes the content of `common.pt` into a shard).
 Layers are stacked: `decoder.layers.3.x` is row 3 of the tensor `decoder.layers.x`. Megatron's own
 writer needs the whole state in memory; here each tensor is made when it is written.
 
@@ -23,7 +24,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -32,7 +32,9 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import (
+    LoadItemType,
     LoadPlan,
+    ReadItem,
     SavePlan,
     TensorWriteData,
     WriteItem,
@@ -42,11 +44,20 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from megatron_rpp.config.model import padded_vocab_size
 from megatron_rpp.hf.families import EMBEDDING, OUTPUT, canonical
-from megatron_rpp.lifecycle.config_error import ConfigError, reading, reason
+from megatron_rpp.lifecycle.config_error import ConfigError, reading
 
 _STACKED = "decoder.layers."
 _MODEL_PREFIXES = ("embedding.", "decoder.", "output_layer.", "score.")
+_COMMON_FILE = "common.pt"
 _COMMON_OBJECT = "common_state/shard_0_1"
+_COMMON_ITEM = ReadItem(
+    type=LoadItemType.BYTE_IO,
+    dest_index=MetadataIndex(_COMMON_OBJECT),
+    dest_offsets=torch.Size((0,)),
+    storage_index=MetadataIndex(_COMMON_OBJECT),
+    storage_offsets=torch.Size((0,)),
+    lengths=torch.Size((0,)),
+)
 _FORMAT = {
     "sharded_backend": "torch_dist",
     "sharded_backend_version": 1,
@@ -127,7 +138,7 @@ def write(directory: Path, entries: list[Entry], common: dict[str, Any]) -> None
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as intended
         dcp.save({}, storage_writer=writer, planner=_WritePlan(entries), no_dist=alone)
     if alone or dist.get_rank() == 0:
-        torch.save(common, directory / "common.pt")
+        torch.save(common, directory / _COMMON_FILE)
         (directory / "metadata.json").write_text(json.dumps(_FORMAT))
 
 
@@ -140,6 +151,15 @@ class _ReadPlan(DefaultLoadPlanner):
 
     def lookup_tensor(self, index: MetadataIndex) -> torch.Tensor:
         return self.target
+
+
+class _ReadObject(DefaultLoadPlanner):
+    """Reads one object into `content`."""
+
+    content: Any = None
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        self.content = torch.load(value, weights_only=True)
 
 
 class Checkpoint:
@@ -160,38 +180,39 @@ class Checkpoint:
         self._stored: dict[str, str] = {}
         """The name of each tensor in the files, which may use either naming of the norms."""
         self.tensors: dict[str, TensorStorageMetadata] = {}
-        self._has_common = _COMMON_OBJECT in metadata.state_dict_metadata
+        shards = {index.fqn: info.relative_path for index, info in metadata.storage_data.items()}
+        self._common_shard: str | None = shards.get(_COMMON_OBJECT)
         for key, entry in metadata.state_dict_metadata.items():
             if isinstance(entry, TensorStorageMetadata) and key.startswith(_MODEL_PREFIXES):
                 self._stored[canonical(key)] = key
                 self.tensors[canonical(key)] = entry
 
+    @property
+    def common_file(self) -> Path:
+        """The file that holds the common state: `common.pt` or, from Megatron 0.19 on, a shard."""
+        separate = self.directory / _COMMON_FILE
+        if self._common_shard is None or separate.exists():
+            return separate
+        return self.directory / self._common_shard
+
     def common(self) -> dict[str, Any]:
         """The state that is stored next to the tensors; {} if it contains code of another program.
 
-        It is a separate file or, from Megatron 0.19 on, an object among the shards. Raises
-        ConfigError if there is neither, or it is damaged.
+        Raises ConfigError if it is missing or damaged.
         """
-        file = self.directory / "common.pt"
-        if not zipfile.is_zipfile(file) and (file.exists() or not self._has_common):
+        file = self.common_file
+        separate = file.name == _COMMON_FILE
+        if separate and not zipfile.is_zipfile(file):
             raise ConfigError(f"{file} is missing or not whole: choose another checkpoint")
         with reading(f"{file}", "it is not whole; choose another checkpoint"):
             try:
-                return torch.load(file, weights_only=True) if file.exists() else self._shared()
+                if separate:
+                    return torch.load(file, weights_only=True)
+                planner = _ReadObject()
+                self._reader.read_data(LoadPlan([_COMMON_ITEM]), planner).wait()
+                return planner.content[0]
             except pickle.UnpicklingError:
                 return {}
-
-    def _shared(self) -> dict[str, Any]:
-        target = {_COMMON_OBJECT: io.BytesIO()}
-        try:
-            dcp.load(target, storage_reader=dcp.FileSystemReader(self.directory), no_dist=True)
-        except CheckpointException as error:  # not an Exception, so no handler would catch it
-            raise OSError(reason(error)) from error
-        content = target[_COMMON_OBJECT]
-        if isinstance(content, io.BytesIO):
-            content.seek(0)
-            content = torch.load(content, weights_only=True)
-        return content[0]
 
     def dtype(self, place: Place) -> torch.dtype:
         return self.tensors[place.key].properties.dtype

@@ -19,6 +19,7 @@ from megatron_rpp.checkpoint import manifest
 from megatron_rpp.checkpoint import state as checkpoint
 from megatron_rpp.checkpoint.state import SaveFailed
 from megatron_rpp.checkpoint.store import POINTER
+from megatron_rpp.conversion.dist_checkpoint import Checkpoint
 from tests.small_run import arguments
 from tests.whole_runs import VARIED, rows, run_program, train_run, with_whole_run
 
@@ -57,7 +58,7 @@ def truncate(path: Path) -> None:
 DAMAGE = {
     "no metadata": (lambda path: (path / ".metadata").unlink(), ".metadata is missing"),
     "empty metadata": (lambda path: (path / ".metadata").write_bytes(b""), ".metadata has 0 bytes"),
-    "no common part": (lambda path: (path / "common.pt").unlink(), "common.pt is missing"),
+    "no common part": (lambda path: Checkpoint(path).common_file.unlink(), "is missing"),
     "truncated": (lambda path: truncate(shard(path)), "bytes, not"),
     "flipped bit": (lambda path: flip(shard(path)), "has another digest"),
     "torn manifest": (lambda path: truncate(path / manifest.MANIFEST), "manifest.json is missing"),

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from megatron_rpp.config import Config
+from megatron_rpp.conversion.dist_checkpoint import Checkpoint
 from tests.data.hf_tokenizers import make_chatml
 from tests.runs.test_config_errors import check_error, error_message
 from tests.small_run import arguments, make_data
@@ -165,17 +166,19 @@ def old(data, tmp_path_factory) -> Path:
     return run / "checkpoints"
 
 
-@pytest.mark.parametrize("damage", ["common.pt", "metadata.json", ".metadata"])
+@pytest.mark.parametrize("damage", ["common state", "metadata.json", ".metadata"])
 def test_a_damaged_checkpoint(damage, old, data, tmp_path, capsys):
     """It is found before a model is built, both as initial weights and to resume from."""
     shutil.copytree(old, tmp_path / "damaged")
     path = tmp_path / "damaged/iter_0000001"
-    (path / damage).write_bytes((path / damage).read_bytes()[:20])
+    file = Checkpoint(path).common_file if damage == "common state" else path / damage
+    file.write_bytes(file.read_bytes()[:20])
+    named = file if damage == "common state" else path
     capsys.readouterr()
     for setting in ("model__init_path", "checkpoint__load"):
         argv = arguments(data, tmp_path / "new", **{setting: tmp_path / "damaged"})
         errors = error_message(argv, capsys)
-        assert str(path) in errors and "choose another" in errors
+        assert f"{named} " in errors and "choose another" in errors
 
 
 @pytest.mark.parametrize("temperature", ["1e-40", "1e-9", "0.0009"])
