@@ -58,10 +58,10 @@ def _check(config: Config, vocab_size: int, *, thorough: bool) -> str:
         if groups.is_main():
             environment.check_urls(config, vocab_size)
         return f"{len(vllm.urls)} server(s) with this model"
-    expected = environment.expected_model(config, vocab_size)
+    family = environment.architecture(config, vocab_size)
     if os.environ.get("LOCAL_RANK", "0") != "0":  # one rank of each node asks
         return ""
     version = environment.check_installed(vllm.python)
     if thorough:
-        environment.check_family(vllm.python, expected["architecture"])
-    return f"vLLM {version} in {vllm.python}, {expected['architecture']}"
+        environment.check_family(vllm.python, family)
+    return f"vLLM {version} in {vllm.python}, {family}"

@@ -9,6 +9,7 @@ import sys
 import tempfile
 import threading
 import time
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from socketserver import UnixStreamServer
@@ -17,12 +18,14 @@ import pytest
 
 from megatron_rpp.config import Config, ModelConfig, RolloutConfig, VllmConfig
 from megatron_rpp.lifecycle.config_error import ConfigError
+from megatron_rpp.parallel import groups
 from megatron_rpp.rollout.vllm import environment, supervisor
 from megatron_rpp.rollout.vllm.api import Server
 from megatron_rpp.rollout.vllm.buckets import BUCKET_BYTES, plan
 from megatron_rpp.rollout.vllm.fleet import Host, Place, gpus_of, places
 from megatron_rpp.rollout.vllm.servers import Child, Site, cache_bytes, command, socket_folder
 from megatron_rpp.rollout.vllm.servers import environment as variables
+from megatron_rpp.runtime.engine_check import check_engine
 
 PYTHON = sys.executable
 NODES = [Host("a", [0, 1, 2, 3], [0, 2]), Host("b", [4, 5, 6, 7], [4, 6])]
@@ -136,6 +139,25 @@ def test_a_python_that_is_missing_is_refused():
 def test_this_environment_has_no_vllm():
     with pytest.raises(ConfigError, match="has no vLLM"):
         environment.check_installed(PYTHON)
+
+
+def test_a_run_that_starts_its_servers_is_told_what_was_found(tmp_path):
+    """`python` stands for an environment with vLLM: it answers each question as that would."""
+    python = tmp_path / "python"
+    answers = """case $2 in *get_supported_archs*) echo '["LlamaForCausalLM"]';; *) echo '"0.32.0"';; esac"""
+    python.write_text(f"#!/bin/sh\n{answers}\n")
+    python.chmod(0o700)
+    ours = config(python=str(python), dir=str(tmp_path))
+    other = replace(ours, model=ModelConfig(qkv_bias=True))
+    groups.start(**ours.parallel.sizes(), seed=3)
+    try:
+        for thorough in (False, True):
+            found = check_engine(ours, 64, thorough=thorough)
+            assert found == f"vLLM 0.32.0 in {python}, LlamaForCausalLM"
+        with pytest.raises(ConfigError, match="does not know Qwen2ForCausalLM"):
+            check_engine(other, 64, thorough=True)
+    finally:
+        groups.stop()
 
 
 def test_a_server_with_another_model_is_refused():

@@ -83,6 +83,11 @@ def model_config(config: Config, vocab_size: int) -> dict[str, Any]:
     return config_json(config.model.architecture(vocab_size))
 
 
+def architecture(config: Config, vocab_size: int) -> str:
+    """The name of the model's architecture. Raises ConfigError if config.json has no known one."""
+    return architecture_of(JsonObject(Path(CONFIG), model_config(config, vocab_size))).name
+
+
 def write_model_config(config: Config, vocab_size: int, folder: Path) -> None:
     """Writes the config.json from which vLLM builds the model; its weights come later."""
     folder.mkdir(parents=True, exist_ok=True)
