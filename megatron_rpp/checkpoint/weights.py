@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.planner import ReadItem
 
 from megatron_rpp.checkpoint.store import require
@@ -51,6 +52,15 @@ def _stored(path: Path) -> dict[str, ShardedTensor]:
         return dist_checkpointing.load_tensors_metadata(str(path))
 
 
+def _common(path: Path) -> dict:
+    """What a checkpoint holds besides tensors."""
+    with reading(f"checkpoint {path}", "choose another"):
+        try:
+            return dist_checkpointing.load_common_state_dict(str(path))
+        except CheckpointException as error:  # of Megatron 0.19; it is not an Exception
+            raise error.failures[0][0] from None  # each rank reads alone, as rank 0 of one
+
+
 def check_fit(
     model: torch.nn.Module, path: Path, prefix: str = "", *, keep: Container[str] = ()
 ) -> dict:
@@ -61,8 +71,7 @@ def check_fit(
     Raises ConfigError, on every rank, if it is of another model.
     """
     stored, scalar = _stored(path), isinstance(chunks(model)[0], ScalarModel)
-    with reading(f"checkpoint {path}", "choose another"):
-        common = dist_checkpointing.load_common_state_dict(str(path))
+    common = _common(path)
     if SCORE in stored and not scalar:
         refuse_scalar(f"checkpoint {path}")
     # A checkpoint of another program has no such record; then only shapes are compared.

@@ -20,6 +20,7 @@ from megatron_rpp.checkpoint import state as checkpoint
 from megatron_rpp.checkpoint.state import SaveFailed
 from megatron_rpp.checkpoint.store import POINTER
 from megatron_rpp.conversion.dist_checkpoint import Checkpoint
+from megatron_rpp.lifecycle.config_error import ConfigError
 from tests.small_run import arguments
 from tests.whole_runs import VARIED, rows, run_program, train_run, with_whole_run
 
@@ -156,6 +157,15 @@ def test_a_checkpoint_from_elsewhere_needs_no_manifest(run):
     (directory / POINTER).write_text("release\n")
     assert checkpoint.newest(directory) == directory / "release"
     assert checkpoint.require(directory / "release") == directory / "release"
+
+
+def test_a_damaged_common_state_without_a_manifest_is_an_error(base, run):
+    path = run / "checkpoints" / NAMES[2]
+    (path / manifest.MANIFEST).unlink()
+    file = Checkpoint(path).common_file
+    file.write_bytes(file.read_bytes()[:20])
+    with pytest.raises(ConfigError, match=f"checkpoint {path} cannot be read .*: choose another"):
+        train_run(base, run, **(SETTINGS | {"train__steps": 4}))
 
 
 def test_a_tool_can_write_a_manifest(tmp_path):
