@@ -71,10 +71,11 @@ def train(config: Config, inputs: Inputs, dry_run: bool = False) -> None:
                 checkpointing.stop_if_requested(run)
                 row, buffer = rl_step(run)
                 row |= checkpointing.evaluate_if_due(run)
+                if not run.warms_up:  # then the KL says nothing about the coefficient
+                    kl_control.adapt(
+                        run.state, row, config.algorithm, samples=config.rollout.samples_per_step
+                    )
                 run.advance(config.rollout.prompts_per_step)
-                kl_control.adapt(
-                    run.state, row, config.algorithm, samples=config.rollout.samples_per_step
-                )
                 run.metrics.histograms(run.state.step, buffer)
                 checkpointing.finish_step(run, row)
                 _log_step(run, row)
@@ -219,7 +220,7 @@ def _log_start(run: Run) -> None:
     log(f"algorithm {config.algorithm.name}; {config.algorithm.kl_summary}")
     start = f"resumed at step {run.state.step}" if run.state.step else "starts at step 0"
     if run.step_progress.buffer is not None:
-        start += f" and {run.step_progress.update.done} mini-batches"
+        start += f" and {run.step_progress.minibatches} mini-batches"
     log(f"{start} of {config.train.steps}, {run.state.prompts_seen} prompts seen")
 
 

@@ -116,8 +116,10 @@ def clipped_values(
     check_mask(mask, values, old_values, returns)
     if clip is None:
         return mask.new_zeros((), dtype=torch.int64)
+    # The distance too, because a bounded value differs from the value by rounding.
+    moved = (at_least_fp32(values) - at_least_fp32(old_values)).abs() > clip
     unclipped = value_loss(values, old_values, returns)
-    return (mask & (value_loss(values, old_values, returns, clip) > unclipped)).sum()
+    return (mask & moved & (value_loss(values, old_values, returns, clip) > unclipped)).sum()
 
 
 def aggregation_weights(mask: Tensor, kind: str) -> tuple[Tensor, Tensor]:

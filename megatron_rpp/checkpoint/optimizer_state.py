@@ -71,8 +71,8 @@ def check_optimizer(trained: TrainedModel, saved: dict, path: Path, *, section: 
     if distributed != (_SHARDING in saved):
         raise ConfigError(
             f"checkpoint {path} was saved with {section}.distributed {not distributed}, this run "
-            f"has {distributed}: set it to {not distributed}, or start from its weights alone with "
-            "model.init_path"
+            f"has {distributed}: set it to {not distributed}, or start from the weights alone, with "
+            "init_path of the section model or critic"
         )
 
 

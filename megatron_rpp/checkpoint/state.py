@@ -25,7 +25,7 @@ from megatron_rpp.checkpoint.optimizer_state import (
 )
 from megatron_rpp.checkpoint.run_state import RunState
 from megatron_rpp.checkpoint.store import POINTER, newest, require
-from megatron_rpp.checkpoint.weights import check_fit, load_model, load_weights, model_state
+from megatron_rpp.checkpoint.weights import CRITIC, check_fit, load_model, load_weights, model_state
 from megatron_rpp.checkpoint.writer import PendingSave
 from megatron_rpp.config import CheckpointConfig
 from megatron_rpp.lifecycle import heartbeat
@@ -74,8 +74,11 @@ class _Part:
 def _parts(policy: TrainedModel, critic: TrainedModel | None) -> list[_Part]:
     parts = [_Part(policy)]
     if critic is not None:
-        names = "critic", "critic.", "critic_optimizer", "critic_scheduler", "critic.optimizer"
-        parts.append(_Part(critic, *names))
+        part = _Part(
+            critic, model="critic", prefix=CRITIC, optimizer="critic_optimizer",
+            scheduler="critic_scheduler", section="critic.optimizer",
+        )  # fmt: skip
+        parts.append(part)
     return parts
 
 

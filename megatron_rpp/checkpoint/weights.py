@@ -34,6 +34,9 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
 )
 from megatron.core.dist_checkpointing.strategies.torch import MCoreLoadPlanner
 
+CRITIC = "critic."
+"""Begins the names of a critic's tensors, beside those of its policy."""
+
 
 def model_state(model: torch.nn.Module, prefix: str = "") -> dict:
     """The sharded state by chunk. The keys of the tensors count layers in the whole model.
@@ -122,16 +125,22 @@ def signs_of_life() -> Iterator[None]:
         MCoreLoadPlanner.commit_tensor = original
 
 
-def load_weights(model: torch.nn.Module, directory: str | Path) -> None:
+def load_weights(
+    model: torch.nn.Module, directory: str | Path, *, prefer_critic: bool = False
+) -> None:
     """Loads the weights of a checkpoint that any layout wrote into `model`. Collective.
 
     A scalar model that is filled from a policy keeps the values of its head.
+
+    prefer_critic: take the critic of the checkpoint, if it has one.
     """
     path = require(directory)
     heartbeat.enter("load the weights")
-    keep = {SCORE} - _stored(path).keys()
-    check_fit(model, path, keep=keep)
-    load_model(model, path, keep=keep)
+    stored = _stored(path).keys()
+    prefix = CRITIC if prefer_critic and CRITIC + SCORE in stored else ""
+    keep = {SCORE} - {key.removeprefix(prefix) for key in stored}
+    check_fit(model, path, prefix, keep=keep)
+    load_model(model, path, prefix, keep=keep)
 
 
 def load_model(

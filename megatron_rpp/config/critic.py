@@ -19,8 +19,9 @@ class CriticConfig:
     a value for every token. With other algorithms, every setting stays at its default."""
 
     init_path: str | None = None
-    """Megatron checkpoint directory that the critic starts from: a reward model, whose head it takes
-    over, or a language model. null = the initial weights of the policy with a new head."""
+    """Megatron checkpoint directory that the critic starts from: the critic of a run of ppo, a reward
+    model, whose head it takes over, or a language model. null = the initial weights of the policy with
+    a new head."""
     hf_path: str | None = None
     """Hugging Face model directory to start from instead of init_path: a sequence classifier with
     one label, or a language model."""
@@ -45,9 +46,15 @@ class CriticConfig:
             )
 
 
-def check_critic(critic: CriticConfig, algorithm: AlgorithmConfig) -> None:
-    """Checks that nothing is set that only ppo reads, if the algorithm is another."""
+def check_critic(critic: CriticConfig, algorithm: AlgorithmConfig, *, steps: int) -> None:
+    """Checks that the policy is trained in some of the `steps`, and that nothing is set that only ppo
+    reads if the algorithm is another."""
     if algorithm.name == "ppo":
+        if critic.warmup_steps >= steps:
+            raise ConfigError(
+                f"critic.warmup_steps must be below train.steps = {steps}, got "
+                f"{critic.warmup_steps}: the policy would never be trained"
+            )
         return
     defaults = CriticConfig()
     unread = {

@@ -10,7 +10,7 @@ from megatron_rpp.config.model import ModelConfig
 from megatron_rpp.lifecycle.config_error import ConfigError, reading
 
 HF_FOLDER = "hf"
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 def side_folder(checkpoint: str | Path) -> Path | None:
@@ -38,7 +38,7 @@ def tokenizer_folder(directory: str | Path) -> Path | None:
 
 
 def has_tokenizer(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in _TOKENIZERS)
+    return any((folder / name).is_file() for name in TOKENIZERS)
 
 
 def infer_settings(

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from megatron_rpp.config.validation import check_characters, check_choices, check_range
 from megatron_rpp.config.vllm import VllmConfig
 from megatron_rpp.lifecycle.config_error import ConfigError
 
-MODEL = "model:"
-"""Begins the name of a reward function that is a model; its directory follows."""
+_MODEL = "model:"
 LOWEST_TEMPERATURE = 1e-3
 """Logits are divided by the temperature in fp32. At 100 / 0.001 the spacing of fp32 is 2^-7, so
 rounding changes a log-prob, and with it the ratio of two policies, by up to 1%: well within the
 clip range of 20%. At a tenth of this temperature, rounding alone would exceed that range; at 1e-36,
 logits of 1,000 overflow."""
+
+
+def model_directory(name: str) -> Path | None:
+    """The directory of a reward function that is a model on Megatron, "model:DIR"; None if it is
+    another function."""
+    return Path(name.removeprefix(_MODEL)).absolute() if name.startswith(_MODEL) else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,7 +160,7 @@ class RewardConfig:
     @property
     def model_names(self) -> list[str]:
         """The functions that are reward models on Megatron."""
-        return [name for name in self.functions if name.startswith(MODEL)]
+        return [name for name in self.functions if model_directory(name) is not None]
 
 
 @dataclass(frozen=True, kw_only=True)

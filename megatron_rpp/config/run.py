@@ -83,7 +83,7 @@ class Config:
         if self.seed < 0:
             raise ConfigError(f"seed must be at least 0, got {self.seed}")
         check_layout(self.model, self.parallel)
-        check_critic(self.critic, self.algorithm)
+        check_critic(self.critic, self.algorithm, steps=self.train.steps)
         check_offload(self)
         check_overlap(self)
         check_recompute(self)

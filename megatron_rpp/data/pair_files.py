@@ -19,7 +19,7 @@ from megatron_rpp.config.reward_model import RewardModelConfig
 from megatron_rpp.data.chat import PromptFormat
 from megatron_rpp.data.loading import ProgressBar, cache_dir, open_parts, pass_key
 from megatron_rpp.data.pairs import Content, RatedExample, RatedExamples, Side
-from megatron_rpp.data.prompts import Prompt, PromptFile, PromptSet, digest_of
+from megatron_rpp.data.prompts import CHUNK, Prompt, PromptFile, PromptSet, digest_of
 from megatron_rpp.data.row_cache import Pass, cached
 from megatron_rpp.data.sources import open_rows
 from megatron_rpp.lifecycle.config_error import ConfigError, reading
@@ -130,30 +130,55 @@ def fitting_rated_rows(
     """
     fits = np.ones(len(examples), bool)
     prompts, labels = digest_of(), digest_of()
-    for row in range(len(examples)):
-        example, where = examples[row], examples.rows.where(row)
-        assert isinstance(example, RatedExample)
-        with reading(where, "correct the row"):
-            try:
-                _check_responses(example.sides, form)
-                longest = max(map(len, encode_sides(example.sides, form)))
-            except ConfigError as error:
-                raise ConfigError(f"{where}: {error}") from error
-        contexts = [side.context for side in example.sides]
-        prompts.update(json.dumps(contexts, default=str).encode())
-        labels.update(json.dumps(example.label).encode())
-        fits[row] = longest <= context
-        if longest > context and not drop:
-            raise ConfigError(
-                f"{where}: prompt and response have {longest} tokens, model.max_length is {context}: "
-                "raise it, remove the row, or set data.overlong_prompts to drop"
-            )
-        advance(1)
+    for start in range(0, len(examples), CHUNK):
+        chunk = range(start, min(start + CHUNK, len(examples)))
+        read = [_read(examples, row) for row in chunk]
+        for row, example, tokens in zip(chunk, read, _lengths(examples, chunk, read, form=form)):
+            contexts = [side.context for side in example.sides]
+            prompts.update(json.dumps(contexts, default=str).encode())
+            labels.update(json.dumps(example.label).encode())
+            fits[row] = tokens <= context
+            if tokens > context and not drop:
+                raise ConfigError(
+                    f"{examples.rows.where(row)}: prompt and response have {tokens} tokens, "
+                    f"model.max_length is {context}: raise it, remove the row, or set "
+                    "data.overlong_prompts to drop"
+                )
+        advance(len(chunk))
     return Pass(np.flatnonzero(fits), prompts.hexdigest(), labels.hexdigest())
 
 
-def _check_responses(sides: Sequence[Side], form: PromptFormat) -> None:
-    """Raises ConfigError if a response has no tokens, or there is no message for the template."""
+def _read(examples: RatedExamples, row: int) -> RatedExample:
+    with reading(examples.rows.where(row), "correct the row"):
+        example = examples[row]
+    assert isinstance(example, RatedExample)
+    return example
+
+
+def _lengths(
+    examples: RatedExamples, chunk: Sequence[int], read: Sequence[RatedExample], *,
+    form: PromptFormat,
+) -> list[int]:  # fmt: skip
+    """The tokens of the longest side of each row in a chunk."""
+    try:
+        found = iter(_checked([side for example in read for side in example.sides], form))
+        return [max(len(next(found)) for _ in example.sides) for example in read]
+    except Exception:  # a tokenizer may raise anything: encode one by one to find the row
+        return [_length(examples, row, example, form=form) for row, example in zip(chunk, read)]
+
+
+def _length(examples: RatedExamples, row: int, example: RatedExample, *, form: PromptFormat) -> int:
+    where = examples.rows.where(row)
+    with reading(where, "correct the row"):
+        try:
+            return max(map(len, _checked(example.sides, form)))
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error}") from error
+
+
+def _checked(sides: Sequence[Side], form: PromptFormat) -> list[tuple[int, ...]]:
+    """Does the same as encode_sides; also raises ConfigError if a response has no tokens, or there is no
+    message for the template."""
     if form.apply_chat_template and not all(side.context for side in sides):
         raise ConfigError(
             "data.apply_chat_template needs a prompt in a field of its own: name it with "
@@ -162,6 +187,7 @@ def _check_responses(sides: Sequence[Side], form: PromptFormat) -> None:
     for side, tokens in zip(sides, form.tokenizer.encode_many([s.response for s in sides])):
         if not tokens:
             raise ConfigError(f"the response {side.response!r} has no tokens: remove the row")
+    return encode_sides(sides, form)
 
 
 def encode_sides(sides: Sequence[Side], form: PromptFormat) -> list[tuple[int, ...]]:

@@ -27,6 +27,8 @@ from megatron_rpp.data.messages import Message, conversation, last_user_text
 from megatron_rpp.data.rows import Row, Rows, kind
 from megatron_rpp.lifecycle.config_error import ConfigError
 
+_LARGEST = 1e6
+"""Largest size of a margin or score. Its square has 24 bits left in fp32."""
 Content = Literal["pairs", "scores"]
 """What the rows of a data set hold."""
 
@@ -192,7 +194,7 @@ def _check_difference(better: Side, worse: Side, where: str) -> None:
     else:
         same = _said(ours) == _said(theirs)
         both = takewhile(lambda pair: pair[0] == pair[1], zip(_said(ours), _said(theirs)))
-        if not any(turn[0] == "user" for turn, _ in both):
+        if not same and not any(turn[0] == "user" for turn, _ in both):
             raise ConfigError(
                 f"{where}: the prompts of the two responses differ: {ours[0]} and {theirs[0]}; both "
                 "must answer the same one"
@@ -203,11 +205,13 @@ def _check_difference(better: Side, worse: Side, where: str) -> None:
 
 def _number(value: Any, where: str) -> float:
     """A number, or the text of one: every cell of a CSV file is a text. Raises ConfigError if it is
-    not finite."""
+    not finite or too large to be learned in fp32."""
     number = math.nan
     if isinstance(value, (int, float, Decimal, str)) and not isinstance(value, bool):
         with suppress(ValueError, OverflowError):
             number = float(value)
-    if not math.isfinite(number):
-        raise ConfigError(f"{where} is {value!r}, it must be a finite number: correct the row")
+    if not abs(number) <= _LARGEST:  # NaN is not
+        raise ConfigError(
+            f"{where} is {value!r}, it must be a finite number of at most {_LARGEST:g}: correct the row"
+        )
     return number

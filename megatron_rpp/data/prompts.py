@@ -22,7 +22,7 @@ from megatron_rpp.data.sampler import Mixture, prompt_indices
 from megatron_rpp.lifecycle.config_error import ConfigError, reading
 from megatron_rpp.seeds import permutation
 
-_CHUNK = 256
+CHUNK = 256
 """Number of prompts that are tokenized at a time."""
 _HELD_OUT = 1
 """Distinguishes the draw of the held-out rows from other permutations of the same seed."""
@@ -140,8 +140,8 @@ def fitting_rows(
     """
     fits = np.ones(len(examples), bool)
     prompts, labels = digest_of(), digest_of()
-    for start in range(0, len(examples), _CHUNK):
-        chunk = range(start, min(start + _CHUNK, len(examples)))
+    for start in range(0, len(examples), CHUNK):
+        chunk = range(start, min(start + CHUNK, len(examples)))
         read = [examples[row] for row in chunk]
         for row, example, tokens in zip(chunk, read, _encoded(examples, chunk, read, form=form)):
             where = examples.rows.where(row)

@@ -53,8 +53,8 @@ def _check_architecture(
         )
     if differences:
         raise ConfigError(
-            f"{directory} does not fit the model: {'; '.join(differences)}. Remove these settings "
-            f"from the model section: model.hf_path sets them"
+            f"{directory} does not fit the model: {'; '.join(differences)}. Give the directory of a "
+            "model of this shape; for the policy, remove these settings, which model.hf_path sets"
         )
 
 

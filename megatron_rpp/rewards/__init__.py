@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, NoReturn
 
+from megatron_rpp.config.learning import model_directory
 from megatron_rpp.lifecycle.config_error import ConfigError
 from megatron_rpp.lifecycle.exit_codes import RunFailure
 from megatron_rpp.rewards.golds import unread
 from megatron_rpp.rewards.loading import (
     RewardFunction,
-    is_model,
     load_reward,
     needs_worker,
     row_problem,
@@ -89,7 +89,9 @@ class RewardSet:
                 f"reward.options has {unknown}, but reward.functions has only {list(names)}"
             )
         self._functions = {
-            name: load_reward(name, options.get(name)) for name in names if not is_model(name)
+            name: load_reward(name, options.get(name))
+            for name in names
+            if model_directory(name) is None
         }
         self._names = names
         self._weights = weights

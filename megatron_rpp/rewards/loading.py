@@ -12,7 +12,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from megatron_rpp.config.learning import MODEL
 from megatron_rpp.lifecycle.config_error import ConfigError
 from megatron_rpp.lifecycle.extras import require_extra
 from megatron_rpp.rewards.builtin import (
@@ -61,11 +60,6 @@ def row_problem(
     except SampleError as error:
         return f"reward function {name!r} {error}"
     return None
-
-
-def is_model(name: str) -> bool:
-    """Whether the name is that of a reward model on Megatron."""
-    return name.startswith(MODEL)
 
 
 def is_url(name: str) -> bool:

@@ -55,8 +55,10 @@ def check_critic(config: Config, vocab_size: int) -> None:
         raise ConfigError(f"critic.{setting}: {error}") from error
     if critic.hf_path is not None:
         check_source(critic.hf_path)
-    # A critic has no output projection that could be tied.
-    differences = [
+    # A critic has no output projection that could be tied. A longer context changes no weight.
+    longest, own = theirs["max_length"], config.model.max_length
+    differences = [f"its context is {longest} tokens, {own} here"] if longest < own else []
+    differences += [
         f"{name} is {theirs[name]} there, {value} here"
         for name, value in config.model.architecture(vocab_size).items()
         if name not in ("max_length", "tied_embeddings") and theirs[name] != value

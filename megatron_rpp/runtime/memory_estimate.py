@@ -8,6 +8,7 @@ Left out: the allocator's fragmentation (5-10% of a GPU if rows vary in length),
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from megatron_rpp.config import Config, ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_rpp.model.decode_sizes import PASS_TOKENS
@@ -36,7 +37,9 @@ class Memory:
     critic: int
     """Its weights, gradients and optimizer; 0 if there is none."""
     reward: int
-    """Weights of the reward models."""
+    """Weights of the reward models that stay on the device."""
+    scoring: int
+    """A pass of the largest reward model, with its weights if they were in host memory."""
     activations: int
     """Of the micro-batches in flight, with the outputs that wait for their gradient."""
     backward: int
@@ -67,7 +70,7 @@ class Memory:
     @property
     def total(self) -> int:
         """The peak. The cache is freed before the update, which needs the activations."""
-        return self.resident + max(self.update, self.rollout)
+        return self.resident + max(self.update, self.rollout, self.scoring)
 
 
 def has_reference(config: Config) -> bool:
@@ -105,6 +108,7 @@ def stage_estimate(
     count = stage_parameters(model, parallel, vocab_size=vocab_size, stage=stage)
     weights = count * weight_bytes(model)
     resident = has_reference(config) and config.reference.placement == "resident"
+    models, stay = _reward_models(config, stage=stage), config.reward.model_placement == "resident"
     activations, backward = _update(
         config, vocab_size, replicas=replicas, stage=stage, device=device
     )
@@ -114,9 +118,8 @@ def stage_estimate(
         gradients=count * FP32,
         optimizer=_optimizer(config, config.optimizer, count, replicas=replicas, device=device),
         reference=weights if resident else 0,
-        reward=_reward_models(config, stage=stage)
-        if config.reward.model_placement == "resident"
-        else 0,
+        reward=sum(used.weights for used in models) if stay else 0,
+        scoring=max((used.forward + used.weights * (not stay) for used in models), default=0),
         critic=_critic(config, vocab_size, replicas=replicas, stage=stage, device=device),
         activations=activations,
         backward=backward,
@@ -145,19 +148,29 @@ def _critic(config: Config, vocab_size: int, *, replicas: int, stage: int, devic
     return count * (weight_bytes(model) + FP32) + adam
 
 
-def _reward_models(config: Config, *, stage: int) -> int:
-    """Weights of the reward models on a rank of a stage, in bytes. Reads their directories."""
+class _RewardModel(NamedTuple):
+    """Bytes of a reward model on a rank."""
+
+    weights: int
+    forward: int
+    """A forward pass in one layer. A layer keeps nothing for a backward pass."""
+
+
+def _reward_models(config: Config, *, stage: int) -> list[_RewardModel]:
+    """The reward models on a rank of a stage. Reads their directories."""
     if not config.reward.model_names:
-        return 0
+        return []
     from megatron_rpp.runtime.reward_models import reward_model_config  # loads torch
 
-    found = (reward_model_config(config, name) for name in config.reward.model_names)
-    return sum(
-        stage_parameters(
-            model, config.parallel, vocab_size=vocab_size, stage=stage, scalar=True
-        ) * weight_bytes(model)
-        for model, vocab_size in found
-    )  # fmt: skip
+    parallel, found = config.parallel, []
+    for name in config.reward.model_names:
+        model, vocab_size = reward_model_config(config, name)
+        count = stage_parameters(model, parallel, vocab_size=vocab_size, stage=stage, scalar=True)
+        tokens = config.train.max_tokens_per_microbatch // parallel.context
+        layer = 3 * model.ffn_hidden // parallel.tensor + 4 * model.hidden
+        width = weight_bytes(model)
+        found.append(_RewardModel(count * width, tokens * layer * width))
+    return found
 
 
 def _update(
@@ -250,9 +263,11 @@ class HostMemory:
 
     def __add__(self, other: HostMemory) -> HostMemory:
         return HostMemory(
-            self.reference + other.reference, self.reward + other.reward, self.optimizer + other.optimizer,
-            self.save + other.save,
-        )  # fmt: skip
+            reference=self.reference + other.reference,
+            reward=self.reward + other.reward,
+            optimizer=self.optimizer + other.optimizer,
+            save=self.save + other.save,
+        )
 
     @property
     def total(self) -> int:
@@ -270,7 +285,8 @@ def _stage_on_host(config: Config, vocab_size: int, *, replicas: int, stage: int
     model, parallel = config.model, config.parallel
     offloaded = has_reference(config) and config.reference.placement == "offload"
     waiting = config.reward.model_placement == "offload"
-    total = HostMemory(0, _reward_models(config, stage=stage) if waiting else 0, 0, 0)
+    weights = [used.weights for used in _reward_models(config, stage=stage)] if waiting else []
+    total = HostMemory(reference=0, reward=sum(weights), optimizer=0, save=0)
     for scalar, optimizer in _trained(config):
         count = stage_parameters(model, parallel, vocab_size=vocab_size, stage=stage, scalar=scalar)
         # Besides the weights themselves.

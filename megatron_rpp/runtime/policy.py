@@ -83,7 +83,7 @@ def build_critic(config: Config, policy: TrainedModel, vocab_size: int) -> Train
         kind=ScalarModel,
     )  # fmt: skip
     if settings.init_path is not None:
-        checkpoint.load_weights(stage, settings.init_path)
+        checkpoint.load_weights(stage, settings.init_path, prefer_critic=True)
     elif settings.hf_path is not None:
         load_hf(stage, settings.hf_path)
     else:

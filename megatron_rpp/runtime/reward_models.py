@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from megatron_rpp.config import Config, ModelConfig
 from megatron_rpp.config.infer_settings import tokenizer_folder
-from megatron_rpp.config.learning import MODEL
+from megatron_rpp.config.learning import model_directory
 from megatron_rpp.config.validation import check_layout
 from megatron_rpp.conversion.settings import model_settings
 from megatron_rpp.data.chat import PromptFormat
@@ -43,7 +43,8 @@ def reward_model_config(config: Config, name: str) -> tuple[ModelConfig, int]:
 
     Raises ConfigError if its directory holds none, or its shape does not fit the layout.
     """
-    directory = Path(name.removeprefix(MODEL)).absolute()
+    directory = model_directory(name)
+    assert directory is not None
     with _naming(name):
         found = model_settings(directory)
         if not found.scalar:
@@ -68,7 +69,8 @@ def open_reward_models(config: Config, inputs: Inputs) -> tuple[RewardModelSourc
 
 def _open(config: Config, inputs: Inputs, name: str) -> RewardModelSource:
     model, vocab_size = reward_model_config(config, name)
-    directory = Path(name.removeprefix(MODEL)).absolute()
+    directory = model_directory(name)
+    assert directory is not None
     with _naming(name):
         if (directory / CONFIG).is_file():
             check_source(directory)
@@ -94,7 +96,7 @@ def _form(config: Config, inputs: Inputs, directory: Path) -> PromptFormat:
     folder = tokenizer_folder(directory)
     if folder is None:
         return inputs.form
-    tokenizer = load_tokenizer(folder, None, config.data.trust_remote_code)
+    tokenizer = load_tokenizer(folder)  # data.trust_remote_code is about the policy's
     return PromptFormat(tokenizer, config.data.apply_chat_template, config.data.system_prompt)
 
 

@@ -30,6 +30,8 @@ from megatron_rpp.config import (
     RewardModelConfig,
     SftConfig,
 )
+from megatron_rpp.config.learning import model_directory
+from megatron_rpp.conversion.content import model_digest
 from megatron_rpp.data.prompts import PromptSet
 from megatron_rpp.lifecycle import heartbeat
 from megatron_rpp.lifecycle.atomic_files import sync_directory, this_process
@@ -113,8 +115,8 @@ def save(
     ranks.on_every_rank(save_shard)
     digest = ranks.on_main_rank(partial(_prompts_digest, config, prompts, key))
     return {
-        "update": asdict(progress.update), "critic": asdict(progress.critic), "seconds": progress.times.seconds, "prompts": digest,
-        "staleness": progress.staleness,
+        "update": asdict(progress.update), "critic": asdict(progress.critic), "prompts": digest,
+        "seconds": progress.times.seconds, "staleness": progress.staleness,
     }  # fmt: skip
 
 
@@ -158,8 +160,9 @@ def _prompts_digest(config: Config, prompts: PromptSet, key: StepKey) -> str:
     return _digest([asdict(prompts[row]) for row in rows])
 
 
-def _fingerprint(config: Config, key: StepKey) -> str:
-    """Digest of the settings that the rollouts of a step depend on; the layout is none of them."""
+def fingerprint(config: Config, key: StepKey) -> str:
+    """Digest of the settings and reward models that the rollouts of a step and their scores depend on;
+    the layout is none of them."""
     relevant = replace(
         config,
         parallel=ParallelConfig(),
@@ -175,7 +178,9 @@ def _fingerprint(config: Config, key: StepKey) -> str:
             hang_timeout_minutes=None,
         ),  # fmt: skip
     )
-    return _digest([asdict(relevant), key.step, key.prompts_seen])
+    models = [model_directory(name) for name in config.reward.model_names]
+    content = [model_digest(directory) for directory in models if directory is not None]
+    return _digest([asdict(relevant), content, key.step, key.prompts_seen])
 
 
 def _folder(config: Config) -> Path:
@@ -196,7 +201,7 @@ def save_rollouts(
     try:
         ranks.on_main_rank(partial(_make_anew, temporary))
         notes = save(progress, temporary, config=config, prompts=prompts, key=key)
-        notes["fingerprint"] = _fingerprint(config, key)
+        notes["fingerprint"] = fingerprint(config, key)
         manifest.write_manifest(temporary, notes)
         ranks.on_main_rank(partial(_replace, temporary, final))
     except OSError as error:
@@ -227,7 +232,7 @@ def load_rollouts(*, config: Config, prompts: PromptSet, key: StepKey) -> StepPr
         if not ranks.gathered(path.exists())[0] or manifest.damage(path) is not None:
             continue
         notes = ranks.gathered(manifest.read_manifest(path))[0]["notes"]
-        if notes["fingerprint"] == _fingerprint(config, key):
+        if notes["fingerprint"] == fingerprint(config, key):
             found = load(path, notes, config=config, prompts=prompts, key=key)
             return found or StepProgress()
     return StepProgress()

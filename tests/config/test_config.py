@@ -269,5 +269,7 @@ def test_settings_of_a_critic_that_nothing_reads_are_refused(settings, message):
 def test_settings_of_a_critic_are_for_ppo():
     ppo = AlgorithmConfig(name="ppo", gae_lambda=0.5)
     assert Config(algorithm=ppo, critic=CriticConfig(warmup_steps=3)).algorithm.has_critic
+    with pytest.raises(ConfigError, match="critic.warmup_steps must be below train.steps = 100"):
+        Config(algorithm=ppo, critic=CriticConfig(warmup_steps=100))
     with pytest.raises(ConfigError, match="critic.optimizer.offload needs model.dtype bf16"):
         Config(algorithm=ppo, critic=CriticConfig(optimizer=OptimizerConfig(offload=True)))

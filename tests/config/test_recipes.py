@@ -12,6 +12,8 @@ import pytest
 
 from megatron_rpp import reward_model, train
 from megatron_rpp.config import check_world_size, cli, count_replicas
+from megatron_rpp.config.yaml_files import read_yaml
+from megatron_rpp.conversion.output_dir import check_output
 from megatron_rpp.hf.architecture import read_architecture
 from megatron_rpp.hf.families import rows_of
 from megatron_rpp.runtime.memory_estimate import estimate
@@ -27,6 +29,16 @@ GPU_MEMORY = 80e9
 
 def test_every_recipe_is_here():
     assert {path.stem for path in FOLDER.glob("*.yaml")} == {"quickstart", *PUBLISHED}
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("**/*.yaml")), ids=lambda path: path.stem)
+def test_an_export_does_not_overlap_its_checkpoints(path):
+    checkpoint, trained = (
+        read_yaml(str(path)).get(name, {}) for name in ("checkpoint", "reward_model")
+    )
+    if export := checkpoint.get("export_hf"):
+        source = Path(trained.get("dir", checkpoint.get("dir")))
+        check_output(Path(export), [source], marker="config.json", overwrite=True)
 
 
 def words(recipe: str, folder: Path, *more: str) -> list[str]:

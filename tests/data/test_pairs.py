@@ -171,6 +171,10 @@ REFUSED = {
     "equal conversations": (
         {"chosen": [ASK, said("4.")], "rejected": [ASK, said("4.")]}, "are the same",
     ),
+    "a margin too large for fp32": (PAIR | {"margin": "1e39"}, "'1e39', it must be a finite number"),
+    "equal, no user": (
+        {"chosen": [BRIEF, said("4.")], "rejected": [BRIEF, said("4.")]}, "are the same",
+    ),
     "empty": (PAIR | {"rejected": " "}, "'rejected' is empty"),
     "empty turn": (PAIR | {"chosen": [said("")], "rejected": [said("5.")]}, "'chosen' is empty"),
     "null": (PAIR | {"chosen": None}, "'chosen' is null"),

@@ -25,7 +25,7 @@ from tests.algorithms import oracle
 from tests.docs.pages import documented
 from tests.hf.models import make, save
 from tests.small_run import arguments, config_of, make_data
-from tests.whole_runs import VARIED, layout
+from tests.whole_runs import VARIED, layout, rows
 
 GAMMA, LAMBDA, KL = 0.9, 0.8, 0.05
 SETTINGS = VARIED | {
@@ -123,7 +123,7 @@ def test_it_starts_from_the_layers_of_the_policy_and_learns(data):
 
 
 def test_it_learns_alone_during_its_warm_up(data):
-    run = built(data, critic__warmup_steps=2)
+    run = built(data, critic__warmup_steps=2, train__steps=3)
     policy, values = weights(run.policy), weights(run.critic)
     for _ in range(2):
         row, _ = one_step(run)
@@ -177,11 +177,15 @@ def test_a_classifier_gives_it_layers_and_head(data, tmp_path):
     assert torch.equal(head, make("qwen3-score", **QWEN).score.weight)
 
 
-@pytest.mark.parametrize("shape", [{"hidden_size": 16}, {"num_hidden_layers": 2}], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [{"hidden_size": 16}, {"num_hidden_layers": 2}, {"max_position_embeddings": 16}],
+    ids=str,
+)
 def test_another_shape_is_refused_at_the_start(data, tmp_path, shape):
     directory = save(tmp_path, "qwen3-score", **(QWEN | shape))
     argv = arguments(data, tmp_path, **(SETTINGS | SHAPE), critic__hf_path=directory)
-    with pytest.raises(ConfigError, match=r"critic.hf_path .* does not fit the policy: .* there"):
+    with pytest.raises(ConfigError, match=r"critic.hf_path .* does not fit the policy: .* here"):
         startup.for_training(argv)
 
 
@@ -189,3 +193,25 @@ def test_a_directory_that_is_missing_is_refused_at_the_start(data, tmp_path):
     argv = arguments(data, tmp_path, **SETTINGS, critic__init_path=tmp_path / "nothing")
     with pytest.raises(ConfigError, match="critic.init_path: no checkpoint at"):
         startup.for_training(argv)
+
+
+def test_a_warm_up_does_not_adapt_the_kl_coefficient(data, tmp_path):
+    """The policy stands still, so its KL says nothing about the coefficient."""
+    settings = SETTINGS | {
+        "train__steps": 3, "critic__warmup_steps": 2, "algorithm__kl_controller": "adaptive",
+        "algorithm__kl_target": 5.0, "algorithm__kl_horizon": 100, "evaluation__prompts": 4,
+    }  # fmt: skip
+    config = config_of(data, tmp_path, **settings)
+    train.train(config, load_inputs(config))
+    coefficients = [row["kl/coef"] for row in rows(tmp_path / "logs/metrics.jsonl")]
+    assert coefficients == [KL, KL, KL]  # the first two steps left it as it was
+
+
+def test_a_run_of_ppo_gives_its_critic(data, tmp_path):
+    run = built(data, critic__optimizer__lr=3e-2)
+    one_step(run)
+    settings = replace(run.config.checkpoint, dir=str(tmp_path / "ppo"))
+    checkpoint.save(run.policy, run.state, settings, critic=run.critic).publish()
+    other = built(data, critic__init_path=tmp_path / "ppo", seed=5)
+    assert all(map(torch.equal, weights(run.critic), weights(other.critic)))
+    assert not all(map(torch.equal, weights(run.critic), weights(built(data).critic)))

@@ -16,12 +16,15 @@ from megatron_rpp import train
 from megatron_rpp.lifecycle.config_error import ConfigError
 from megatron_rpp.model.language_model import chunks
 from megatron_rpp.parallel import groups
+from megatron_rpp.records import StepKey
 from megatron_rpp.reporting.console import Console
 from megatron_rpp.rewards import RewardError, RewardSet, Scores
 from megatron_rpp.rollout.planning import shard
 from megatron_rpp.runtime import run as runs
+from megatron_rpp.runtime.identity import identities
 from megatron_rpp.runtime.inputs import load_inputs
 from megatron_rpp.runtime.memory_estimate import estimate, host_estimate
+from megatron_rpp.runtime.step_progress import fingerprint
 from tests.data.hf_tokenizers import make_chatml, make_tokenizer
 from tests.distributed import run_ranks
 from tests.hf.models import save, scores, set_config
@@ -160,8 +163,27 @@ def test_it_is_in_the_memory_estimate(data, alone):
     size = sum(p.numel() * p.element_size() for p in parameters)
     assert estimate(resident, 101, 1).reward == size
     assert estimate(resident, 101, 1).total == estimate(plain, 101, 1).total + size
-    assert estimate(offloaded, 101, 1).total == estimate(plain, 101, 1).total
+    found = estimate(offloaded, 101, 1)
+    assert found.reward == 0 and found.scoring == estimate(resident, 101, 1).scoring + size
     assert host_estimate(offloaded, 101, 1).reward == size
+
+
+def test_other_weights_are_noticed(data, alone, capsys):
+    """In a resumed run, and if rollouts were saved with scores of the weights before."""
+    folder = data / "changed"
+    save(folder, "qwen3-score", **IDS)
+    name, run = "changed/qwen3-score", folder / "run"
+    settings = settings_of(data, name, train__steps=1, checkpoint__save_rollouts="true")
+    config = config_of(data, run, **settings)
+    inputs = load_inputs(config)
+    before = [identities(config, inputs)["reward.functions"], fingerprint(config, StepKey(1, 0, 0))]
+    train.train(config, inputs)
+    save(folder, "qwen3-score", seed=4, **IDS)
+    now = [identities(config, inputs)["reward.functions"], fingerprint(config, StepKey(1, 0, 0))]
+    assert before[0] != now[0] and before[1] != now[1]
+    longer = config_of(data, run, **(settings | {"train__steps": 2}))
+    train.train(longer, load_inputs(longer))
+    assert "reward.functions (then" in capsys.readouterr().out
 
 
 def test_it_has_its_metric_in_a_whole_run(data, alone):
