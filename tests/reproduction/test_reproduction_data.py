@@ -111,5 +111,12 @@ def test_pairs_of_many_prompts():
     answers = [("a", "1"), ("b", "1"), ("a", "2"), ("b", "1")]
     samples = group_samples(answers, lambda prompt, response: response == "1")
     assert samples == {"a": [("1", True), ("2", False)], "b": [("1", True), ("1", True)]}
-    rows = make_pairs(samples, by_correctness, seed=0)
+    rows = make_pairs(samples, by_correctness, per_prompt=5, seed=0)
     assert rows == [{"prompt": "a", "chosen": "1", "rejected": "2"}]
+
+
+def test_two_answers_make_one_pair_only():
+    samples = {"a": [("5", True), ("2+3=5;5", True), ("4", False)]}
+    rows = make_pairs(samples, by_correctness_or_length, per_prompt=50, seed=0)
+    assert len(rows) == 3
+    assert len({frozenset((row["chosen"], row["rejected"])) for row in rows}) == 3

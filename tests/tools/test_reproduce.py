@@ -50,9 +50,10 @@ def test_everything_runs_and_is_reported(tmp_path):
             assert [point["step"] for point in row["curve"]] == [0, 1, 2]
             assert row["steps"] == 2 and all(map(math.isfinite, numbers(row)))
             assert f"`{row['algorithm']}`" in section_of(page, experiment.name)
-        if experiment.name in PANELS:
-            picture = tmp_path / "quick/reproduction" / f"{experiment.name}.png"
-            assert picture.read_bytes().startswith(b"\x89PNG")
+    assert PANELS.keys() == {experiment.name for experiment in EXPERIMENTS}
+    for name in PANELS:
+        picture = (tmp_path / "quick/reproduction" / f"{name}.png").read_bytes()
+        assert picture.startswith(b"\x89PNG") and len(picture) < 300_000
     assert {row["model"] for row in rows_of(tmp_path, "models")} == {
         f"{kind}, {task}" for kind in ("warm start", "reward model") for task in ("sums", "steps")
     }

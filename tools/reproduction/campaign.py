@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from reproduction.pairs import group_samples, make_pairs
 from reproduction.protocol import CHOOSE, Experiment, Job, Scale, Start, Task
 from reproduction.results import Row
 
-RULES = {"sums": exact_match, "steps": last_number.score}
+RULES: dict[str, Callable[..., list[float]]] = {"sums": exact_match, "steps": last_number.score}
 """The rule of each task in Python."""
 
 
@@ -37,29 +37,48 @@ class Campaign:
     def run(self, experiments: Iterable[Experiment]) -> None:
         """Runs the experiments, with all that comes before them, and writes their rows."""
         experiments = list(experiments)
-        starts = {CHOOSE.task.name: self.start(CHOOSE.task, experiments)}
-        for task in {experiment.task.name: experiment.task for experiment in experiments}.values():
-            starts[task.name] = starts.get(task.name) or self.start(task, experiments)
+        tasks = {each.task.name: each.task for each in (CHOOSE, *experiments)}
+        starts = self.start(list(tasks.values()), experiments)
         algorithms = {name for experiment in experiments for name in experiment.algorithms}
         rates = self.choose_rates(algorithms, starts[CHOOSE.task.name])
         for experiment in experiments:
             self.run_experiment(experiment, rates, starts[experiment.task.name])
 
-    def start(self, task: Task, experiments: Iterable[Experiment]) -> Start:
-        """Data, warm start and, if an experiment needs it, reward model of a task; notes what they
+    def start(self, tasks: list[Task], experiments: list[Experiment]) -> dict[str, Start]:
+        """Data, warm start and, if an experiment needs it, reward model of each task; notes what they
         reach."""
-        data = self.make_data(task)
-        (warm_start,) = self.runner.finish([protocol.warm_start_job(task, data, self.scale)])
-        self.note_model(warm_start, f"warm start, {task.name}")
-        if not any(each.learned_reward and each.task is task for each in experiments):
-            return Start(data=data, warm_start=warm_start, reward_model=None)
-        pairs = self.make_pairs(task, data, warm_start)
-        job = protocol.reward_model_job(
-            task, data, warm_start=warm_start, pairs=pairs, scale=self.scale
-        )
-        (reward_model,) = self.runner.finish([job])
-        self.note_model(reward_model, f"reward model, {task.name}")
-        return Start(data=data, warm_start=warm_start, reward_model=reward_model)
+        data = {task.name: self.make_data(task) for task in tasks}
+        warm = self.finish_models("warm start", {
+            task.name: protocol.warm_start_job(task, data[task.name], self.scale) for task in tasks
+        })  # fmt: skip
+        rewarded = [
+            task for task in tasks
+            if any(each.learned_reward and each.task is task for each in experiments)
+        ]  # fmt: skip
+        pairs = self.make_pairs(rewarded, data, warm)
+        models = self.finish_models("reward model", {
+            task.name: protocol.reward_model_job(
+                task, data[task.name], warm_start=warm[task.name], pairs=pairs[task.name],
+                scale=self.scale,
+            )
+            for task in rewarded
+        })  # fmt: skip
+        return {
+            name: Start(data=data[name], warm_start=warm[name], reward_model=models.get(name))
+            for name in warm
+        }
+
+    def finish_models(self, kind: str, jobs: dict[str, Job]) -> dict[str, Path]:
+        """Trains models, one per task; writes what they reach into models.jsonl, in place of old
+        rows. Returns their directories."""
+        folders = dict(zip(jobs, self.runner.finish(list(jobs.values()))))
+        path = self.results / "models.jsonl"
+        rows = {row["model"]: row for row in results.read_rows(path)}
+        for task, folder in folders.items():
+            name = f"{kind}, {task}"
+            rows[name] = results.evaluation_of(folder, name)
+        results.write_rows(path, [rows[name] for name in sorted(rows)])
+        return folders
 
     def make_data(self, task: Task) -> Path:
         """The directory of the task's data; its name has the digest of the recipe's task."""
@@ -75,24 +94,42 @@ class Campaign:
             raise RunFailure(f"the data of {task.name} was not made")
         return folder
 
-    def make_pairs(self, task: Task, data: Path, warm_start: Path) -> Path:
-        """The directory with train.jsonl and eval.jsonl of the task's reward model."""
-        scale = self.scale
-        labels = {row["prompt"]: row["label"] for row in results.read_rows(data / "train.jsonl")}
-        chosen = list(labels)[: scale.pair_prompts]
-        prompts = data / f"prompts-{scale.pair_prompts}x{scale.answers}.txt"
-        lines = (prompt for prompt in chosen for _ in range(scale.answers))
-        write_atomic(prompts, "".join(f"{line}\n" for line in lines).encode())
-        job = protocol.answers_job(task, data, warm_start=warm_start, prompts=prompts)
-        (folder,) = self.runner.finish([job])
+    def make_pairs(
+        self, tasks: list[Task], data: dict[str, Path], warm: dict[str, Path]
+    ) -> dict[str, Path]:
+        """The directories with train.jsonl and eval.jsonl of the reward models."""
+        labels, jobs = {}, {}
+        for task in tasks:
+            folder = data[task.name]
+            rows = results.read_rows(folder / "train.jsonl")
+            labels[task.name] = {row["prompt"]: row["label"] for row in rows}
+            prompts = self.write_prompts(folder, list(labels[task.name]))
+            jobs[task.name] = protocol.answers_job(
+                task, folder, warm_start=warm[task.name], prompts=prompts
+            )
+        folders = dict(zip(jobs, self.runner.finish(list(jobs.values()))))
+        for task in tasks:
+            self.write_pairs(task, folders[task.name], labels[task.name])
+        return folders
+
+    def write_prompts(self, folder: Path, prompts: list[str]) -> Path:
+        """A file of the prompts to answer, each on as many lines as it gets answers."""
+        path = folder / f"prompts-{self.scale.pair_prompts}x{self.scale.answers}.txt"
+        chosen = prompts[: self.scale.pair_prompts]
+        lines = (prompt for prompt in chosen for _ in range(self.scale.answers))
+        write_atomic(path, "".join(f"{line}\n" for line in lines).encode())
+        return path
+
+    def write_pairs(self, task: Task, folder: Path, labels: dict[str, str]) -> None:
+        """Makes pairs of the answers in `folder`."""
         answers = [json.loads(line) for line in (folder / "output.txt").open() if line[0] == "{"]
 
         def is_right(prompt: str, response: str) -> bool:
             return RULES[task.name]([prompt], [response], [labels[prompt]], [{}])[0] >= 1
 
         samples = group_samples(((row["prompt"], row["response"]) for row in answers), is_right)
-        held_out = set(chosen[: scale.held_out_pair_prompts])
-        rows = make_pairs(samples, task.labelling, seed=0)
+        held_out = set(list(labels)[: self.scale.held_out_pair_prompts])
+        rows = make_pairs(samples, task.labelling, per_prompt=self.scale.pairs_per_prompt, seed=0)
         parts = {"eval": [row for row in rows if row["prompt"] in held_out],
                  "train": [row for row in rows if row["prompt"] not in held_out]}  # fmt: skip
         for name, part in parts.items():
@@ -101,7 +138,6 @@ class Campaign:
                     f"{folder}: no prompt has two answers that make a pair: train the warm start longer"
                 )
             write_atomic(folder / f"{name}.jsonl", jsonl(part))
-        return folder
 
     def choose_rates(self, algorithms: Iterable[str], start: Start) -> dict[str, float]:
         """The learning rate of each algorithm. A single one to choose from needs no run."""
@@ -148,10 +184,3 @@ class Campaign:
         ]
         results.write_rows(self.results / f"{experiment.name}.jsonl", rows)
         return rows
-
-    def note_model(self, folder: Path, name: str) -> None:
-        """Writes what a model reached into models.jsonl, in place of its old row."""
-        path = self.results / "models.jsonl"
-        others = [row for row in results.read_rows(path) if row["model"] != name]
-        row = results.evaluation_of(folder, name)
-        results.write_rows(path, sorted([*others, row], key=lambda row: row["model"]))

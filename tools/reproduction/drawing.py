@@ -20,7 +20,6 @@ LABELS = {
     "length": "response length, tokens",
 }
 PANELS = {
-    "choose": (("step", "accuracy"),),
     "speed": (("step", "accuracy"),),
     "math": (("step", "accuracy"), ("step", "length"), ("step", "kl"), ("kl", "accuracy")),
     "math-model": (("step", "accuracy"), ("step", "held_out_reward"), ("step", "kl"),
@@ -28,7 +27,7 @@ PANELS = {
     "length": (("step", "length"), ("step", "held_out_reward"), ("step", "accuracy"),
                ("step", "kl"), ("kl", "held_out_reward"), ("kl", "length")),
 }  # fmt: skip
-"""The panels of each experiment: horizontal and vertical quantity."""
+"""The panels of each experiment that has a picture: horizontal and vertical quantity."""
 
 
 def draw(experiment: str, rows: list[Row], out: Path) -> None:

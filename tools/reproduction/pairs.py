@@ -42,16 +42,19 @@ def by_correctness_or_length(samples: list[Sample], rng: random.Random) -> tuple
 
 
 def make_pairs(
-    samples_of: dict[str, list[Sample]], labelling: Labelling, *, seed: int
+    samples_of: dict[str, list[Sample]], labelling: Labelling, *, per_prompt: int, seed: int
 ) -> list[dict[str, str]]:
-    """One pair per prompt, for the prompts whose answers allow it: rows ``{"prompt", "chosen",
-    "rejected"}``."""
+    """Rows ``{"prompt", "chosen", "rejected"}``: up to `per_prompt` draws of each prompt, for the
+    prompts whose answers allow it. Two answers make one pair only, so none contradicts another."""
     rng = random.Random(seed)
     rows = []
     for prompt, samples in samples_of.items():
-        pair = labelling(samples, rng)
-        if pair is not None:
-            rows.append({"prompt": prompt, "chosen": pair[0], "rejected": pair[1]})
+        drawn = set()
+        for _ in range(per_prompt):
+            pair = labelling(samples, rng)
+            if pair is not None and frozenset(pair) not in drawn:
+                drawn.add(frozenset(pair))
+                rows.append({"prompt": prompt, "chosen": pair[0], "rejected": pair[1]})
     return rows
 
 

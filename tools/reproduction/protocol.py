@@ -87,12 +87,14 @@ class Scale:
     """Learning rates to choose from."""
     selection_seeds: tuple[int, ...] = (101,)
     """Seeds of the runs that choose; none of them is reported."""
-    pair_prompts: int = 3000
+    pair_prompts: int = 3600
     """Training prompts that pairs are made of."""
     held_out_pair_prompts: int = 400
     """Those among them whose pairs measure the reward model."""
-    answers: int = 4
+    answers: int = 8
     """Answers sampled to each of these prompts."""
+    pairs_per_prompt: int = 4
+    """At most so many pairs of a prompt."""
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Settings that replace those of the recipes, by program."""
 
@@ -106,7 +108,7 @@ QUICK = Scale(
     settings={
         "train": _SMALL,
         "sft": _SMALL | {"sft.steps": 30, "sft.batch_size": 128, "sft.eval_interval": 0},
-        "reward_model": {"reward_model.steps": 5, "reward_model.batch_size": 16,
+        "reward_model": {"reward_model.steps": 5, "reward_model.batch_size": 16, "reward_model.optimizer.decay_steps": 20,
                          "reward_model.eval_interval": 0},
     },
 )  # fmt: skip
