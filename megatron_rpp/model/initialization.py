@@ -66,21 +66,36 @@ def clear(model: LanguageModel) -> None:
 @torch.no_grad()
 def fill(model: LanguageModel, std: float, seed: int) -> None:
     """Draws every matrix of `model` from N(0, std²); sets norm weights to one, biases to zero."""
-    tensor = model.pg_collection.tp
     for name, parameter in model.named_parameters():
         heartbeat.current.beat()
         if parameter.dim() == 1:
             parameter.fill_(0.0 if name.endswith("bias") else 1.0)
-            continue
-        sharded = is_tensor_sharded(parameter)
-        shape, dim = list(parameter.shape), parameter.partition_dim if sharded else 0
-        size = tensor.size() if sharded else 1
-        shape[dim] *= size
-        whole = torch.empty(shape, device="cpu", dtype=torch.float32)
-        scale = _scale(model, name, std)
-        whole.normal_(0.0, scale, generator=_generator(seed, global_name(model, name)))
-        blocks = 2 if name.endswith("linear_fc1.weight") else 1
-        shard = _local_shard(
-            whole, dim=dim, blocks=blocks, rank=tensor.rank() if sharded else 0, size=size
-        )
-        parameter.copy_(shard.to(parameter.dtype))
+        else:
+            _draw(model, name, parameter, std=std, seed=seed)
+
+
+@torch.no_grad()
+def fill_score(model: LanguageModel, seed: int) -> None:
+    """Draws the head of a critic or a reward model, if the chunk has one, and nothing else."""
+    for name, parameter in model.named_parameters():
+        if name == SCORE:
+            _draw(model, name, parameter, std=0.0, seed=seed)
+
+
+def _draw(
+    model: LanguageModel, name: str, parameter: torch.nn.Parameter, *, std: float, seed: int
+) -> None:
+    """Draws a whole matrix and keeps this rank's shard."""
+    tensor = model.pg_collection.tp
+    sharded = is_tensor_sharded(parameter)
+    shape, dim = list(parameter.shape), vars(parameter)["partition_dim"] if sharded else 0
+    size = tensor.size() if sharded else 1
+    shape[dim] *= size
+    whole = torch.empty(shape, device="cpu", dtype=torch.float32)
+    scale = _scale(model, name, std)
+    whole.normal_(0.0, scale, generator=_generator(seed, global_name(model, name)))
+    blocks = 2 if name.endswith("linear_fc1.weight") else 1
+    shard = _local_shard(
+        whole, dim=dim, blocks=blocks, rank=tensor.rank() if sharded else 0, size=size
+    )
+    parameter.copy_(shard.to(parameter.dtype))

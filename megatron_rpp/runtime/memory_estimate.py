@@ -23,7 +23,7 @@ from megatron_rpp.runtime.model_size import (
     weight_bytes,
 )
 
-__all__ = ["CPU", "GPU", "HostMemory", "Memory", "checkpoint_bytes", "estimate", "host_estimate"]
+__all__ = ["CPU", "GPU", "Memory", "checkpoint_bytes", "estimate"]
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def optimizer_shards(optimizer: OptimizerConfig, parallel: ParallelConfig, repli
     return replicas * parallel.context if optimizer.distributed else 1
 
 
-def _fullest(parallel: ParallelConfig) -> set[int]:
+def fullest_stages(parallel: ParallelConfig) -> set[int]:
     """The stages that may hold the most: those between hold no embedding and fewer micro-batches
     than the first."""
     return {0, parallel.pipeline - 1}
@@ -94,7 +94,7 @@ def estimate(config: Config, vocab_size: int, replicas: int, *, device: Device =
     return max(
         (
             stage_estimate(config, vocab_size, replicas=replicas, stage=stage, device=device)
-            for stage in _fullest(config.parallel)
+            for stage in fullest_stages(config.parallel)
         ),
         key=lambda memory: memory.total,
     )
@@ -108,7 +108,7 @@ def stage_estimate(
     count = stage_parameters(model, parallel, vocab_size=vocab_size, stage=stage)
     weights = count * weight_bytes(model)
     resident = has_reference(config) and config.reference.placement == "resident"
-    models, stay = _reward_models(config, stage=stage), config.reward.model_placement == "resident"
+    models, stay = reward_models(config, stage=stage), config.reward.model_placement == "resident"
     activations, backward = _update(
         config, vocab_size, replicas=replicas, stage=stage, device=device
     )
@@ -148,7 +148,7 @@ def _critic(config: Config, vocab_size: int, *, replicas: int, stage: int, devic
     return count * (weight_bytes(model) + FP32) + adam
 
 
-class _RewardModel(NamedTuple):
+class RewardModelBytes(NamedTuple):
     """Bytes of a reward model on a rank."""
 
     weights: int
@@ -156,7 +156,7 @@ class _RewardModel(NamedTuple):
     """A forward pass in one layer. A layer keeps nothing for a backward pass."""
 
 
-def _reward_models(config: Config, *, stage: int) -> list[_RewardModel]:
+def reward_models(config: Config, *, stage: int) -> list[RewardModelBytes]:
     """The reward models on a rank of a stage. Reads their directories."""
     if not config.reward.model_names:
         return []
@@ -169,7 +169,7 @@ def _reward_models(config: Config, *, stage: int) -> list[_RewardModel]:
         tokens = config.train.max_tokens_per_microbatch // parallel.context
         layer = 3 * model.ffn_hidden // parallel.tensor + 4 * model.hidden
         width = weight_bytes(model)
-        found.append(_RewardModel(count * width, tokens * layer * width))
+        found.append(RewardModelBytes(count * width, tokens * layer * width))
     return found
 
 
@@ -237,67 +237,11 @@ def checkpoint_bytes(config: Config, vocab_size: int) -> int:
         stage_parameters(
             config.model, ParallelConfig(), vocab_size=vocab_size, stage=0, scalar=scalar
         ) * saved_bytes(config.model, optimizer.distributed)
-        for scalar, optimizer in _trained(config)
+        for scalar, optimizer in trained_models(config)
     )  # fmt: skip
 
 
-def _trained(config: Config) -> list[tuple[bool, OptimizerConfig]]:
+def trained_models(config: Config) -> list[tuple[bool, OptimizerConfig]]:
     """Whether its head is a scalar, and the optimizer, of each model that is trained."""
     critic = [(True, config.critic.optimizer)] if config.algorithm.has_critic else []
     return [(False, config.optimizer), *critic]
-
-
-@dataclass(frozen=True)
-class HostMemory:
-    """Bytes of one rank in the host's memory, besides the process itself, if it computes on a GPU."""
-
-    reference: int
-    """Weights of an offloaded reference model, pinned."""
-    reward: int
-    """Weights of offloaded reward models, pinned."""
-    optimizer: int
-    """Of an offloaded optimizer: Adam's state, fp32 weights, and pinned gradients in fp32."""
-    save: int
-    """Copies of what the rank writes: its share of the weights, and its part of Adam's state. State
-    that is on the host is copied only if training goes on meanwhile."""
-
-    def __add__(self, other: HostMemory) -> HostMemory:
-        return HostMemory(
-            reference=self.reference + other.reference,
-            reward=self.reward + other.reward,
-            optimizer=self.optimizer + other.optimizer,
-            save=self.save + other.save,
-        )
-
-    @property
-    def total(self) -> int:
-        return self.reference + self.reward + self.optimizer + self.save
-
-
-def host_estimate(config: Config, vocab_size: int, replicas: int) -> HostMemory:
-    """Host bytes of the rank that needs the most."""
-    stages = _fullest(config.parallel)
-    found = (_stage_on_host(config, vocab_size, replicas=replicas, stage=s) for s in stages)
-    return max(found, key=lambda memory: memory.total)
-
-
-def _stage_on_host(config: Config, vocab_size: int, *, replicas: int, stage: int) -> HostMemory:
-    model, parallel = config.model, config.parallel
-    offloaded = has_reference(config) and config.reference.placement == "offload"
-    waiting = config.reward.model_placement == "offload"
-    weights = [used.weights for used in _reward_models(config, stage=stage)] if waiting else []
-    total = HostMemory(reference=0, reward=sum(weights), optimizer=0, save=0)
-    for scalar, optimizer in _trained(config):
-        count = stage_parameters(model, parallel, vocab_size=vocab_size, stage=stage, scalar=scalar)
-        # Besides the weights themselves.
-        state = saved_bytes(model, optimizer.distributed) - weight_bytes(model)
-        share = count * weight_bytes(model) // (replicas * parallel.context)
-        owned = count // optimizer_shards(optimizer, parallel, replicas)
-        copied = not optimizer.offload or config.checkpoint.async_save
-        total += HostMemory(
-            reference=count * weight_bytes(model) if offloaded and not scalar else 0,
-            reward=0,
-            optimizer=owned * (optimizer_bytes(model) + FP32) if optimizer.offload else 0,
-            save=share + owned * state * copied,
-        )
-    return total

@@ -15,13 +15,9 @@ from typing import Literal
 from megatron_rpp.config import Config, ParallelConfig, check_world_size
 from megatron_rpp.lifecycle.config_error import ConfigError
 from megatron_rpp.runtime.assumptions import Assumptions
+from megatron_rpp.runtime.host_memory import HostMemory, host_estimate
 from megatron_rpp.runtime.machines import Machine
-from megatron_rpp.runtime.memory_estimate import (
-    HostMemory,
-    Memory,
-    estimate,
-    host_estimate,
-)
+from megatron_rpp.runtime.memory_estimate import Memory, estimate
 from megatron_rpp.runtime.model_size import (
     FP32,
     layer_parameters,

@@ -7,7 +7,7 @@ import torch
 from megatron_rpp.checkpoint import state as checkpoint
 from megatron_rpp.config import Config, OptimizerConfig
 from megatron_rpp.hf.source import Source
-from megatron_rpp.model import build
+from megatron_rpp.model import build, initialization
 from megatron_rpp.model.hf_weights import load_hf
 from megatron_rpp.model.language_model import LanguageModel, chunks
 from megatron_rpp.model.optimizer import build_optimizer
@@ -16,6 +16,7 @@ from megatron_rpp.model.scalar_model import ScalarModel
 from megatron_rpp.model.trained_model import TrainedModel
 from megatron_rpp.parallel import device as devices
 from megatron_rpp.parallel.ranks import raise_on_all_ranks
+from megatron_rpp.runtime.preflight import check_host_memory
 
 
 def build_start(
@@ -38,15 +39,26 @@ def build_start(
     raise_on_all_ranks(
         lambda: devices.check_model(model.dtype, model.transformer_impl, deterministic)
     )
-    random = model.init_path is None and model.hf_path is None or kind is not LanguageModel
-    stage = build.build_model(
-        model, config.parallel, vocab_size=vocab_size, seed=config.seed if random else None,
-        train=config.train, kind=kind,
-    )  # fmt: skip
+    random = model.init_path is None and model.hf_path is None
+    stage = _built(config, vocab_size, random=random, kind=kind)
     if model.init_path is not None:
         checkpoint.load_weights(stage, model.init_path)
     if model.hf_path is not None:
         load_hf(stage, source or model.hf_path)
+    return stage
+
+
+def _built(
+    config: Config, vocab_size: int, *, random: bool, kind: type[LanguageModel]
+) -> torch.nn.ModuleList:
+    """The model with random weights; or, if its weights are loaded next, with a random head, because
+    they may have none."""
+    stage = build.build_model(
+        config.model, config.parallel, vocab_size=vocab_size, seed=config.seed if random else None,
+        train=config.train, kind=kind,
+    )  # fmt: skip
+    for chunk in chunks(stage):
+        initialization.fill_score(chunk, config.seed)
     return stage
 
 
@@ -58,7 +70,11 @@ def build_policy(
     source: Source | None = None,
     kind: type[LanguageModel] = LanguageModel,
 ) -> TrainedModel:
-    """The policy before its first update; for `source` and `kind` see build_start."""
+    """The policy before its first update; for `source` and `kind` see build_start.
+
+    Raises ConfigError, on every rank, if a host lacks the memory for what is offloaded.
+    """
+    check_host_memory(config, vocab_size)
     return _in_training(build_start(config, vocab_size, source, kind=kind), optimizer, config)
 
 
@@ -78,10 +94,7 @@ def build_critic(config: Config, policy: TrainedModel, vocab_size: int) -> Train
     if not config.algorithm.has_critic:
         return None
     settings = config.critic
-    stage = build.build_model(
-        config.model, config.parallel, vocab_size=vocab_size, seed=config.seed, train=config.train,
-        kind=ScalarModel,
-    )  # fmt: skip
+    stage = _built(config, vocab_size, random=False, kind=ScalarModel)
     if settings.init_path is not None:
         checkpoint.load_weights(stage, settings.init_path, prefer_critic=True)
     elif settings.hf_path is not None:

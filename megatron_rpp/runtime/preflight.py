@@ -27,13 +27,8 @@ from megatron_rpp.parallel import device as devices
 from megatron_rpp.parallel import gpu_facts, groups
 from megatron_rpp.reporting.console import Console
 from megatron_rpp.runtime.engine_check import check_engine
-from megatron_rpp.runtime.memory_estimate import (
-    CPU,
-    GPU,
-    checkpoint_bytes,
-    estimate,
-    host_estimate,
-)
+from megatron_rpp.runtime.host_memory import host_estimate
+from megatron_rpp.runtime.memory_estimate import CPU, GPU, checkpoint_bytes, estimate
 from megatron_rpp.runtime.model_size import stage_parameters, weight_bytes
 from megatron_rpp.runtime.preflight_gpu import (
     Check,
@@ -163,6 +158,20 @@ def _memory(config: Config, vocab_size: int) -> Check:
             "train.recompute; tools/plan.py shows what fits"
         )
     return Check("memory", each <= least, text)
+
+
+def check_host_memory(config: Config, vocab_size: int) -> None:
+    """Checks that what is offloaded fits into the memory of every host, before it is allocated.
+
+    Collective. Raises ConfigError, on every rank.
+    """
+    offloaded = config.optimizer.offload or config.critic.optimizer.offload
+    placements = (config.reference.placement, config.reward.model_placement)
+    if not offloaded and "offload" not in placements:
+        return
+    for check in _host_memory(config, vocab_size):
+        if not check.passed:
+            raise ConfigError(f"host memory: {check.found}")
 
 
 def _host_memory(config: Config, vocab_size: int) -> list[Check]:

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from megatron_rpp.lifecycle.config_error import ConfigError
 from megatron_rpp.parallel import accelerators
 from megatron_rpp.parallel.gpu_facts import GpuFacts, NodeFacts
-from megatron_rpp.runtime.memory_estimate import HostMemory
+from megatron_rpp.runtime.host_memory import HostMemory
 
 LEAST_CUDNN = 90300
 """TransformerEngine needs cuDNN 9.3."""
@@ -73,7 +73,7 @@ def judge_host_memory(need: HostMemory, free: list[tuple[str, int]]) -> Check:
     if short:
         text += (
             f", too little on {', '.join(short)}: add memory or nodes, or turn off "
-            "optimizer.offload or reference.placement offload"
+            "optimizer.offload, reference.placement or reward.model_placement offload"
         )
     return Check("host memory", not short, text)
 

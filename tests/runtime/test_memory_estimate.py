@@ -18,7 +18,8 @@ from megatron_rpp.rollout.blocks import Blocks
 from megatron_rpp.rollout.engine import new_cache
 from megatron_rpp.runtime.activation_memory import CPU, rows_in_flight
 from megatron_rpp.runtime.cache_size import max_cache_tokens
-from megatron_rpp.runtime.memory_estimate import checkpoint_bytes, estimate, host_estimate
+from megatron_rpp.runtime.host_memory import host_estimate
+from megatron_rpp.runtime.memory_estimate import checkpoint_bytes, estimate
 from megatron_rpp.runtime.model_size import stage_parameters
 from megatron_rpp.runtime.policy import build_policy
 from tests.distributed import run_ranks

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_rpp.lifecycle.config_error import ConfigError
 from megatron_rpp.parallel.accelerators import Package
 from megatron_rpp.parallel.gpu_facts import (
     GpuFacts,
@@ -23,7 +24,9 @@ from megatron_rpp.parallel.gpu_facts import (
     gpu_facts,
     least_nvlinks,
 )
-from megatron_rpp.runtime.memory_estimate import HostMemory
+from megatron_rpp.runtime import preflight
+from megatron_rpp.runtime.host_memory import HostMemory
+from megatron_rpp.runtime.policy import build_policy
 from megatron_rpp.runtime.preflight_gpu import (
     Check,
     judge_gpu,
@@ -31,6 +34,8 @@ from megatron_rpp.runtime.preflight_gpu import (
     judge_node,
     merge,
 )
+from tests.small_run import config_of, make_data
+from tests.whole_runs import layout
 
 HERE = Package("2.20.2")
 ABSENT = Package()
@@ -215,3 +220,18 @@ def test_host_memory():
     assert check.passed and "30 GB a rank (reference 10 GB, save 20 GB), 2 rank(s)" in check.found
     check = judge_host_memory(need, [("a", 59_000_000_000)] * 2 + room[2:])
     assert not check.passed and "too little on a: add memory" in check.found
+
+
+def test_offload_without_host_memory_is_refused_before_anything_is_built(tmp_path, monkeypatch):
+    make_data(tmp_path)
+    plain, offloaded = (
+        config_of(tmp_path, tmp_path, reference__placement=placement)
+        for placement in ("resident", "offload")
+    )
+    with layout(plain):
+        monkeypatch.setattr(preflight.devices, "ON_CPU", False)
+        monkeypatch.setattr(preflight.devices, "free_host_memory", lambda: 1000)
+        preflight.check_host_memory(plain, 64)
+        with pytest.raises(ConfigError, match=r"host memory: .* too little on .*: add memory"):
+            build_policy(offloaded, offloaded.optimizer, 64)
+        monkeypatch.setattr(preflight.devices, "ON_CPU", True)

@@ -14,6 +14,7 @@ from megatron_rpp import train
 from megatron_rpp.checkpoint import state as checkpoint
 from megatron_rpp.lifecycle.config_error import ConfigError
 from megatron_rpp.lifecycle.exit_codes import RunFailure
+from megatron_rpp.model import initialization
 from megatron_rpp.model.language_model import chunks
 from megatron_rpp.reporting.console import Console
 from megatron_rpp.runtime import run as runs
@@ -215,3 +216,18 @@ def test_a_run_of_ppo_gives_its_critic(data, tmp_path):
     other = built(data, critic__init_path=tmp_path / "ppo", seed=5)
     assert all(map(torch.equal, weights(run.critic), weights(other.critic)))
     assert not all(map(torch.equal, weights(run.critic), weights(built(data).critic)))
+
+
+def test_weights_that_are_replaced_are_not_drawn(data, monkeypatch):
+    """Drawing those of a large model takes minutes."""
+    run = built(data)
+    one_step(run)
+    settings = replace(run.config.checkpoint, dir=str(data / "start"))
+    checkpoint.save(run.policy, run.state, settings).publish()
+
+    def fill(*_):
+        raise AssertionError("random weights were drawn")
+
+    monkeypatch.setattr(initialization, "fill", fill)
+    other = built(data, model__init_path=data / "start")
+    assert chunks(other.critic.model)[0].score.weight.abs().max() > 0

@@ -21,9 +21,10 @@ from megatron_rpp.reporting.console import Console
 from megatron_rpp.rewards import RewardError, RewardSet, Scores
 from megatron_rpp.rollout.planning import shard
 from megatron_rpp.runtime import run as runs
+from megatron_rpp.runtime.host_memory import host_estimate
 from megatron_rpp.runtime.identity import identities
 from megatron_rpp.runtime.inputs import load_inputs
-from megatron_rpp.runtime.memory_estimate import estimate, host_estimate
+from megatron_rpp.runtime.memory_estimate import estimate
 from megatron_rpp.runtime.step_progress import fingerprint
 from tests.data.hf_tokenizers import make_chatml, make_tokenizer
 from tests.distributed import run_ranks
