@@ -50,7 +50,7 @@ def test_the_missing_rank_is_named(hang, tmp_path: Path):
     assert "error: the run hangs, without progress for 6 s: " in errors
     assert all(text in errors for text in expected), errors
     stacks = (tmp_path / "logs/stacks/rank_00000.txt").read_text()
-    assert "score_responses" in stacks and "wait_for_all" in stacks
+    assert "stages/reward.py" in stacks and "wait_for_all" in stacks
     if hang == "stuck":
         assert "in score" in (tmp_path / "logs/stacks/rank_00001.txt").read_text()
 

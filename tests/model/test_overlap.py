@@ -29,8 +29,8 @@ from megatron_rpp.model.overlap import Overlap
 from megatron_rpp.model.trained_model import TrainedModel
 from megatron_rpp.parallel import device as devices
 from megatron_rpp.parallel import groups
-from megatron_rpp.stages import update
 from megatron_rpp.stages.logprobs import make_micro_batches, token_logprobs
+from megatron_rpp.stages.minibatches import optimizer_step
 from tests.distributed import run_ranks
 from tests.rollout.test_buffer import make_buffer
 from tests.whole_runs import small_buckets
@@ -72,7 +72,7 @@ def trained(
     assert len(batches) > 1
     losses = []
     for _ in range(STEPS):
-        losses += update.optimizer_step(policy, batches, loss).reports
+        losses += optimizer_step(policy, batches, loss).reports
     if parallel.overlap_param_gather:
         with pytest.raises(AssertionError):
             pipeline.forward(wrapped, batches, lambda batch, hidden: hidden)

@@ -19,8 +19,8 @@ from megatron_rpp.model.language_model import chunks
 from megatron_rpp.model.optimizer import build_optimizer
 from megatron_rpp.model.trained_model import TrainedModel
 from megatron_rpp.parallel import groups
-from megatron_rpp.stages import update
 from megatron_rpp.stages.logprobs import make_micro_batches, token_logprobs
+from megatron_rpp.stages.minibatches import optimizer_step
 from tests.distributed import run_ranks
 from tests.rollout.test_buffer import make_buffer
 
@@ -51,7 +51,7 @@ def gradient_norm(layout):
         return total, count, total.detach()
 
     batches = make_micro_batches(model, buffer, list(range(len(buffer))), max_tokens=16)
-    norm = update.optimizer_step(policy, batches, loss).grad_norm
+    norm = optimizer_step(policy, batches, loss).grad_norm
     groups.destroy()
     return norm
 
