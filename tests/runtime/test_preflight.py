@@ -46,7 +46,7 @@ def outcomes(rank, folder):
         check_writable("checkpoint.dir", config.checkpoint.dir)
         check_writable("logging.dir", config.logging.dir)
     dist.barrier()
-    preflight.VISIBLE_SECONDS = 1  # what is on no shared directory is not seen later either
+    shared_directory.VISIBLE_SECONDS = 1  # what is on no shared directory is not seen later either
     best_too = replace(good.checkpoint, keep_best=True)
     too_large = replace(good, model=huge(folder), checkpoint=best_too)
     vllm = config_of(
