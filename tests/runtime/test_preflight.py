@@ -15,7 +15,7 @@ from megatron_rpp.config import Config
 from megatron_rpp.lifecycle import entrypoint
 from megatron_rpp.parallel import groups
 from megatron_rpp.reporting.console import Console
-from megatron_rpp.runtime import preflight, startup
+from megatron_rpp.runtime import preflight, shared_directory, startup
 from megatron_rpp.runtime.inputs import check_writable
 from tests.distributed import run_ranks
 from tests.small_run import arguments, config_of, make_data
