@@ -29,7 +29,7 @@ from megatron_rpp.runtime.assumptions import Assumptions
 from megatron_rpp.runtime.machines import MACHINES, Machine
 from megatron_rpp.runtime.plan import USABLE, Limits, Plan, best_plans, limits
 
-WIDTH = 165
+WIDTH = 180
 """Columns of the tables, where the output is no terminal."""
 
 
@@ -96,33 +96,42 @@ def layout_text(plan: Plan) -> str:
 
 
 def table(title: str, plans: list[Plan]) -> Table:
+    """The plans, a row each, without the models that the run does not have."""
     steps = plans[0].config.train.steps
-    memory = (
-        "weights", "grads", "Adam", "ref.", "critic", "reward", "update", "rollout", "CUDA", "all GB",
-        "host GB",
-    )  # fmt: skip
-    time = ("rollout s", "scoring s", "update s", "step s", "GPU-h/step", "GPU-h/run")
     drawn = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in ("layout", "recompute"):
         drawn.add_column(name, no_wrap=True)
-    for name in (*memory, *time):
+    columns = [_gigabytes(plan) | _times(plan, steps) for plan in plans]
+    absent = {name for name in ("critic", "reward") if not any(plan[name] for plan in columns)}
+    shown = [name for name in columns[0] if name not in absent]
+    for name in shown:
         drawn.add_column(name, justify="right", no_wrap=True)
-    for plan in plans:
-        held, seconds = plan.memory, plan.time
-        kinds = (
-            held.weights, held.gradients, held.optimizer, held.reference, held.critic, held.reward,
-            held.update, held.rollout, held.overhead, held.total, plan.host.total,
-        )  # fmt: skip
-        drawn.add_row(
-            layout_text(plan),
-            plan.config.train.recompute,
-            *(f"{size / 1e9:.1f}" for size in kinds),
-            *(f"{value:.1f}" for value in (seconds.rollout, seconds.logprobs, seconds.update)),
-            f"{seconds.total:.1f}",
-            f"{plan.gpu_hours:.2f}",
-            f"{plan.gpu_hours * steps:,.0f}",
-        )
+    for plan, cells in zip(plans, columns, strict=True):
+        texts = (format(cells[name], _FORMATS.get(name, ".1f")) for name in shown)
+        drawn.add_row(layout_text(plan), plan.config.train.recompute, *texts)
     return drawn
+
+
+_FORMATS = {"GPU-h/step": ".2f", "GPU-h/run": ",.0f"}
+
+
+def _gigabytes(plan: Plan) -> dict[str, float]:
+    held = plan.memory
+    kinds = {
+        "weights": held.weights, "grads": held.gradients, "Adam": held.optimizer,
+        "ref.": held.reference, "critic": held.critic, "reward": held.reward,
+        "update": held.update, "rollout": held.rollout, "CUDA": held.overhead,
+        "all GB": held.total, "host GB": plan.host.total,
+    }  # fmt: skip
+    return {name: size / 1e9 for name, size in kinds.items()}
+
+
+def _times(plan: Plan, steps: int) -> dict[str, float]:
+    seconds = plan.time
+    return {
+        "rollout s": seconds.rollout, "scoring s": seconds.logprobs, "update s": seconds.update,
+        "step s": seconds.total, "GPU-h/step": plan.gpu_hours, "GPU-h/run": plan.gpu_hours * steps,
+    }  # fmt: skip
 
 
 def notes(found: Limits, config: Config, *, machine: Machine, assumed: Assumptions) -> list[str]:
