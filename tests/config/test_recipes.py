@@ -16,6 +16,7 @@ from megatron_rpp.config.yaml_files import read_yaml
 from megatron_rpp.conversion.output_dir import check_output
 from megatron_rpp.hf.architecture import read_architecture
 from megatron_rpp.hf.families import rows_of
+from megatron_rpp.runtime.host_memory import host_estimate
 from megatron_rpp.runtime.memory_estimate import estimate
 from tests.config.published import PUBLISHED
 from tests.hf.models import save
@@ -65,6 +66,21 @@ def test_the_full_size_fits_its_machines(tmp_path, recipe):
     memory = estimate(config, content["vocab_size"], replicas)
     # A tenth is left for the allocator and NCCL.
     assert memory.total < 0.9 * GPU_MEMORY, memory
+
+
+def test_one_gpu_needs_the_host_memory_that_its_recipe_names(tmp_path):
+    """The comments of the recipe, and room for the copies of a save, Python and the page cache."""
+    content = PUBLISHED["qwen2.5-7b-one-gpu"][0]
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").write_text(json.dumps(content))
+    config = cli.parse(words("qwen2.5-7b-one-gpu", tmp_path)).config
+    need = host_estimate(config, content["vocab_size"], 1)
+    text = (FOLDER / "qwen2.5-7b-one-gpu.yaml").read_text()
+    assert "in a host with 192 GB of memory" in text and need.total < 0.8 * 192e9
+    assert f"({need.optimizer / 1e9:.0f} and {need.reference / 1e9:.0f} GB)" in text
+    device = estimate(config, content["vocab_size"], 1)
+    assert device.optimizer == device.reference == 0
+    assert f"gradients take {(device.weights + device.gradients) / 1e9:.0f} GB" in text
 
 
 @pytest.mark.parametrize(
