@@ -99,15 +99,8 @@ echo "$kind" >.venv/kind
 pip=(.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-warn-conflicts
   --no-compile)
 
-# PyPI's torch brings gigabytes of CUDA. For the CPU its build is taken from PyTorch's own index, or
-# from wherever pip is configured to find it first.
 index=()
-if [[ $kind == cpu ]]; then
-  url=https://download.pytorch.org/whl/cpu
-  if "$python" -c "import urllib.request as u; u.urlopen('$url/', timeout=5)" 2>/dev/null; then
-    index=(--extra-index-url "$url")
-  fi
-fi
+[[ $kind != cpu ]] || read -ra index < <(bash launch/cpu_index.sh "$python") || true
 torch=$(grep '^torch==' requirements.txt)
 echo "environment .venv, ${kind^^}: installing $torch"
 "${pip[@]}" "${index[@]}" "$torch"

@@ -10,8 +10,8 @@ export VLLM_PYTHON=${VLLM_PYTHON:-$PWD/runs/vllm/bin/python}
 bash launch/install.sh requirements.txt requirements-dev.txt
 if [[ ! -x $VLLM_PYTHON ]]; then
   "${PYTHON:-python3.11}" -m venv runs/vllm
-  runs/vllm/bin/pip install --quiet --no-deps -r tools/requirements-vllm.txt \
-    --extra-index-url https://download.pytorch.org/whl/cpu
+  read -ra index < <(bash launch/cpu_index.sh runs/vllm/bin/python) || true
+  runs/vllm/bin/pip install --quiet --no-deps "${index[@]}" -r tools/requirements-vllm.txt
 fi
 (($#)) || set -- tests/vllm
 exec .venv/bin/python -m pytest -m vllm "$@"

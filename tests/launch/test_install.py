@@ -121,3 +121,17 @@ def test_an_environment_stays_what_it_is(kind, tmp_path):
 def test_an_unknown_option_is_refused(tmp_path):
     done = Machine(tmp_path).install("--cuda")
     assert done.returncode == 2 and "--cuda" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("reached", "words"),
+    [("true", "--extra-index-url https://download.pytorch.org/whl/cpu"), ("false", "")],
+)
+def test_pytorchs_own_index_is_named_only_if_it_answers(reached, words):
+    """`true` and `false` stand for an interpreter that reaches it and one that does not."""
+    command = ["bash", "launch/cpu_index.sh", reached]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and done.stdout.strip() == words
+    for script in ("launch/install.sh", "tests/vllm.sh"):
+        text = (ROOT / script).read_text()
+        assert "launch/cpu_index.sh" in text and "download.pytorch.org" not in text
