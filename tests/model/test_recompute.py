@@ -36,9 +36,12 @@ LAYOUTS = {
     ],
     4: [
         {"tensor": 2, "pipeline": 2},
+        {"tensor": 2, "pipeline": 2, "sequence_parallel": True},
         {"tensor": 2},
+        {"tensor": 2, "sequence_parallel": True},
         {"context": 2},
         {"pipeline": 2},
+        {"pipeline": 2, "virtual_pipeline": 2},
         {"tensor": 2, "context": 2, "sequence_parallel": True},
         {"pipeline": 2, "context": 2, "virtual_pipeline": 2},
         {"tensor": 2, "pipeline": 2, "virtual_pipeline": 2, "sequence_parallel": True},
