@@ -10,7 +10,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from acceptance import catalog, profiling
+import torch
+from acceptance import catalog, decoding, profiling
 from acceptance.figures import Figure, status_of
 from acceptance.supervisor import Supervisor
 
@@ -71,6 +72,21 @@ def test_all_checks_run_on_a_cpu(tmp_path):
     assert decode["time"]["value"] > 0
     assert decode["without CUDA graphs"]["skipped"] == "needs a CUDA device"
     assert "[11/11] recompute" in printed and "10 passed, 0 failed, 1 skipped" in printed
+
+
+def test_cudnns_attention_is_on_for_its_figures_alone():
+    """What runs on a GPU only, with a rollout that notes the switches."""
+    before, seen = torch.backends.cuda.cudnn_sdp_enabled(), []
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        found = list(
+            decoding.cudnn_figures(lambda: seen.append(torch.backends.cuda.cudnn_sdp_enabled()))
+        )
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+    assert seen == [False, False, True], "its first run is measured, because it keeps its plans"
+    assert [figure.status for figure in found] == ["measured"] * 2
 
 
 @pytest.fixture

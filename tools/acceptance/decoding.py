@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from unittest import mock
+
+import torch
 
 from acceptance import work
 from acceptance.figures import Figure
@@ -40,8 +43,31 @@ def decode(scale: Scale) -> Iterator[Figure]:
             with mock.patch.object(devices, kernel, lambda: False):
                 ratio = seconds(run, rounds=1) * 1e3 / scale.decode_tokens / each
             yield Figure(name=f"{name}, time over with", value=ratio, at_least=gain)
+        yield from cudnn_figures(run)
 
     yield from on_gpu("without CUDA graphs", without_kernels)
+
+
+def cudnn_figures(run: Callable[[], object]) -> Iterator[Figure]:
+    """What cuDNN's attention would cost, which device.py turns off because it plans for every length.
+
+    Without the paged kernel, which would be used instead, and without CUDA graphs, which would hide
+    the plans.
+    """
+    with ExitStack() as stack:
+        for kernel in ("has_cuda_graphs", "has_paged_attention"):
+            stack.enter_context(mock.patch.object(devices, kernel, lambda: False))
+        run()
+        without = seconds(run, rounds=1)
+        stack.callback(
+            torch.backends.cuda.enable_cudnn_sdp, torch.backends.cuda.cudnn_sdp_enabled()
+        )
+        torch.backends.cuda.enable_cudnn_sdp(True)
+        times: list[float] = []
+        # The first run with it, because it keeps its plans.
+        growth = host_growth(lambda: times.append(seconds(run, rounds=1)))
+    yield Figure(name="with cuDNN attention, time over without", value=times[0] / without)
+    yield Figure(name="with cuDNN attention, host memory", value=growth, unit="MB more")
 
 
 def rollout(scale: Scale) -> Iterator[Figure]:
