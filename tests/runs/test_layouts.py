@@ -194,8 +194,8 @@ def base(tmp_path_factory) -> Path:
     one_rank.append(PLAIN_ADAM._replace(ranks=1, settings={"optimizer__eps": 1e-8}))
     train_cases(0, base, one_rank + [case for case in CASES if case.ranks == 1])
     two, four = ([case for case in CASES if case.ranks == count] for count in (2, 4))
-    run_ranks(train_two_ranks, 2, base, base, two, timeout=400)
-    run_ranks(train_cases, 4, base, base, four, timeout=400)
+    run_ranks(train_two_ranks, 2, base, base, two, timeout=700)
+    run_ranks(train_cases, 4, base, base, four, timeout=700)
     return base
 
 
