@@ -100,6 +100,28 @@ def test_savings_are_shares_of_the_seconds_of_ppo():
     assert expected in document.savings(rows), "not of one of two seeds"
 
 
+@pytest.mark.parametrize("name", ["models", "choose", "speed", "math", "math-model", "length"])
+def test_every_section_has_a_table(name):
+    rows = [
+        row(algorithm, seed, accuracy=0.7)
+        for seed in (1, 2)
+        for algorithm in ("reinforce++", "ppo")
+    ]
+    if name == "models":
+        rows = [{"model": "warm start", "steps": 9, "accuracy": 0.5, "commits": ["abc"]}]
+    text = document.section(name, rows)
+    assert "| --- |" in text and f"{len(rows)} rows, made on `abc`" in text
+
+
+def test_rows_are_in_the_order_of_seeds_algorithms_and_rates():
+    rows = [row("ppo", 1, accuracy=0.5), row("grpo", 2, accuracy=0.5),
+            row("reinforce++", 1, accuracy=0.5, rate=2e-4), row("reinforce++", 1, accuracy=0.5)]  # fmt: skip
+    ordered = results.in_order(rows)
+    assert [(r["seed"], r["algorithm"], r["learning_rate"]) for r in ordered] == [
+        (1, "reinforce++", 1e-4), (1, "reinforce++", 2e-4), (1, "ppo", 1e-4), (2, "grpo", 1e-4)
+    ]  # fmt: skip
+
+
 def test_gain_per_nat():
     assert document.per_nat("accuracy")(row("ppo", 1, accuracy=0.75)) == 0.5
 

@@ -182,5 +182,8 @@ class Campaign:
             )
             for (name, _, _), job, folder in zip(wanted, jobs, folders)
         ]
-        results.write_rows(self.results / f"{experiment.name}.jsonl", rows)
+        file, own = self.results / f"{experiment.name}.jsonl", {name for name, _, _ in wanted}
+        # An experiment may be asked for some of its algorithms; what the others reached stays.
+        others = [row for row in results.read_rows(file) if row["algorithm"] not in own]
+        results.write_rows(file, results.in_order([*others, *rows]))
         return rows

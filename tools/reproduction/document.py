@@ -119,7 +119,7 @@ def section(name: str, rows: list[Row]) -> str:
     tables = {"choose": rates_table, "models": models_table}
     body = tables[name](rows) if name in tables else comparison(rows, METRICS[name])
     picture = [f"![{name}](reproduction/{name}.png)"] * (name in PANELS)
-    sentence = [savings(rows)] * (name == "speed")
+    sentence = [savings(rows)] if name == "speed" else []
     return "\n\n".join([*picture, body, *sentence, provenance(rows)])
 
 

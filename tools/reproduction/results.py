@@ -17,7 +17,7 @@ from plot import rows_of
 
 from megatron_rpp.lifecycle.atomic_files import write_atomic
 from megatron_rpp.lifecycle.config_error import ConfigError
-from reproduction.protocol import TARGET_ACCURACY, Experiment, Job
+from reproduction.protocol import ALGORITHMS, TARGET_ACCURACY, Experiment, Job
 
 Row = dict[str, Any]
 ROLLOUTS = ("reward", "kl", "length", "right")
@@ -128,6 +128,14 @@ def evaluation_of(folder: Path, name: str) -> Row:
         "accuracy": rounded(evaluated[-1]["eval/accuracy"]),
         "commits": json.loads((folder / "commits.json").read_text()),
     }
+
+
+def in_order(rows: Iterable[Row]) -> list[Row]:
+    """The rows of an experiment by seed, algorithm and learning rate."""
+    names = list(ALGORITHMS)
+    return sorted(
+        rows, key=lambda row: (row["seed"], names.index(row["algorithm"]), row["learning_rate"])
+    )
 
 
 def write_rows(path: Path, rows: list[Row]) -> None:
