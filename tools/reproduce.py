@@ -20,6 +20,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs without an installation
 
 from reproduction.protocol import COMMANDS, EXPERIMENTS, QUICK, ROOT, Scale
