@@ -118,8 +118,9 @@ def test_two_parts_equal_the_whole(base, kind):
     run_in_two_parts(base, f"parts {kind}", **settings)
     same_bits(base, f"parts {kind}", whole, **settings)
     rate = "critic/learning_rate" if kind == "ppo" else "policy/learning_rate"
-    for changing in (rate, "kl/coef"):
-        assert len({row[changing] for row in log(base, whole)}) == 4
+    changes = {name: len({row[name] for row in log(base, whole)}) for name in (rate, "kl/coef")}
+    # The first step of ppo is a warm-up, which does not adapt the coefficient.
+    assert changes == {rate: 4, "kl/coef": 3 if kind == "ppo" else 4}
 
 
 def test_load_continues_elsewhere_and_leaves_its_source_alone(base):
