@@ -17,7 +17,7 @@ from megatron_rpp.lifecycle.config_error import ConfigError
 from megatron_rpp.runtime.assumptions import Assumptions
 from megatron_rpp.runtime.host_memory import HostMemory, host_estimate
 from megatron_rpp.runtime.machines import Machine
-from megatron_rpp.runtime.memory_estimate import Memory, estimate
+from megatron_rpp.runtime.memory_estimate import Memory, estimate, reward_models
 from megatron_rpp.runtime.model_size import (
     FP32,
     layer_parameters,
@@ -67,12 +67,15 @@ def _sizes(config: Config, gpus: int, per_node: int) -> Iterator[ParallelConfig]
 
 def candidates(config: Config, gpus: int, machine: Machine) -> Iterator[tuple[Config, int]]:
     """(settings, data-parallel size) of every layout that the checks of a run accept."""
+    reward_models(replace(config, parallel=ParallelConfig()), stage=0)  # are they there at all
     trains = [replace(config.train, recompute=recompute) for recompute in RECOMPUTE]
     for parallel in _sizes(config, gpus, machine.per_node):
         for train in trains:
             try:
                 layout = replace(config, parallel=parallel, train=train)
-                yield layout, check_world_size(layout, gpus)
+                replicas = check_world_size(layout, gpus)
+                reward_models(layout, stage=0)
+                yield layout, replicas
             except ConfigError:
                 continue
 

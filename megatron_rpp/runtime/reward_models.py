@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,8 @@ from megatron_rpp.config import Config, ModelConfig
 from megatron_rpp.config.infer_settings import tokenizer_folder
 from megatron_rpp.config.learning import model_directory
 from megatron_rpp.config.validation import check_layout
-from megatron_rpp.conversion.settings import model_settings
+from megatron_rpp.conversion.content import model_digest
+from megatron_rpp.conversion.settings import ModelSettings, model_settings
 from megatron_rpp.data.chat import PromptFormat
 from megatron_rpp.data.tokenizer import load_tokenizer
 from megatron_rpp.hf.architecture import CONFIG
@@ -36,6 +38,13 @@ class RewardModelSource:
     form: PromptFormat
     max_length: int
     """Most tokens that it reads."""
+    digest: str
+    """Of its weights and tokenizer."""
+
+
+@cache  # a plan asks for every layout
+def _settings(directory: Path) -> ModelSettings:
+    return model_settings(directory)
 
 
 def reward_model_config(config: Config, name: str) -> tuple[ModelConfig, int]:
@@ -46,7 +55,7 @@ def reward_model_config(config: Config, name: str) -> tuple[ModelConfig, int]:
     directory = model_directory(name)
     assert directory is not None
     with _naming(name):
-        found = model_settings(directory)
+        found = _settings(directory)
         if not found.scalar:
             raise ConfigError(
                 f"{directory} is a language model, it has no score: give a sequence classifier with one "
@@ -76,7 +85,7 @@ def _open(config: Config, inputs: Inputs, name: str) -> RewardModelSource:
             check_source(directory)
         source = RewardModelSource(
             name, directory, model, vocab_size, form=_form(config, inputs, directory),
-            max_length=_max_length(config, name, model.max_length),
+            max_length=_max_length(config, name, model.max_length), digest=model_digest(directory),
         )  # fmt: skip
         _check_tokens(source, inputs)
     return source

@@ -13,6 +13,7 @@ from megatron_rpp.config import (
     Config,
     ModelConfig,
     ParallelConfig,
+    RewardConfig,
     RolloutConfig,
     TrainConfig,
     VllmConfig,
@@ -21,8 +22,9 @@ from megatron_rpp.lifecycle.config_error import ConfigError
 from megatron_rpp.runtime.assumptions import Assumptions
 from megatron_rpp.runtime.machines import MACHINES
 from megatron_rpp.runtime.memory_estimate import estimate
-from megatron_rpp.runtime.plan import USABLE, best_plans, limits, plans
+from megatron_rpp.runtime.plan import USABLE, best_plans, candidates, limits, plans
 from megatron_rpp.runtime.step_time import step_time
+from tests.hf.models import save
 
 H100, ASSUMED, VOCAB = MACHINES["h100"], Assumptions(), 128000
 
@@ -147,3 +149,14 @@ def test_too_few_gpus_are_refused():
         best_plans(config, VOCAB, gpus=8, machine=H100, assumed=ASSUMED)
     with pytest.raises(ConfigError, match="no layout divides 7 GPUs"):
         plans(config, VOCAB, gpus=7, machine=H100, assumed=ASSUMED)
+
+
+def test_layouts_that_a_reward_model_cannot_have_are_left_out(tmp_path):
+    """Its four heads are one key-value head: only tensor 1 divides it. A directory without a model is
+    refused."""
+    save(tmp_path, "qwen3-score", num_key_value_heads=1)
+    run = Config(reward=RewardConfig(functions=[f"model:{tmp_path / 'qwen3-score'}"]))
+    tensors = {layout.parallel.tensor for layout, _ in candidates(run, gpus=4, machine=H100)}
+    assert tensors == {1}
+    with pytest.raises(ConfigError, match="no checkpoint at"):
+        list(candidates(Config(reward=RewardConfig(functions=["model:/nothing"])), 4, H100))
