@@ -13,7 +13,6 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 from megatron_rpp.config import Config, RewardConfig
 from megatron_rpp.lifecycle import entrypoint, heartbeat
@@ -23,19 +22,16 @@ if __name__ == "__main__":
     STARTUP = entrypoint.run(startup.for_reward_model)  # --help and mistakes end here, before torch
 
 from megatron_rpp.data.pairs import Content
-from megatron_rpp.model import kernels, overlap
+from megatron_rpp.model import overlap
 from megatron_rpp.model.scalar_model import ScalarModel
 from megatron_rpp.parallel import groups
-from megatron_rpp.parallel.device import describe
 from megatron_rpp.reporting.console import Console
-from megatron_rpp.rollout.no_engine import NoEngine
 from megatron_rpp.rollout.planning import shard
-from megatron_rpp.runtime import checkpointing
+from megatron_rpp.runtime import checkpointing, supervised
 from megatron_rpp.runtime.policy import build_policy
 from megatron_rpp.runtime.rated_inputs import RatedInputs
 from megatron_rpp.runtime.run import Run, assemble
-from megatron_rpp.runtime.sections import with_section
-from megatron_rpp.runtime.session import session, training
+from megatron_rpp.runtime.session import session
 from megatron_rpp.stages import nonfinite, rating
 from megatron_rpp.stages.minibatches import optimizer_step
 
@@ -53,7 +49,7 @@ def main(argv: list[str] | None = None, *, start: startup.Startup | None = None)
 
 def settings_of(config: Config) -> Config:
     """The settings of the run: no reward function takes part in it."""
-    return replace(with_section(config, config.reward_model), reward=RewardConfig())
+    return replace(supervised.with_section(config, config.reward_model), reward=RewardConfig())
 
 
 def train_rewards(config: Config, inputs: RatedInputs, dry_run: bool = False) -> None:
@@ -63,30 +59,13 @@ def train_rewards(config: Config, inputs: RatedInputs, dry_run: bool = False) ->
         model = build_policy(
             config, config.optimizer, inputs.vocab_size, source=inputs.source, kind=ScalarModel
         )
-        run = assemble(config, inputs, console, policy=model, engine=NoEngine())
+        run = assemble(config, inputs, console, policy=model)
         run.stop = stop
-        checkpointing.resume(run, repair=not dry_run)
-        console.log(describe())
-        console.log(kernels.describe(model.model))
-        console.log(f"data: {inputs.counts}")
-        if dry_run:
-            console.log("dry run: everything is built and nothing was trained")
-            return
-        with training(run, "reward_model.steps"):
-            with console.stage("reward-model steps", config.train.steps) as advance_bar:
-                advance_bar(run.state.step)
-                while not run.finished:
-                    checkpointing.stop_if_requested(run)
-                    row = run.step_progress.supervised or rating_step(run, inputs.content)
-                    run.step_progress.supervised = row
-                    row = row | checkpointing.evaluate_if_due(run, evaluate_held_out)
-                    run.advance(config.reward_model.batch_size)
-                    checkpointing.finish_step(run, row)
-                    if "eval/loss" in row:
-                        cells = {tag: f"{value:.4g}" for tag, value in row.items()}
-                        console.row({"step": str(run.state.step)} | cells)
-                    advance_bar(1)
-            console.log(f"checkpoint: {Path(config.checkpoint.dir) / (run.saves.current or '')}")
+        supervised.train_steps(
+            run, config.reward_model, partial(rating_step, content=inputs.content),
+            name="reward_model", title="reward-model steps", dry_run=dry_run,
+            evaluate=evaluate_held_out,
+        )  # fmt: skip
 
 
 def rating_step(run: Run, content: Content) -> dict[str, float]:
@@ -103,9 +82,7 @@ def rating_step(run: Run, content: Content) -> dict[str, float]:
     batch = rating.batch_of([prompts[rows[i]] for i in positions], content)
     micro_batches = batch.micro_batches(model.model, train.max_tokens_per_microbatch)
     done = optimizer_step(model, micro_batches, rating.rating_loss(model.model, batch))
-    run.state.skipped_in_a_row = nonfinite.skipped_in_a_row(
-        run.state.skipped_in_a_row, done.skip_reason, limit=train.max_skipped_updates
-    )
+    nonfinite.count_skipped(run.state, done.skip_reason, train.max_skipped_updates)
     row = {"rm/skipped_updates": 0, "rm/grad_norm": done.grad_norm}
     if done.skip_reason is not None:
         row["rm/skipped_updates"] = 1

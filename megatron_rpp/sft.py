@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import time
 from functools import partial
-from pathlib import Path
 
 from megatron_rpp.config import Config
 from megatron_rpp.lifecycle import entrypoint, heartbeat
@@ -26,20 +25,17 @@ import torch.distributed as dist
 from megatron_rpp.data.chat import PromptFormat
 from megatron_rpp.data.prompts import Prompt
 from megatron_rpp.data.supervised import sft_example
-from megatron_rpp.model import kernels
 from megatron_rpp.parallel import device as devices
 from megatron_rpp.parallel import groups
-from megatron_rpp.parallel.device import describe
 from megatron_rpp.records import Generation, MicroBatch, Request
 from megatron_rpp.reporting.console import Console
 from megatron_rpp.rollout.buffer import RolloutBuffer, from_generations
 from megatron_rpp.rollout.planning import shard
-from megatron_rpp.runtime import checkpointing
+from megatron_rpp.runtime import supervised
 from megatron_rpp.runtime.inputs import Inputs
 from megatron_rpp.runtime.policy import build_policy
-from megatron_rpp.runtime.run import Run, assemble
-from megatron_rpp.runtime.sections import with_section
-from megatron_rpp.runtime.session import session, training
+from megatron_rpp.runtime.run import Run, assemble, megatron_engine
+from megatron_rpp.runtime.session import session
 from megatron_rpp.stages import nonfinite
 from megatron_rpp.stages.logprobs import make_micro_batches, token_logprobs
 from megatron_rpp.stages.minibatches import optimizer_step
@@ -70,7 +66,7 @@ def batch_of(prompts: list[Prompt], form: PromptFormat) -> RolloutBuffer:
 
 def settings_of(config: Config) -> Config:
     """The settings of the run."""
-    return with_section(config, config.sft)
+    return supervised.with_section(config, config.sft)
 
 
 def finetune(config: Config, inputs: Inputs, dry_run: bool = False) -> None:
@@ -78,30 +74,12 @@ def finetune(config: Config, inputs: Inputs, dry_run: bool = False) -> None:
     config, console = settings_of(config), Console(groups.is_main())
     with session(config, console) as stop:
         policy = build_policy(config, config.optimizer, inputs.vocab_size, source=inputs.source)
-        run = assemble(config, inputs, console, policy=policy)
+        engine = megatron_engine(config, policy, inputs)
+        run = assemble(config, inputs, console, policy=policy, engine=engine)
         run.stop = stop
-        checkpointing.resume(run, repair=not dry_run)
-        console.log(describe())
-        console.log(kernels.describe(policy.model))
-        console.log(f"data: {inputs.counts}")
-        if dry_run:
-            console.log("dry run: everything is built and nothing was trained")
-            return
-        with training(run, "sft.steps"):
-            with console.stage("supervised steps", config.train.steps) as advance_bar:
-                advance_bar(run.state.step)
-                while not run.finished:
-                    checkpointing.stop_if_requested(run)
-                    row = run.step_progress.supervised or sft_step(run)
-                    run.step_progress.supervised = row
-                    row = row | checkpointing.evaluate_if_due(run)
-                    run.advance(config.sft.batch_size)
-                    checkpointing.finish_step(run, row)
-                    if "eval/accuracy" in row:
-                        cells = {tag: f"{value:.4g}" for tag, value in row.items()}
-                        console.row({"step": str(run.state.step)} | cells)
-                    advance_bar(1)
-            console.log(f"checkpoint: {Path(config.checkpoint.dir) / (run.saves.current or '')}")
+        supervised.train_steps(
+            run, config.sft, sft_step, name="sft", title="supervised steps", dry_run=dry_run
+        )
 
 
 def sft_step(run: Run) -> dict[str, float]:
@@ -130,9 +108,7 @@ def sft_step(run: Run) -> dict[str, float]:
         policy.model, buffer, list(range(len(buffer))), max_tokens=train.max_tokens_per_microbatch
     )
     done = optimizer_step(policy, batches, loss)
-    run.state.skipped_in_a_row = nonfinite.skipped_in_a_row(
-        run.state.skipped_in_a_row, done.skip_reason, limit=train.max_skipped_updates
-    )
+    nonfinite.count_skipped(run.state, done.skip_reason, train.max_skipped_updates)
     row = {"sft/skipped_updates": 0, "sft/grad_norm": done.grad_norm}
     if done.skip_reason is None:
         row["sft/loss"] = _mean_loss(done.reports)

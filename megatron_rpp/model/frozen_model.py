@@ -1,4 +1,5 @@
-"""A model that is only read, and whose weights may wait in host memory: a reward model."""
+"""A model that is only read: a resident reference, or a reward model, whose weights may wait in host
+memory."""
 
 from __future__ import annotations
 

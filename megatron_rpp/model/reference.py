@@ -1,7 +1,7 @@
 """The frozen reference model: a second model on the device, or weights on the host.
 
-`resident` needs a second copy of the weights on the device. `offload` needs a copy in host memory,
-and swaps it with the policy's weights and back each time; the policy is restored bit for bit.
+`resident` is a FrozenModel, a second copy of the weights on the device. `offload` needs a copy in host
+memory, and swaps it with the policy's weights and back each time; the policy is restored bit for bit.
 """
 
 from __future__ import annotations
@@ -18,17 +18,6 @@ from megatron_rpp.parallel import device as devices
 class Reference(Protocol):
     def active(self) -> contextlib.AbstractContextManager[torch.nn.ModuleList]:
         """Yields a model that holds the reference weights while the context is open."""
-
-
-class ResidentReference:
-    """A second model that stays on the device."""
-
-    def __init__(self, stage: torch.nn.ModuleList):
-        self.stage = stage.requires_grad_(False).eval()
-
-    @contextlib.contextmanager
-    def active(self) -> Iterator[torch.nn.ModuleList]:
-        yield self.stage
 
 
 class OffloadedReference:

@@ -18,6 +18,8 @@ from megatron_rpp.runtime.step_progress import StepProgress
 
 Told = Callable[[], bool]
 """Tells whether any rank has a reason to stop (stop_request.py)."""
+Evaluate = Callable[[Run, int, Told], dict[str, float]]
+"""Evaluates the model after so many steps and returns metrics; abandons that if told to stop."""
 _PROGRESS = "underway"
 """Where the manifest of a checkpoint inside a step has the progress of that step."""
 
@@ -52,9 +54,9 @@ def resume(run: Run, *, repair: bool) -> None:
     run.state = identity.carry_over(state, now, path, log=log)
     content = ranks.gathered(manifest.read_manifest(path))[0]
     if content is not None and _PROGRESS in content["notes"]:
-        notes, prompts = content["notes"][_PROGRESS], run.inputs.train
+        notes = content["notes"][_PROGRESS]
         progress = step_progress.load(
-            path, notes, config=run.config, prompts=prompts, key=run.step_key
+            path, notes, config=run.config, inputs=run.inputs, key=run.step_key
         )
         if progress is None:
             log(f"the data has other prompts than {path}: step {state.step + 1} starts over")
@@ -68,7 +70,7 @@ def begin_step(run: Run) -> StepProgress:
         run.step_progress = StepProgress()  # `resume` may have read one of sft.py
         if run.config.checkpoint.save_rollouts:
             run.step_progress = step_progress.load_rollouts(
-                config=run.config, prompts=run.inputs.train, key=run.step_key
+                config=run.config, inputs=run.inputs, key=run.step_key
             )
     return run.step_progress
 
@@ -77,14 +79,12 @@ def finish_stage(run: Run, stage: str) -> None:
     """Ends the stage rollout or reward: saves the rollouts if asked to; a safe point. Collective."""
     if run.config.checkpoint.save_rollouts:
         step_progress.save_rollouts(
-            run.step_progress, stage, config=run.config, prompts=run.inputs.train, key=run.step_key
+            run.step_progress, stage, config=run.config, inputs=run.inputs, key=run.step_key
         )
     stop_if_requested(run)
 
 
-def evaluate_if_due(
-    run: Run, evaluate: Callable[[Run, int, Told], dict[str, float]] = evaluate_held_out
-) -> dict[str, float]:
+def evaluate_if_due(run: Run, evaluate: Evaluate = evaluate_held_out) -> dict[str, float]:
     """Evaluates the model after the updates of a step if it is due; returns metrics. Collective.
 
     Raises Abandoned, on every rank, if the run was told to stop. For then it comes before the step
@@ -155,7 +155,7 @@ def _save(
         if not run.step_progress.begun:
             return {}
         saved = step_progress.save(
-            run.step_progress, directory, config=run.config, prompts=run.inputs.train,
+            run.step_progress, directory, config=run.config, inputs=run.inputs,
             key=run.step_key,
         )  # fmt: skip
         return {_PROGRESS: saved}

@@ -17,8 +17,6 @@ from typing import NamedTuple
 
 from megatron_rpp.checkpoint.run_state import RunState
 from megatron_rpp.config import Config
-from megatron_rpp.config.learning import model_directory
-from megatron_rpp.conversion.content import model_digest
 from megatron_rpp.runtime.inputs import Inputs
 
 PROMPTS = "the training data"
@@ -52,11 +50,10 @@ def identities(config: Config, inputs: Inputs) -> dict[str, Identity]:
         "the tokenizer": Identity(_digest(_files(data.tokenizer)), data.tokenizer),
         "the form of prompts": _of(form, f"template {data.chat_template}, {form[:2]}"),
     }
+    models = {source.name: source.digest for source in inputs.reward_models}
     code = [
-        model_digest(directory) if (directory := model_directory(name)) is not None
-        else _digest(_files(name.rpartition(":")[0]))
-        for name in reward.functions
-    ]  # fmt: skip
+        models.get(name) or _digest(_files(name.rpartition(":")[0])) for name in reward.functions
+    ]
     for name in _REWARD:
         value = getattr(reward, name)
         found[f"reward.{name}"] = _of([value, code * (name == "functions")], str(value))

@@ -8,10 +8,11 @@ from megatron_rpp.checkpoint import state as checkpoint
 from megatron_rpp.config import Config, OptimizerConfig
 from megatron_rpp.hf.source import Source
 from megatron_rpp.model import build, initialization
+from megatron_rpp.model.frozen_model import FrozenModel
 from megatron_rpp.model.hf_weights import load_hf
 from megatron_rpp.model.language_model import LanguageModel, chunks
 from megatron_rpp.model.optimizer import build_optimizer
-from megatron_rpp.model.reference import OffloadedReference, Reference, ResidentReference
+from megatron_rpp.model.reference import OffloadedReference, Reference
 from megatron_rpp.model.scalar_model import ScalarModel
 from megatron_rpp.model.trained_model import TrainedModel
 from megatron_rpp.parallel import device as devices
@@ -124,4 +125,4 @@ def build_reference(config: Config, policy: TrainedModel, vocab_size: int) -> Re
     stage = build.build_model(config.model, config.parallel, vocab_size=vocab_size, seed=None)
     for chunk, trained in zip(chunks(stage), chunks(policy.model), strict=True):
         chunk.load_state_dict(trained.state_dict())
-    return ResidentReference(stage)
+    return FrozenModel(stage, offload=False)

@@ -45,6 +45,7 @@ def collect(run: Run, progress: Callable[[int], None]) -> tuple[RolloutBuffer, i
 
 
 def _collect(run: Run, key: StepKey, progress: Callable[[int], None]) -> RolloutBuffer:
+    assert run.engine is not None
     return rollout.collect(
         run.engine, run.inputs.train, run.inputs.sampling, rollout=run.config.rollout, key=key,
         replica=groups.data_rank(), replicas=groups.data_size(), progress=progress,
@@ -73,7 +74,7 @@ def begin_next(run: Run) -> None:
 
 
 def _kept(run: Run, key: StepKey) -> bool:
-    found = step_progress.load_rollouts(config=run.config, prompts=run.inputs.train, key=key)
+    found = step_progress.load_rollouts(config=run.config, inputs=run.inputs, key=key)
     return found.buffer is not None
 
 
@@ -110,9 +111,7 @@ def _write(run: Run, key: StepKey) -> None:
     found = StepProgress(staleness=1)
     with found.times.measure("rollout"):
         found.buffer = _collect(run, key, lambda finished: None)
-    step_progress.save_rollouts(
-        found, "rollout", config=run.config, prompts=run.inputs.train, key=key
-    )
+    step_progress.save_rollouts(found, "rollout", config=run.config, inputs=run.inputs, key=key)
 
 
 def end(run: Run) -> None:

@@ -66,7 +66,8 @@ class Run:
     """None if no KL coefficient needs it, and in supervised fine-tuning."""
     critic: TrainedModel | None
     """None if the algorithm has none, and in supervised fine-tuning."""
-    engine: RolloutEngine
+    engine: RolloutEngine | None
+    """None in the training of a reward model."""
     scorer: Scorer
     console: Console
     metrics: MetricsLog
@@ -137,10 +138,11 @@ def build_engine(
     if config.rollout.engine == "vllm":
         engine = VllmEngine(config, policy, inputs.tokenizer, log=log)
         return AheadEngine(engine) if config.rollout.ahead else engine
-    return _megatron_engine(config, policy, inputs)
+    return megatron_engine(config, policy, inputs)
 
 
-def _megatron_engine(config: Config, policy: TrainedModel, inputs: Inputs) -> MegatronEngine:
+def megatron_engine(config: Config, policy: TrainedModel, inputs: Inputs) -> MegatronEngine:
+    """The engine that samples from the policy in the training processes. Collective."""
     return MegatronEngine(
         policy.model,
         inputs.tokenizer,
@@ -159,8 +161,7 @@ def assemble(
     critic: TrainedModel | None = None,
     engine: RolloutEngine | None = None,
 ) -> Run:
-    """Makes a run of these models. engine: None = Megatron's, which samples from `policy`."""
-    engine = engine or _megatron_engine(config, policy, inputs)
+    """Makes a run of these models. engine: None if the run samples nothing."""
     metrics = MetricsLog(config.logging.dir)
     scorer = build_scorer(config, inputs)
     return Run(config, inputs, policy, reference, critic, engine, scorer, console, metrics)
@@ -178,6 +179,7 @@ def evaluate_held_out(run: Run, step: int, stop: Callable[[], bool]) -> dict[str
         Abandoned: on every rank, if it was abandoned.
     """
     inputs = run.inputs
+    assert run.engine is not None
     heartbeat.enter("evaluation")
     overlap.complete_weights(run.policy.model)
     with run.console.stage("evaluation"):

@@ -30,8 +30,6 @@ from megatron_rpp.config import (
     RewardModelConfig,
     SftConfig,
 )
-from megatron_rpp.config.learning import model_directory
-from megatron_rpp.conversion.content import model_digest
 from megatron_rpp.data.prompts import PromptSet
 from megatron_rpp.lifecycle import heartbeat
 from megatron_rpp.lifecycle.atomic_files import sync_directory, this_process
@@ -43,6 +41,7 @@ from megatron_rpp.rewards import Scores
 from megatron_rpp.rollout import storage
 from megatron_rpp.rollout.buffer import RolloutBuffer
 from megatron_rpp.rollout.planning import shard
+from megatron_rpp.runtime.inputs import Inputs
 from megatron_rpp.stages.minibatches import UpdateProgress
 
 ROLLOUTS = "rollouts"
@@ -95,7 +94,7 @@ class StepProgress:
 
 
 def save(
-    progress: StepProgress, directory: Path, *, config: Config, prompts: PromptSet, key: StepKey
+    progress: StepProgress, directory: Path, *, config: Config, inputs: Inputs, key: StepKey
 ) -> dict[str, Any]:
     """Writes the rollouts, one file per replica, and returns the rest as JSON values. Collective.
 
@@ -113,7 +112,7 @@ def save(
 
     ranks.on_main_rank(folder.mkdir)
     ranks.on_every_rank(save_shard)
-    digest = ranks.on_main_rank(partial(_prompts_digest, config, prompts, key))
+    digest = ranks.on_main_rank(partial(_prompts_digest, config, inputs.train, key))
     return {
         "update": asdict(progress.update), "critic": asdict(progress.critic), "prompts": digest,
         "seconds": progress.times.seconds, "staleness": progress.staleness,
@@ -121,7 +120,7 @@ def save(
 
 
 def load(
-    directory: Path, notes: dict[str, Any], *, config: Config, prompts: PromptSet, key: StepKey
+    directory: Path, notes: dict[str, Any], *, config: Config, inputs: Inputs, key: StepKey
 ) -> StepProgress | None:
     """Loads this replica's samples of what `save` wrote. Collective.
 
@@ -132,9 +131,9 @@ def load(
     """
     if "supervised" in notes:
         return StepProgress(supervised=notes["supervised"])
-    if notes["prompts"] != ranks.on_main_rank(partial(_prompts_digest, config, prompts, key)):
+    if notes["prompts"] != ranks.on_main_rank(partial(_prompts_digest, config, inputs.train, key)):
         return None
-    rollout = config.rollout
+    rollout, prompts = config.rollout, inputs.train
     rows = prompts.order(key.prompts_seen, rollout.prompts_per_step, key.seed)
     positions = shard(rollout.prompts_per_step, groups.data_rank(), groups.data_size())
     each = rollout.samples_per_prompt
@@ -160,7 +159,7 @@ def _prompts_digest(config: Config, prompts: PromptSet, key: StepKey) -> str:
     return _digest([asdict(prompts[row]) for row in rows])
 
 
-def fingerprint(config: Config, key: StepKey) -> str:
+def fingerprint(config: Config, inputs: Inputs, key: StepKey) -> str:
     """Digest of the settings and reward models that the rollouts of a step and their scores depend on;
     the layout is none of them."""
     relevant = replace(
@@ -178,9 +177,8 @@ def fingerprint(config: Config, key: StepKey) -> str:
             hang_timeout_minutes=None,
         ),  # fmt: skip
     )
-    models = [model_directory(name) for name in config.reward.model_names]
-    content = [model_digest(directory) for directory in models if directory is not None]
-    return _digest([asdict(relevant), content, key.step, key.prompts_seen])
+    models = [source.digest for source in inputs.reward_models]
+    return _digest([asdict(relevant), models, key.step, key.prompts_seen])
 
 
 def _folder(config: Config) -> Path:
@@ -188,7 +186,7 @@ def _folder(config: Config) -> Path:
 
 
 def save_rollouts(
-    progress: StepProgress, stage: str, *, config: Config, prompts: PromptSet, key: StepKey
+    progress: StepProgress, stage: str, *, config: Config, inputs: Inputs, key: StepKey
 ) -> None:
     """Saves the rollouts after `stage` to <checkpoint.dir>/rollouts, for a resume after a kill.
 
@@ -200,8 +198,8 @@ def save_rollouts(
     temporary = final.with_name(f".saving_{final.name}_{groups.broadcast_object(this_process())}")
     try:
         ranks.on_main_rank(partial(_make_anew, temporary))
-        notes = save(progress, temporary, config=config, prompts=prompts, key=key)
-        notes["fingerprint"] = fingerprint(config, key)
+        notes = save(progress, temporary, config=config, inputs=inputs, key=key)
+        notes["fingerprint"] = fingerprint(config, inputs, key)
         manifest.write_manifest(temporary, notes)
         ranks.on_main_rank(partial(_replace, temporary, final))
     except OSError as error:
@@ -225,15 +223,15 @@ def _replace(temporary: Path, final: Path) -> None:
     sync_directory(final.parent)
 
 
-def load_rollouts(*, config: Config, prompts: PromptSet, key: StepKey) -> StepProgress:
+def load_rollouts(*, config: Config, inputs: Inputs, key: StepKey) -> StepProgress:
     """Loads what `save_rollouts` saved of a step; if there is nothing, no progress. Collective."""
     for stage in reversed(STAGES):
         path = _folder(config) / f"step_{key.step:07d}_{stage}"
         if not ranks.gathered(path.exists())[0] or manifest.damage(path) is not None:
             continue
         notes = ranks.gathered(manifest.read_manifest(path))[0]["notes"]
-        if notes["fingerprint"] == fingerprint(config, key):
-            found = load(path, notes, config=config, prompts=prompts, key=key)
+        if notes["fingerprint"] == fingerprint(config, inputs, key):
+            found = load(path, notes, config=config, inputs=inputs, key=key)
             return found or StepProgress()
     return StepProgress()
 

@@ -18,7 +18,6 @@ from megatron_rpp.model.scalar_model import scalars
 from megatron_rpp.model.trained_model import TrainedModel
 from megatron_rpp.records import MicroBatch, StepKey
 from megatron_rpp.rollout.buffer import RolloutBuffer
-from megatron_rpp.stages import nonfinite
 from megatron_rpp.stages.logprobs import response_column
 from megatron_rpp.stages.minibatches import (
     Objective,
@@ -74,7 +73,7 @@ def _objective(
         report = (total.detach(), count, mask.sum(), clipped)
         return total, count.int(), torch.stack([value.double() for value in report])
 
-    return Objective(loss, "critic", sums=4)
+    return Objective(loss, "critic", sums=4, counter="critic_skipped_in_a_row")
 
 
 def update_critic(
@@ -100,16 +99,10 @@ def update_critic(
     Raises:
         RunFailure: too many updates in a row were skipped (nonfinite.py).
     """
-
-    def count_skipped(reason: str | None) -> None:
-        state.critic_skipped_in_a_row = nonfinite.skipped_in_a_row(
-            state.critic_skipped_in_a_row, reason, limit=train.max_skipped_updates
-        )
-
     objective = _objective(critic.model, buffer, settings, aggregation=aggregation)
     train_epochs(
         critic, buffer, objective, train=train,
-        rollout=rollout, key=key, progress=progress, count_skipped=count_skipped,
+        rollout=rollout, key=key, progress=progress, state=state,
         safe_point=safe_point,
     )  # fmt: skip
     return CriticStats(

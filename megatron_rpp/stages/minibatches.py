@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_rpp.algorithms import aggregation_weights
+from megatron_rpp.checkpoint.run_state import RunState
 from megatron_rpp.config import RolloutConfig, TrainConfig
 from megatron_rpp.lifecycle import heartbeat
 from megatron_rpp.model import overlap, pipeline
@@ -94,6 +95,8 @@ class Objective:
     """The report begins with this many sums: of losses, the count, of tokens, then others."""
     peaks: int = 0
     """Then this many values follow of which the largest counts."""
+    counter: nonfinite.Counter = "skipped_in_a_row"
+    """Where RunState counts its skipped updates."""
 
     def reduce(self, reports: list[torch.Tensor], minibatch: int) -> list[float]:
         """The report of a mini-batch over its micro-batches and replicas, on every rank."""
@@ -117,7 +120,7 @@ def train_epochs(
     rollout: RolloutConfig,
     key: StepKey,
     progress: UpdateProgress,
-    count_skipped: Callable[[str | None], None],
+    state: RunState,
     safe_point: Callable[[], None],
 ) -> None:
     """Takes the steps of the optimizer over the rollouts of a step, with the same result on any
@@ -126,7 +129,7 @@ def train_epochs(
     Args:
         buffer: this replica's shard, with the columns that the objective reads.
         progress: where to start; updated after each mini-batch.
-        count_skipped: called with the reason why an update was skipped, or None; it may raise.
+        state: counts the skipped updates; too many in a row raise RunFailure (nonfinite.py).
         safe_point: called before each mini-batch, when model, optimizer and `progress` are
             consistent; it may raise to end the update.
     """
@@ -142,7 +145,9 @@ def train_epochs(
             trained.model, buffer, samples, max_tokens=train.max_tokens_per_microbatch
         )
         done = optimizer_step(trained, batches, objective.loss)
-        count_skipped(done.skip_reason)
+        nonfinite.count_skipped(
+            state, done.skip_reason, train.max_skipped_updates, counter=objective.counter
+        )
         if done.skip_reason is None:
             progress.rows.append(objective.reduce(done.reports, minibatch))
             progress.norms.append(done.grad_norm)

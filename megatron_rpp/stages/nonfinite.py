@@ -8,9 +8,12 @@ run.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import torch.distributed as dist
 
+from megatron_rpp.checkpoint.run_state import RunState
 from megatron_rpp.lifecycle.exit_codes import RunFailure
 from megatron_rpp.model.pipeline import Backward
 from megatron_rpp.parallel import device as devices
@@ -19,6 +22,8 @@ from megatron_rpp.rewards.validation import short
 from megatron_rpp.rollout.buffer import RolloutBuffer
 
 _LOSS, _GRADIENT = 1, 2
+Counter = Literal["skipped_in_a_row", "critic_skipped_in_a_row"]
+"""The fields of RunState that count skipped updates."""
 
 
 def skip_reason(backward: Backward) -> str | None:
@@ -78,18 +83,17 @@ def check_columns(buffer: RolloutBuffer, columns: dict[str, torch.Tensor | None]
         raise RunFailure(next(text for text in problems if text is not None))
 
 
-def skipped_in_a_row(before: int, reason: str | None, *, limit: int) -> int:
-    """How many updates in a row were skipped, after one with this `skip_reason`.
+def count_skipped(
+    state: RunState, reason: str | None, limit: int, *, counter: Counter = "skipped_in_a_row"
+) -> None:
+    """Counts in `state` how many updates in a row were skipped; the same on every rank.
 
-    Args:
-        before: the number before it; the same on every rank.
-    Raises:
-        RunFailure: there are `limit` of them.
+    counter: the field of `state`. Raises RunFailure if there are `limit` of them.
     """
-    count = 0 if reason is None else before + 1
+    count = 0 if reason is None else getattr(state, counter) + 1
+    setattr(state, counter, count)
     if count >= limit:
         raise RunFailure(
             f"{limit} updates in a row were skipped (train.max_skipped_updates), the last because "
             f"{reason}: resume from the last checkpoint with a lower learning rate"
         )
-    return count

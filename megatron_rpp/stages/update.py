@@ -13,7 +13,6 @@ from megatron_rpp.config import AlgorithmConfig, RolloutConfig, TrainConfig
 from megatron_rpp.model.trained_model import TrainedModel
 from megatron_rpp.records import MicroBatch, StepKey
 from megatron_rpp.rollout.buffer import RolloutBuffer
-from megatron_rpp.stages import nonfinite
 from megatron_rpp.stages.logprobs import token_logprobs
 from megatron_rpp.stages.minibatches import (
     Objective,
@@ -134,15 +133,9 @@ def update_policy(
     Raises:
         RunFailure: too many updates in a row were skipped (nonfinite.py).
     """
-
-    def count_skipped(reason: str | None) -> None:
-        state.skipped_in_a_row = nonfinite.skipped_in_a_row(
-            state.skipped_in_a_row, reason, limit=train.max_skipped_updates
-        )
-
     objective = _objective(policy.model, buffer, algorithm, temperature=rollout.temperature)
     train_epochs(
         policy, buffer, objective, train=train, rollout=rollout, key=key, progress=progress,
-        count_skipped=count_skipped, safe_point=safe_point,
+        state=state, safe_point=safe_point,
     )  # fmt: skip
     return UpdateStats.of(progress, policy)

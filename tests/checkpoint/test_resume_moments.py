@@ -11,7 +11,7 @@ from megatron_rpp.config import CheckpointConfig
 from megatron_rpp.reporting.console import Console
 from megatron_rpp.runtime.inputs import load_inputs
 from megatron_rpp.runtime.policy import build_policy
-from megatron_rpp.runtime.run import assemble
+from megatron_rpp.runtime.run import assemble, megatron_engine
 from tests.small_run import config_of, make_data
 from tests.whole_runs import VARIED, layout
 
@@ -52,7 +52,8 @@ def test_the_moments_of_adam_come_back(tmp_path):
     inputs = load_inputs(config)
 
     def step(policy, state: RunState) -> None:
-        run = assemble(config, inputs, Console(False), policy=policy)
+        engine = megatron_engine(config, policy, inputs)
+        run = assemble(config, inputs, Console(False), policy=policy, engine=engine)
         run.state = state
         train.rl_step(run)
 

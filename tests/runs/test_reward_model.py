@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 from pathlib import Path
 
 import numpy as np
@@ -16,14 +15,13 @@ from megatron_rpp.data.pair_files import RatedPrompt
 from megatron_rpp.lifecycle import entrypoint, exit_codes
 from megatron_rpp.model import pipeline
 from megatron_rpp.model.scalar_model import ScalarModel
-from megatron_rpp.runtime.checkpointing import Preempted
 from megatron_rpp.runtime.policy import build_start
 from megatron_rpp.runtime.rated_inputs import load_rated_inputs
 from megatron_rpp.stages import rating
 from tests.algorithms import oracle
 from tests.distributed import run_ranks
 from tests.preference_run import arguments, config_of, goodness, make_preferences
-from tests.runs.test_preemption import at, send
+from tests.supervised_runs import interrupt_and_finish, left_alone, without_times
 from tests.whole_runs import (
     TOLERANCE,
     compare_rows,
@@ -175,13 +173,11 @@ def test_the_micro_batches_do_not_change_the_result(base):
 
 
 def test_a_finished_run_is_left_alone(base, capsys):
-    files = {path: path.stat().st_mtime_ns for path in (base / "one").rglob("*") if path.is_file()}
-    run_program(reward_model.main, arguments(base, base / "one"))
+    words = arguments(base, base / "one")
+    left_alone(base / "one", lambda: run_program(reward_model.main, words))
     said = capsys.readouterr().out
     assert "data: 240 pairs, 61 held out, 0 dropped as too long" in said
     assert "finished before, at step 12: raise reward_model.steps to go on" in said
-    for path, changed in files.items():
-        assert path.stat().st_mtime_ns == changed
 
 
 def test_a_dry_run_trains_nothing(base, tmp_path, capsys):
@@ -199,31 +195,12 @@ def test_it_stops_at_the_accuracy(base, tmp_path):
     assert 2 <= rows(tmp_path / "metrics.jsonl")[-1]["step"] < 100
 
 
-def killed() -> None:
-    """Ends the run without saving anything."""
-    raise KeyboardInterrupt
-
-
 def test_a_killed_and_stopped_run_resumes_bit_for_bit(base):
-    """It is killed in step 7, after the checkpoint of step 4, asked to stop in the evaluation after
-    step 6, which is abandoned, and asked to stop in step 10."""
     learn(base, "whole")
-    settings = {"reward_model__checkpoint_interval": 4}
-    with at("reward-model step", 7, killed), pytest.raises(KeyboardInterrupt):
-        learn(base, "resumed", **settings)
-    stopped = pytest.raises(Preempted, match="SIGTERM: saved in step 6 after 1 mini-batches")
-    with at("evaluation", 1, send(signal.SIGTERM)) as entered, stopped:
-        learn(base, "resumed", **settings)
-    assert entered.count("reward-model step") == 2
-    stopped = pytest.raises(Preempted, match="SIGTERM: saved after step 10")
-    with at("reward-model step", 4, send(signal.SIGTERM)) as entered, stopped:
-        learn(base, "resumed", **settings)
-    assert entered.index("evaluation") < entered.index("reward-model step")
-    learn(base, "resumed", **settings)
-    ours, theirs = (
-        [{tag: row[tag] for tag in row if not tag.startswith("time/")} for row in log(base, run)]
-        for run in ("resumed", "whole")
+    interrupt_and_finish(
+        lambda: learn(base, "resumed", reward_model__checkpoint_interval=4), "reward-model step"
     )
+    ours, theirs = (without_times(log(base, run)) for run in ("resumed", "whole"))
     assert ours == theirs
     assert compare_weights(weights(base, "resumed"), weights(base, "whole")).size == 0
 

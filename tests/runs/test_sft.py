@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import signal
 from pathlib import Path
 
 import pytest
@@ -12,14 +11,13 @@ import torch
 
 from megatron_rpp import sft, train
 from megatron_rpp.data.tokenizer import load_tokenizer
-from megatron_rpp.runtime.checkpointing import Preempted
 from megatron_rpp.runtime.inputs import load_inputs
 from megatron_rpp.runtime.policy import build_policy
 from megatron_rpp.stages import logprobs
 from tests.data.hf_tokenizers import make_chatml
 from tests.distributed import run_ranks
-from tests.runs.test_preemption import at, send
 from tests.small_run import arguments, config_of, make_data
+from tests.supervised_runs import interrupt_and_finish, left_alone, without_times
 from tests.whole_runs import (
     TOLERANCE,
     compare_rows,
@@ -136,13 +134,11 @@ def test_the_exported_model_answers_like_the_last_evaluation(base):
 
 
 def test_a_finished_warm_start_is_left_alone(base, capsys):
-    files = {path: path.stat().st_mtime_ns for path in (base / "one").rglob("*") if path.is_file()}
-    run_program(sft.main, arguments(base, base / "one", **SETTINGS))
+    words = arguments(base, base / "one", **SETTINGS)
+    left_alone(base / "one", lambda: run_program(sft.main, words))
     said = capsys.readouterr().out
     assert "data: 200 prompts, 16 held out, 0 dropped as too long" in said
     assert "finished before, at step 12: raise sft.steps to go on" in said
-    for path, changed in files.items():
-        assert path.stat().st_mtime_ns == changed
 
 
 def test_training_starts_from_its_weights(base):
@@ -173,28 +169,19 @@ def test_the_first_evaluation_of_training_is_the_last_of_the_warm_start(base):
 
 
 def test_a_killed_and_stopped_warm_start_resumes_bit_for_bit(base):
-    """It is killed in step 7, after the checkpoint of step 4, asked to stop in the evaluation after
-    step 6, which is abandoned, and asked to stop in step 10. (It is not compared with run "one", whose
-    process sums in another order because it has more threads.)"""
+    """It is not compared with run "one", whose process sums in another order because it has more
+    threads."""
+
+    def abandoned() -> None:
+        assert (base / "resumed/sft/iter_0000005_minibatch_0001").is_dir()
+        assert [row["step"] for row in log(base, "resumed")][-1] == 5
+
     finetune(base, "whole")
-    settings = {"sft__checkpoint_interval": 4}
-    with at("supervised step", 7, killed), pytest.raises(KeyboardInterrupt):
-        finetune(base, "resumed", **settings)
-    stopped = pytest.raises(Preempted, match="SIGTERM: saved in step 6 after 1 mini-batches")
-    with at("evaluation", 1, send(signal.SIGTERM)) as entered, stopped:
-        finetune(base, "resumed", **settings)
-    assert entered.count("supervised step") == 2
-    assert (base / "resumed/sft/iter_0000005_minibatch_0001").is_dir()
-    assert [row["step"] for row in log(base, "resumed")][-1] == 5
-    stopped = pytest.raises(Preempted, match="SIGTERM: saved after step 10")
-    with at("supervised step", 4, send(signal.SIGTERM)) as entered, stopped:
-        finetune(base, "resumed", **settings)
-    assert entered.index("evaluation") < entered.index("supervised step")
-    finetune(base, "resumed", **settings)
-    ours, theirs = (
-        [{tag: row[tag] for tag in row if not tag.startswith("time/")} for row in log(base, run)]
-        for run in ("resumed", "whole")
-    )
+    interrupt_and_finish(
+        lambda: finetune(base, "resumed", sft__checkpoint_interval=4), "supervised step",
+        after_abandoning=abandoned,
+    )  # fmt: skip
+    ours, theirs = (without_times(log(base, run)) for run in ("resumed", "whole"))
     assert ours == theirs
     evaluated = (rows(base / run / "sft/evaluations.jsonl") for run in ("resumed", "whole"))
     ours, theirs = ([(row["step"], row["reward"]) for row in found] for found in evaluated)
@@ -202,11 +189,6 @@ def test_a_killed_and_stopped_warm_start_resumes_bit_for_bit(base):
     config = config_of(base, base / "resumed", **SETTINGS)
     found = [weights(config, base / run / "sft") for run in ("resumed", "whole")]
     assert compare_weights(*found).size == 0
-
-
-def killed() -> None:
-    """Ends the run without saving anything."""
-    raise KeyboardInterrupt
 
 
 CHATS = [

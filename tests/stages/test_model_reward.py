@@ -176,11 +176,12 @@ def test_other_weights_are_noticed(data, alone, capsys):
     name, run = "changed/qwen3-score", folder / "run"
     settings = settings_of(data, name, train__steps=1, checkpoint__save_rollouts="true")
     config = config_of(data, run, **settings)
-    inputs = load_inputs(config)
-    before = [identities(config, inputs)["reward.functions"], fingerprint(config, StepKey(1, 0, 0))]
+    inputs, key = load_inputs(config), StepKey(1, 0, 0)
+    before = [identities(config, inputs)["reward.functions"], fingerprint(config, inputs, key)]
     train.train(config, inputs)
     save(folder, "qwen3-score", seed=4, **IDS)
-    now = [identities(config, inputs)["reward.functions"], fingerprint(config, StepKey(1, 0, 0))]
+    inputs = load_inputs(config)
+    now = [identities(config, inputs)["reward.functions"], fingerprint(config, inputs, key)]
     assert before[0] != now[0] and before[1] != now[1]
     longer = config_of(data, run, **(settings | {"train__steps": 2}))
     train.train(longer, load_inputs(longer))
