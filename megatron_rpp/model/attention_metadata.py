@@ -72,32 +72,20 @@ class AttentionMetadata:
         return (last + 1).int()
 
     @cached_property
-    def cells(self) -> torch.Tensor:
-        """[t]: which cell of the cache each token's key and value belong to, counted over blocks."""
+    def cells(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """[t] each: the block of each token's key and value, and its place in that block."""
         size = block_size()
         column = torch.div(self.positions, size, rounding_mode="floor")
         rows = torch.arange(len(self.table), device=column.device) if self.row is None else self.row
-        return self.table[rows, column] * size + self.positions % size
-
-    @cached_property
-    def newest(self) -> torch.Tensor:
-        """[p']: the newest position of each block's sequence, counted from the block's first."""
-        assert self.owner is not None and self.first is not None
-        return self.positions[self.owner] - self.first
-
-    @cached_property
-    def unowned(self) -> torch.Tensor:
-        """[p', 1, 1] bool: blocks without a position that a sequence attends to."""
-        return (self.newest < 0)[:, None, None]
+        return self.table[rows, column], self.positions % size
 
     @cached_property
     def block_mask(self) -> torch.Tensor:
-        """[p', 1, 1, positions], to add to scores within blocks.
-
-        An unowned block shows its first cell, because a softmax over nothing is not a number.
-        """
+        """[p', 1, 1, positions], to add to scores within blocks; -inf if nothing owns the block."""
+        assert self.owner is not None and self.first is not None
+        newest = self.positions[self.owner] - self.first  # counted from the block's first position
         steps = torch.arange(min(self.attended, block_size()), device=self.positions.device)
-        return self._additive(steps <= self.newest.clamp(min=0)[:, None])[:, None, None]
+        return self._additive(steps <= newest[:, None])[:, None, None]
 
     @cached_property
     def token_mask(self) -> torch.Tensor:

@@ -20,7 +20,9 @@ import torch.nn.functional as F
 
 from megatron_rpp.model import overlap
 from megatron_rpp.model.language_model import LanguageModel, chunks
+from megatron_rpp.model.norm import rms_norm
 from megatron_rpp.model.rotary import Rotation
+from megatron_rpp.parallel.products import linear
 
 
 class Attend(Protocol):
@@ -102,9 +104,9 @@ class Decoder:
         for number, layer in enumerate(self._layers, self._first_layer):
             query, key, value = self._project(layer, hidden, rotation)
             context = attend(number, query=query, key=key, value=value)
-            hidden += self._sum(F.linear(context, layer.projection))
-            gate, up = F.linear(self._norm(hidden, layer.mlp_norm), layer.gate_and_up).chunk(2, -1)
-            hidden += self._sum(F.linear(F.silu(gate).mul_(up), layer.down))
+            hidden += self._sum(linear(context, layer.projection))
+            gate, up = linear(self._norm(hidden, layer.mlp_norm), layer.gate_and_up).chunk(2, -1)
+            hidden += self._sum(linear(F.silu(gate).mul_(up), layer.down))
         if self.chunk.post_process:
             hidden = self._norm(hidden, self.chunk.decoder.final_layernorm.weight)
         return hidden
@@ -113,7 +115,7 @@ class Decoder:
         self, layer: _Layer, hidden: torch.Tensor, rotation: Rotation
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Query [t, k, n/k, d], key and value [t, k, d], with rotary positions."""
-        mixed = F.linear(self._norm(hidden, layer.attention_norm), layer.qkv, layer.qkv_bias)
+        mixed = linear(self._norm(hidden, layer.attention_norm), layer.qkv, layer.qkv_bias)
         # Of each key-value head: its query heads, the key, the value.
         mixed = mixed.view(len(hidden), self.kv_heads, -1, self.head_size)
         rotating, value = mixed[:, :, :-1], mixed[:, :, -1]
@@ -134,7 +136,7 @@ class Decoder:
         return self._sum(hidden.masked_fill_(outside[:, None], 0.0))
 
     def _norm(self, values: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(values, (values.shape[-1],), weight, self._eps)
+        return rms_norm(values, weight, self._eps)
 
     def _sum(self, values: torch.Tensor) -> torch.Tensor:
         """The sum over the tensor-parallel ranks, in place."""

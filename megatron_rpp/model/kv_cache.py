@@ -28,9 +28,8 @@ class KeyValueCache:
         self, *, layers: int, blocks: int, kv_heads: int, head_size: int, dtype: torch.dtype
     ):
         shape = (blocks + 1, attention_metadata.block_size(), kv_heads, head_size)
-        place = devices.device()
-        self.keys = [torch.empty(shape, dtype=dtype, device=place) for _ in range(layers)]
-        self.values = [torch.empty(shape, dtype=dtype, device=place) for _ in range(layers)]
+        self.keys = [_empty(shape, dtype) for _ in range(layers)]
+        self.values = [_empty(shape, dtype) for _ in range(layers)]
         self.dtype = dtype
         self._used = 0
         for tensor in (*self.keys, *self.values):
@@ -61,8 +60,8 @@ class KeyValueCache:
         """Stores the new keys and values [t, k, d]. Returns causal attention [t, n·d] of `query`
         [t, k, n/k, d] over all positions of its sequence."""
         keys, values = self.keys[layer], self.values[layer]
-        keys.view(-1, *key.shape[1:]).index_copy_(0, metadata.cells, key)
-        values.view(-1, *value.shape[1:]).index_copy_(0, metadata.cells, value)
+        keys[metadata.cells] = key
+        values[metadata.cells] = value
         if metadata.paged:
             attention = _paged
         elif metadata.owner is not None:
@@ -72,6 +71,16 @@ class KeyValueCache:
         else:
             attention = _side_by_side
         return attention(query, keys, values, metadata=metadata).reshape(len(query), -1)
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Memory for [p + 1, c, k, d]. If blocks are read in place, the positions of a head lie side by
+    side."""
+    blocks, positions, heads, size = shape
+    if devices.scans_cache():
+        shape = (blocks, heads, positions, size)
+        return torch.empty(shape, dtype=dtype, device=devices.device()).transpose(1, 2)
+    return torch.empty(shape, dtype=dtype, device=devices.device())
 
 
 def _paged(
@@ -101,8 +110,8 @@ def _paged(
 def _by_block(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *, metadata: AttentionMetadata
 ) -> torch.Tensor:
-    """One token per sequence, on a CPU: attention within each block, then the mean over the blocks of
-    a sequence, weighted by their parts of the softmax's sum (Flash-Decoding, Dao et al. 2023).
+    """One token per sequence, on a CPU: products with each block, then sums over the blocks of a
+    sequence (Flash-Decoding, Dao et al. 2023).
 
     Every key and value is read once, where it lies. The n/k query heads that share a key-value head
     are the rows of one product.
@@ -110,23 +119,18 @@ def _by_block(
     owner, mask = metadata.owner, metadata.block_mask
     assert owner is not None
     count, wide = len(owner), mask.shape[-1]
-    # The kernel behind scaled_dot_product_attention, which does not hand on the second result.
-    context, log_sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        query[owner],
-        keys[:count, :wide].transpose(1, 2),
-        values[:count, :wide].transpose(1, 2),
-        attn_mask=mask,
-    )
-    if metadata.attended <= keys.shape[1]:  # every sequence has a single block
-        return context[metadata.table[:, 0]]
-    log_sums = log_sums.masked_fill(metadata.unowned, -torch.inf)
-    shape = (len(query), *log_sums.shape[1:])
-    index = owner[:, None, None].expand_as(log_sums)
-    peaks = log_sums.new_full(shape, -torch.inf).scatter_reduce_(0, index, log_sums, "amax")
-    weights = torch.exp(log_sums - peaks[owner])
-    total = weights.new_zeros(shape).index_add_(0, owner, weights)
-    weighted = context * (weights / total[owner])[..., None]
-    return weighted.new_zeros(query.shape).index_add_(0, owner, weighted).to(query.dtype)
+    keys, values = (x[:count, :wide].transpose(1, 2).float() for x in (keys, values))
+    queries = query.float()[owner] * query.shape[-1] ** -0.5
+    scores = torch.matmul(queries, keys.mT).add_(mask)  # [p', k, n/k, positions]
+    if metadata.attended <= attention_metadata.block_size():  # every sequence has a single block
+        return (scores.softmax(-1) @ values)[metadata.table[:, 0]].to(query.dtype)
+    peaks = scores.amax(-1)
+    index = owner[:, None, None].expand_as(peaks)
+    peak = peaks.new_full(query.shape[:-1], -torch.inf).scatter_reduce_(0, index, peaks, "amax")
+    weights = scores.sub_(peak[owner][..., None]).exp_()
+    sums = peak.new_zeros(peak.shape).index_add_(0, owner, weights.sum(-1))
+    context = keys.new_zeros(query.shape).index_add_(0, owner, weights @ values)
+    return context.div_(sums[..., None]).to(query.dtype)
 
 
 def _copied(blocks: torch.Tensor, metadata: AttentionMetadata) -> torch.Tensor:

@@ -18,7 +18,7 @@ import torch
 
 from megatron_rpp.model.attention import Row
 from megatron_rpp.model.rotary import Rotation
-from megatron_rpp.parallel import device as devices
+from megatron_rpp.parallel import products
 from megatron_rpp.records import Packing
 
 from megatron.core.models.gpt import GPTModel
@@ -105,7 +105,11 @@ class LanguageModel(GPTModel):
 
         There is one row per sequence, so gathering it costs less than sorting the shards would.
         """
-        shard = devices.matmul_fp32(hidden, self.output_weight.t())
+        weight = self.output_weight
+        if weight.dtype == torch.float32:
+            shard = products.linear(hidden, weight)
+        else:
+            shard = products.matmul_fp32(hidden, weight.t())
         whole = all_gather_last_dim_from_tensor_parallel_region(shard, group=self.pg_collection.tp)
         return whole[:, : self.true_vocab_size]
 

@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 from megatron_rpp.model import head_chunks
 from megatron_rpp.parallel import device as devices
+from megatron_rpp.parallel import products
 
 CHUNK_ELEMENTS = head_chunks.ON_CPU if devices.ON_CPU else head_chunks.ON_GPU
 
@@ -40,7 +41,7 @@ def _logits(
     hidden: torch.Tensor, weight: torch.Tensor, *, valid_rows: int, temperature: float
 ) -> torch.Tensor:
     """Returns fp32 logits [n, valid_rows]. Padding rows have no log-prob, so they are left out."""
-    return devices.matmul_fp32(hidden, weight[:valid_rows].t()).div_(temperature)
+    return products.matmul_fp32(hidden, weight[:valid_rows].t()).div_(temperature)
 
 
 def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
@@ -48,7 +49,7 @@ def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -
     if left.dtype == total.dtype:
         torch.addmm(total, left, right, out=total)
     else:
-        total += devices.matmul_fp32(left, right)
+        total += products.matmul_fp32(left, right)
 
 
 class _VocabParallelLogProbs(torch.autograd.Function):

@@ -16,6 +16,41 @@ from megatron_rpp.parallel import device as devices
 from megatron.core.transformer import TransformerConfig
 
 
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """y = x / sqrt(mean(x²) + eps) · weight over the last dimension [..., h]."""
+    if x.dtype != torch.float32 or devices.fuses_rms_norm():
+        return torch.nn.functional.rms_norm(x, (x.shape[-1],), weight, eps)
+    if not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)):
+        return (x * _scale(x, eps)).mul_(weight)
+    normed = _RMSNorm.apply(x, weight, eps)
+    assert isinstance(normed, torch.Tensor)
+    return normed
+
+
+def _scale(x: torch.Tensor, eps: float) -> torch.Tensor:
+    """1 / sqrt(mean(x²) + eps): [..., 1]."""
+    return torch.linalg.vecdot(x, x).div_(x.shape[-1]).add_(eps).rsqrt_()[..., None]
+
+
+class _RMSNorm(torch.autograd.Function):
+    """With about half of the passes over memory of PyTorch's composite operation."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):  # noqa: PLR0917 (autograd calls it by position)
+        scale = _scale(x, eps)
+        ctx.save_for_backward(x, weight, scale)
+        return (x * scale).mul_(weight)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, weight, scale = ctx.saved_tensors
+        normed, weighted = x * scale, gradient * weight
+        share = torch.linalg.vecdot(weighted, normed).div_(x.shape[-1])[..., None]
+        to_x = weighted.addcmul_(normed, share, value=-1).mul_(scale)
+        to_weight = normed.mul_(gradient).flatten(0, -2).sum(0)
+        return to_x, to_weight, None
+
+
 class RMSNorm(torch.nn.Module):
     """y = x / sqrt(mean(x²) + eps) · weight over the last dimension."""
 
@@ -30,4 +65,4 @@ class RMSNorm(torch.nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps)

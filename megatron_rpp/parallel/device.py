@@ -87,6 +87,11 @@ def scans_cache() -> bool:
     return ON_CPU
 
 
+def fuses_rms_norm() -> bool:
+    """Whether PyTorch's RMSNorm is one kernel."""
+    return not ON_CPU
+
+
 def tokens_per_sync() -> int:
     """How many tokens of each sequence are generated before the host reads them. A GPU waits while
     the host reads; on a CPU the host does the work itself."""
@@ -222,15 +227,6 @@ def total_memory() -> int:
 def free_host_memory() -> int:
     """Free bytes of the host's memory, which its ranks share."""
     return psutil.virtual_memory().available
-
-
-def matmul_fp32(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """left · right, [n, h] · [h, m], summed and returned in fp32 even if the factors are bf16."""
-    if left.dtype == torch.float32:
-        return left @ right
-    if ON_CPU:
-        return left.float() @ right.float()
-    return torch.mm(left, right, out_dtype=torch.float32)
 
 
 def has_transformer_engine() -> bool:

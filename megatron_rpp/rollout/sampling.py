@@ -14,6 +14,8 @@ import torch
 from megatron_rpp.records import Sampling
 
 _UNIT = 2.0**44
+CHUNK = 1024
+"""Tokens of a chunk of the vocabulary."""
 
 
 def _prefix_sums(values: torch.Tensor) -> torch.Tensor:
@@ -66,36 +68,66 @@ def choose(
     """
     greedy = sampling.temperature == 0.0
     scaled = logits if greedy or sampling.temperature == 1.0 else logits / sampling.temperature
-    weights, log_sums = _exponentials(scaled)
-    allowed = _without(scaled, forbid, rows) if forbid else scaled
+    allowed, forbidden = _without(scaled, forbid, rows) if forbid else (scaled, None)
+    weights, log_sums = _exponentials(allowed)
+    if forbidden is not None:
+        log_sums = torch.logaddexp(log_sums, forbidden)
     if greedy:
         tokens = allowed.argmax(-1)
     else:
-        allowed = truncate(allowed, sampling.top_k, sampling.top_p)
-        if allowed is not scaled:
-            weights, _ = _exponentials(allowed)
-        cumulative = _prefix_sums(weights)
-        total = cumulative[:, -1:]
-        draw = (uniform[:, None] * total).long().minimum(total - 1)  # it may have been rounded up
-        tokens = torch.searchsorted(cumulative, draw, right=True).squeeze(1)
+        nucleus = truncate(allowed, sampling.top_k, sampling.top_p)
+        if nucleus is not allowed:
+            weights, _ = _exponentials(nucleus)
+        tokens = _inverse_cumulative(weights, uniform)
     return tokens, torch.gather(scaled, 1, tokens[:, None]).squeeze(1) - log_sums
+
+
+def _inverse_cumulative(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """The first token [b] at which the cumulative sum of weights [b, v] passes uniform [b] · Σ weights.
+
+    A large vocabulary is searched in two steps, chunks and then tokens: cumulative sums of all its
+    tokens take several times as long as their sums.
+    """
+    counts, size = (weights * _UNIT).long(), weights.shape[-1]
+    if size <= CHUNK:
+        cumulative = counts.cumsum(-1)
+        return torch.searchsorted(cumulative, _target(cumulative, uniform), right=True).squeeze(1)
+    whole = size - size % CHUNK
+    sums = counts[:, :whole].unflatten(1, (-1, CHUNK)).sum(-1)
+    sums = torch.cat([sums, counts[:, whole:].sum(-1, keepdim=True)], 1)
+    cumulative = sums.cumsum(-1)
+    target = _target(cumulative, uniform)
+    chunk = torch.searchsorted(cumulative, target, right=True)
+    tokens = chunk * CHUNK + torch.arange(CHUNK, device=weights.device)
+    inside = counts.gather(1, tokens.clamp(max=size - 1)).masked_fill_(tokens >= size, 0).cumsum(-1)
+    target = target - (cumulative - sums).gather(1, chunk)
+    return (chunk * CHUNK + torch.searchsorted(inside, target, right=True)).squeeze(1)
+
+
+def _target(cumulative: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """uniform · the last sum, [b, 1] int64, below that sum."""
+    total = cumulative[:, -1:]
+    return (uniform[:, None] * total).long().minimum(total - 1)  # it may have been rounded up
 
 
 def _exponentials(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """exp(logits - their maximum) [b, v], and log Σ exp(logits) [b]."""
     peaks = logits.amax(-1, keepdim=True)
-    weights = torch.exp(logits - peaks)
+    weights = torch.sub(logits, peaks).exp_()
     return weights, peaks.squeeze(1) + weights.sum(-1).log()
 
 
 def _without(
     logits: torch.Tensor, forbid: Sequence[int], rows: torch.Tensor | None
-) -> torch.Tensor:
-    """A copy of the logits with the tokens `forbid` at -inf."""
-    allowed = logits.clone()
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A copy of the logits with the tokens `forbid` at -inf, and log Σ exp [b] of what they were."""
+    allowed, removed = logits.clone(), []
     for token in forbid:  # a list of tokens would be copied to the GPU
+        column = logits[:, token]
         if rows is None:
             allowed[:, token] = -torch.inf
         else:
             allowed[:, token].masked_fill_(rows, -torch.inf)
-    return allowed
+            column = column.masked_fill(~rows, -torch.inf)
+        removed.append(column)
+    return allowed, torch.stack(removed).logsumexp(0)

@@ -65,8 +65,9 @@ def layer_activations(
     """What autograd saves in one layer, without recomputation."""
     width, tensor = weight_bytes(model), parallel.tensor
     split = tensor if parallel.sequence_parallel else 1
-    # Fused, a norm keeps its input and output. Else it keeps input and quotient in fp32 as well.
-    norm = 2 * width if device.fused_kernels else 2 * FP32 + width
+    # A norm keeps its input and output. Of 16 bits and not fused, it keeps input and quotient in fp32
+    # as well.
+    norm = 2 * width if device.fused_kernels or width == FP32 else 2 * FP32 + width
     # Gate and up, and their product. Else sigmoid and silu as well.
     ffn = (3 if device.fused_kernels else 5) * model.ffn_hidden
     heads, _, size = heads_of(model)

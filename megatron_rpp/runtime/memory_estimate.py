@@ -194,6 +194,8 @@ def _update(
     per_token += (parallel.virtual_pipeline - last) * layer.input
     backward = activation.layer_backward_bytes(model, parallel, tokens=tokens, device=device)
     backward += tokens * activation.recomputed_bytes(layer, train, chunk_layers)
+    if parallel.virtual_pipeline > 1:  # the next chunk's input and gradient are received already
+        backward += 2 * tokens * layer.input
     if last:
         rows = min(tokens, tokens * config.rollout.max_new_tokens // model.max_length + 1)
         head = activation.head_bytes(

@@ -26,11 +26,11 @@ def broken(*arguments, **options):
 
 if "--worker" in sys.orig_argv:
     from megatron_rpp.model import kv_cache
-    from megatron_rpp.parallel import device
+    from megatron_rpp.parallel import products
     from megatron_rpp.runtime import preflight_gpu
 
-    right = device.matmul_fp32
-    device.matmul_fp32 = lambda a, b: right(a, b) * 1.01
+    right = products.matmul_fp32
+    products.matmul_fp32 = lambda a, b: right(a, b) * 1.01
     kv_cache.KeyValueCache.attend = broken
     preflight_gpu.judge_node = lambda *arguments, **options: os._exit(9)
 """

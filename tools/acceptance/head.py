@@ -12,7 +12,7 @@ from acceptance.measure import gpu_peak, on_gpu, relative, seconds
 from acceptance.scale import Scale
 from megatron_rpp.model.logprobs import vocab_parallel_logprobs
 from megatron_rpp.parallel import device as devices
-from megatron_rpp.parallel import groups
+from megatron_rpp.parallel import groups, products
 
 PRODUCT, NATS, GRADIENT = 1e-4, 1e-3, 0.02
 """Thresholds: of a product that is summed in fp32, relative (rounding to bf16 errs by 4e-3); of
@@ -30,7 +30,7 @@ def logprobs(scale: Scale) -> Iterator[Figure]:
     targets = torch.randint(model.vocab_size, (scale.head_rows,), generator=random, device=device)
 
     few = hidden[:64]
-    product = devices.matmul_fp32(few, weight.t())
+    product = products.matmul_fp32(few, weight.t())
     error = relative(product, few.double() @ weight.double().t())
     yield Figure(name="matmul_fp32, product", value=error, at_most=PRODUCT)
 
