@@ -1,6 +1,7 @@
 """Benchmarks of the trainer; one JSON line each.
 
-    python tools/benchmark.py generate [--work NAME ...] [--versus trl vllm] [--vllm-python FILE]
+    python tools/benchmark.py generate [--nproc N] [--work NAME ...] [--versus trl vllm]
+                                       [--vllm-python FILE]
     python tools/benchmark.py rl-step [--nproc 2] [--steps 5] [--versus trl] [--section.key value]
     python tools/benchmark.py logprobs [--nproc 2] [--vocabularies V ...] [--rows N ...]
     python tools/benchmark.py checkpoint [--nproc 2] [--steps 5] [--section.key value]
@@ -14,10 +15,12 @@ exactly 64 new tokens at temperature 1, KL against a reference, one AdamW update
 
 --versus trl: runs TRL's RLOOTrainer on the same work in turn with ours (tools/benchmarks/trl_rloo.py, two
 threads, in an environment of its own made from tools/requirements-trl.txt) and prints the ratio
-theirs / ours of whole steps and of each phase (above 1: ours is faster).
+theirs / ours of whole steps and of each phase (above 1: ours is faster). With
+--algorithm.old_logprobs rollout, ours takes the policy's log-probs from the rollout; TRL computes them
+again.
 
-generate: tokens per second of the engine on the works of tools/benchmarks/generation_work.py, in two
-replicas. --versus trl vllm runs these on the same work in turn with ours and prints the ratio ours /
+generate: tokens per second of the engine on the works of tools/benchmarks/generation_work.py, on two
+cores. --versus trl vllm runs these on the same work in turn with ours and prints the ratio ours /
 theirs (above 1: ours is faster). vLLM's environment is made from tools/requirements-vllm.txt.
 
 logprobs: peak memory and time of token log-probs over --nproc tensor-parallel ranks, against
@@ -45,6 +48,8 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+from benchmarks.generation_work import WORKS
 
 ROOT = Path(__file__).resolve().parents[1]
 TRL_ENVIRONMENT = ROOT / "runs" / "trl-environment"
@@ -101,7 +106,7 @@ def versus_trl(*, nproc: int, steps: int, rounds: int, settings: list[str]) -> d
 
 
 def compare_generation(
-    *, works: list[str], peers: list[str], nproc: int, rounds: int, python: dict[str, Path]
+    *, works: list[str], peers: list[str], nproc: int | None, rounds: int, python: dict[str, Path]
 ) -> dict:
     """Rates of all engines on each work, in turn, and the ratios of the medians."""
     script, found = str(ROOT / "tools" / "benchmarks" / "peers_generate.py"), {}
@@ -111,7 +116,8 @@ def compare_generation(
             for peer in peers:
                 result = last_json([str(python[peer]), script, peer, work])
                 rates[peer].append(result["tokens_per_second"])
-            ours = run_ours("generate", nproc=nproc, steps=3, settings=[work])
+            ranks = nproc or WORKS[work].ranks
+            ours = run_ours("generate", nproc=ranks, steps=3, settings=[work])
             rates["ours"].append(ours["tokens_per_second"])
         middle = {name: statistics.median(values) for name, values in rates.items()}
         ratio = {peer: middle["ours"] / middle[peer] for peer in peers}
@@ -146,7 +152,9 @@ def main() -> None:
     parser.add_argument(
         "benchmark", choices=["rl-step", "generate", "logprobs", "checkpoint", "weights", "ahead"]
     )
-    parser.add_argument("--nproc", type=int, default=2, help="processes (ranks)")
+    parser.add_argument(
+        "--nproc", type=int, help="processes (ranks); default: 2, or what the work of generate says"
+    )
     parser.add_argument("--steps", type=int, default=5, help="timed steps, after two that warm up")
     parser.add_argument(
         "--versus", nargs="+", default=[], choices=["trl", "vllm"], help="compare, in turn"
@@ -162,13 +170,14 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[1024, 2048, 4096])
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options, settings = parser.parse_known_args()
+    ranks = options.nproc or 2
     if options.worker:
         work(options.benchmark, options.steps, settings)
         return
     if options.benchmark == "logprobs":
         from benchmarks import logprobs  # only now: --help needs no torch
 
-        result = logprobs.run(options.nproc, options.vocabularies, options.rows)
+        result = logprobs.run(ranks, options.vocabularies, options.rows)
     elif options.benchmark == "generate":
         python = {"vllm": options.vllm_python}
         if "trl" in options.versus:
@@ -184,12 +193,10 @@ def main() -> None:
         )  # fmt: skip
     elif options.versus:
         result = versus_trl(
-            nproc=options.nproc, steps=options.steps, rounds=options.rounds, settings=settings
+            nproc=ranks, steps=options.steps, rounds=options.rounds, settings=settings
         )
     else:
-        result = run_ours(
-            options.benchmark, nproc=options.nproc, steps=options.steps, settings=settings
-        )
+        result = run_ours(options.benchmark, nproc=ranks, steps=options.steps, settings=settings)
     print(json.dumps(result))
 
 

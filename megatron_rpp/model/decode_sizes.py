@@ -1,6 +1,6 @@
 """Sizes in generation. Imports no torch, because the memory estimate needs them before torch is loaded."""
 
-CACHE_BLOCK_ON_CPU = 128
+CACHE_BLOCK_ON_CPU = 64
 """Positions in a block of the key-value cache. A CPU attends to whole blocks, and small ones waste
 less."""
 CACHE_BLOCK_ON_GPU = 256

@@ -12,7 +12,7 @@ _ENGINE, _TORCH = "TransformerEngine", "PyTorch"
 
 
 def describe(model: torch.nn.ModuleList) -> str:
-    """One line; "PyTorch" means its single operations, for RMSNorm one of them."""
+    """One line; "PyTorch" means its single operations, for RMSNorm on a GPU one of them."""
     config = chunks(model)[0].config
     engine = config.transformer_impl == "transformer_engine"
     rotary = _ENGINE if config.apply_rope_fusion else _TORCH

@@ -25,6 +25,9 @@ class Work:
     """Tokens of each prompt."""
     samples: int = 4
     """Sequences that share a prompt."""
+    ranks: int = 2
+    """Ranks of ours, on two cores: 2 = replicas of one thread, 1 = one rank with two threads, which reads
+    weights that no cache holds once and not twice."""
 
     @property
     def end_tokens(self) -> list[int]:
@@ -43,7 +46,7 @@ WORKS = {
     "reference": Work(**_SMALL, sequences=256, new_tokens=64),
     "smollm2": Work(
         layers=30, hidden=576, heads=9, kv_heads=3, ffn=1536, vocabulary=49152, sequences=32,
-        new_tokens=64,
+        new_tokens=64, ranks=1,
     ),
     "long-tail": Work(**_SMALL, sequences=1024, new_tokens=512, ends=8),
 }  # fmt: skip
