@@ -99,7 +99,7 @@ def sums_on_host(patch: pytest.MonkeyPatch, run: Run) -> None:
 Seed = Callable[[pytest.MonkeyPatch, Run], None]
 MIXES: dict[str, tuple[Seed, str, str]] = {
     "a micro-batch stays on the host": (without_uploads, "log-probs", "tensor_parallel/layers.py"),
-    "a weight is on the host": (weight_on_host, "token", "megatron_rpp/model/decoder.py"),
+    "a weight is on the host": (weight_on_host, "token", "megatron_rpp/model/norm.py"),
     "a column stays on the host": (column_on_host, "update", "megatron_rpp/algorithms/losses.py"),
     "a collective of host tensors": (sums_on_host, "sum", "megatron_rpp/parallel/groups.py"),
 }
