@@ -113,7 +113,7 @@ def _by_block(
     """One token per sequence, on a CPU: products with each block, then sums over the blocks of a
     sequence (Flash-Decoding, Dao et al. 2023).
 
-    Every key and value is read once, where it lies. The n/k query heads that share a key-value head
+    Every fp32 key and value is read once, where it lies. The n/k query heads that share a key-value head
     are the rows of one product.
     """
     owner, mask = metadata.owner, metadata.block_mask
