@@ -7,7 +7,6 @@ import torch.nn.functional as F
 
 from megatron_rpp.parallel import device as devices
 
-
 LARGE_WEIGHT = 2**18
 """Elements; 1 MB in fp32."""
 
