@@ -105,11 +105,7 @@ class LanguageModel(GPTModel):
 
         There is one row per sequence, so gathering it costs less than sorting the shards would.
         """
-        weight = self.output_weight
-        if weight.dtype == torch.float32:
-            shard = products.linear(hidden, weight)
-        else:
-            shard = products.matmul_fp32(hidden, weight.t())
+        shard = products.linear_fp32(hidden, self.output_weight)
         whole = all_gather_last_dim_from_tensor_parallel_region(shard, group=self.pg_collection.tp)
         return whole[:, : self.true_vocab_size]
 

@@ -20,24 +20,17 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """y = x / sqrt(mean(x²) + eps) · weight over the last dimension [..., h]."""
     if x.dtype != torch.float32 or devices.fuses_rms_norm():
         return torch.nn.functional.rms_norm(x, (x.shape[-1],), weight, eps)
-    if not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)):
-        return (x * _scale(x, eps)).mul_(weight)
     normed = _RMSNorm.apply(x, weight, eps)
     assert isinstance(normed, torch.Tensor)
     return normed
 
 
-def _scale(x: torch.Tensor, eps: float) -> torch.Tensor:
-    """1 / sqrt(mean(x²) + eps): [..., 1]."""
-    return torch.linalg.vecdot(x, x).div_(x.shape[-1]).add_(eps).rsqrt_()[..., None]
-
-
 class _RMSNorm(torch.autograd.Function):
-    """With about half of the passes over memory of PyTorch's composite operation."""
+    """With fewer passes over memory than PyTorch's composite operation."""
 
     @staticmethod
     def forward(ctx, x, weight, eps):  # noqa: PLR0917 (autograd calls it by position)
-        scale = _scale(x, eps)
+        scale = torch.linalg.vecdot(x, x).div_(x.shape[-1]).add_(eps).rsqrt_()[..., None]
         ctx.save_for_backward(x, weight, scale)
         return (x * scale).mul_(weight)
 

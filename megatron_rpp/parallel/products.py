@@ -25,10 +25,17 @@ def linear(
 ) -> torch.Tensor:
     """rows · weightᵀ + bias, [n, h] · [h, m], without gradients, for few rows.
 
-    On a CPU, F.linear calls MKL for fp32. For few rows and a weight that no cache of a core holds, oneDNN
-    is up to twice as fast, most of all with several threads.
+    On a CPU, F.linear calls MKL for fp32. For few rows and large weights, oneDNN is faster, most of all
+    with several threads.
     """
     large = weight.dtype == torch.float32 and weight.numel() >= LARGE_WEIGHT
     if large and devices.ON_CPU and torch.backends.mkldnn.is_available():
         return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
     return F.linear(rows, weight, bias)
+
+
+def linear_fp32(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """See `linear`; summed and returned in fp32 even if the factors are bf16."""
+    if weight.dtype == torch.float32:
+        return linear(rows, weight)
+    return matmul_fp32(rows, weight.t())

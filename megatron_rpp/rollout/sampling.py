@@ -18,13 +18,13 @@ CHUNK = 1024
 """Tokens of a chunk of the vocabulary."""
 
 
-def _prefix_sums(values: torch.Tensor) -> torch.Tensor:
-    """The sums of values[:, :i + 1] in units of 2^-44, int64 [b, v]; the values are in [0, 1].
+def _integers(values: torch.Tensor) -> torch.Tensor:
+    """Values in [0, 1] in units of 2^-44, int64 [b, v], rounded down.
 
     A sum of integers does not depend on its order, so it is the same on every device and in every
     run. A GPU's sums of floating-point numbers are not.
     """
-    return (values * _UNIT).long().cumsum(-1)  # a power of two: the product is exact
+    return (values * _UNIT).long()  # a power of two: the product is exact
 
 
 def truncate(logits: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
@@ -41,7 +41,7 @@ def truncate(logits: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
     if top_p < 1.0:
         ordered, order = logits.sort(descending=True)
         probabilities = ordered.softmax(-1)
-        before = _prefix_sums(probabilities) / _UNIT - probabilities
+        before = _integers(probabilities).cumsum(-1) / _UNIT - probabilities
         outside = torch.zeros_like(logits, dtype=torch.bool).scatter(1, order, before >= top_p)
         logits = logits.masked_fill(outside, -torch.inf)
     return logits
@@ -85,10 +85,10 @@ def choose(
 def _inverse_cumulative(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     """The first token [b] at which the cumulative sum of weights [b, v] passes uniform [b] · Σ weights.
 
-    A large vocabulary is searched in two steps, chunks and then tokens: cumulative sums of all its
-    tokens take several times as long as their sums.
+    A large vocabulary is searched in two steps, first for the chunk and then for the token in it,
+    because a cumulative sum over all tokens takes longer than the sums of the chunks.
     """
-    counts, size = (weights * _UNIT).long(), weights.shape[-1]
+    counts, size = _integers(weights), weights.shape[-1]
     if size <= CHUNK:
         cumulative = counts.cumsum(-1)
         return torch.searchsorted(cumulative, _target(cumulative, uniform), right=True).squeeze(1)

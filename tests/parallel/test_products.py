@@ -12,8 +12,8 @@ from megatron_rpp.parallel import products
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_linear(rows, with_bias, dtype, monkeypatch):
-    """Weights may be a part of a larger tensor, as those of a layer's shard are."""
-    monkeypatch.setattr(products, "LARGE_WEIGHT", 24 * 40)
+    """The weight is a part of a larger tensor."""
+    monkeypatch.setattr(products, "LARGE_WEIGHT", 24 * 40)  # so that oneDNN takes this one
     generator = torch.Generator().manual_seed(1)
     left = torch.randn(rows, 40, generator=generator).to(dtype)
     weight = torch.randn(2 * 24, 40, generator=generator).to(dtype)[24:]

@@ -155,23 +155,22 @@ def test_tokens_are_the_inverse_of_the_truncated_distribution(top_k, top_p, forb
 
 @pytest.mark.parametrize("size", [rollout_sampling.CHUNK + 1, 2 * rollout_sampling.CHUNK, 2500])
 def test_a_large_vocabulary_is_searched_in_two_steps(size, monkeypatch):
-    """Exactly the tokens of one cumulative sum: also the first and the last of a chunk, and tokens that
-    nothing but the end of the unit interval reaches."""
+    """Exactly the tokens of a search in one step, also at the ends of chunks and of the unit
+    interval."""
+    chunk = rollout_sampling.CHUNK
     generator = torch.Generator().manual_seed(6)
     logits = torch.randn(1, size, generator=generator).expand(3000, -1)
     uniform = torch.rand(3000, generator=generator, dtype=torch.float64)
     ends = logits[0].double().softmax(-1).cumsum(-1)
-    edges = ends[
-        [0, rollout_sampling.CHUNK - 2, rollout_sampling.CHUNK - 1, rollout_sampling.CHUNK, -2]
-    ]
+    edges = ends[[0, chunk - 2, chunk - 1, chunk, -2]]
     uniform[:10] = torch.cat([edges - 1e-6, edges + 1e-6])
     uniform[10:12] = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
     once = Sampling(max_new_tokens=1)
     found = choose(logits, uniform, once)
-    monkeypatch.setattr(rollout_sampling, "CHUNK", size)
+    monkeypatch.setattr(rollout_sampling, "CHUNK", size)  # one chunk holds all: a single step
     expected = choose(logits, uniform, once)
     assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
-    assert {0, rollout_sampling.CHUNK - 1} <= set(found[0].tolist())
+    assert {0, chunk - 1} <= set(found[0].tolist())
 
 
 def test_top_k_and_top_p_by_hand():

@@ -26,8 +26,8 @@ class Work:
     samples: int = 4
     """Sequences that share a prompt."""
     ranks: int = 2
-    """Ranks of ours, on two cores: 2 = replicas of one thread, 1 = one rank with two threads, which reads
-    weights that no cache holds once and not twice."""
+    """Ranks of ours, on two cores: 2 = replicas with one thread each; 1 = one rank with two threads, which
+    reads the weights once for all sequences."""
 
     @property
     def end_tokens(self) -> list[int]:
