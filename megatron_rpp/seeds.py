@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+def _signed(word: int) -> int:
+    """The bits of an unsigned 64-bit integer as a signed one: torch has no arithmetic on the former."""
+    return word - 2**64 if word >= 2**63 else word
+
+
+_GOLDEN = _signed(0x9E3779B97F4A7C15)
+_FACTORS = _signed(0xBF58476D1CE4E5B9), _signed(0x94D049BB133111EB)
 
 
 def permutation(size: int, *key: int) -> np.ndarray:
@@ -17,26 +25,32 @@ def permutation(size: int, *key: int) -> np.ndarray:
     return np.argsort(bits, kind="stable")
 
 
-def _mix(state: np.ndarray) -> np.ndarray:
-    """splitmix64's output function (Steele, Lea, Flood 2014)."""
-    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return state ^ (state >> np.uint64(31))
+def _shift(state: torch.Tensor, bits: int) -> torch.Tensor:
+    """state >> bits, with zeros from the left."""
+    return (state >> bits) & (2 ** (64 - bits) - 1)
+
+
+def _mix(state: torch.Tensor) -> torch.Tensor:
+    """splitmix64's output function (Steele, Lea, Flood 2014). Products are modulo 2^64."""
+    state = (state ^ _shift(state, 30)) * _FACTORS[0]
+    state = (state ^ _shift(state, 27)) * _FACTORS[1]
+    return state ^ _shift(state, 31)
 
 
 def uniforms(
-    seed: int, step: int, sample_ids: np.ndarray, *, position: int | np.ndarray
-) -> np.ndarray:
-    """Returns [b] fp64 numbers in [0, 1), one per sample, for `position` (one, or [b]) of its
-    response."""
-    with np.errstate(over="ignore"):  # arithmetic is modulo 2^64
-        state = np.zeros(len(sample_ids), dtype=np.uint64)
-        for part in (seed, step, sample_ids, position):
-            word = np.asarray(part, dtype=np.int64).astype(np.uint64)
-            state = _mix(state + (word + np.uint64(1)) * _GOLDEN)
-    return (state >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    seed: int, step: int, sample_ids: torch.Tensor, *, position: int | torch.Tensor
+) -> torch.Tensor:
+    """Returns fp64 numbers in [0, 1), one for each sample and position of its response.
+
+    sample_ids and position, int64, are broadcast against each other; a GPU works on its own.
+    """
+    state = torch.zeros((), dtype=torch.int64, device=sample_ids.device)
+    for part in (seed, step, sample_ids, position):
+        word = part if isinstance(part, torch.Tensor) else state.new_full((), part)
+        state = _mix(state + (word + 1) * _GOLDEN)
+    return _shift(state, 11).double() * 2.0**-53
 
 
 def request_seed(seed: int, step: int, sample_id: int) -> int:
     """A seed below 2^63 for the generator of another program, for one sample."""
-    return int(uniforms(seed, step, np.array([sample_id]), position=-1)[0] * 2.0**53)
+    return int(uniforms(seed, step, torch.tensor(sample_id), position=-1).item() * 2.0**53)

@@ -18,11 +18,11 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from megatron_rpp.model import overlap
+from megatron_rpp.model import decode_sizes, overlap
 from megatron_rpp.model.language_model import LanguageModel, chunks
 from megatron_rpp.model.norm import rms_norm
 from megatron_rpp.model.rotary import Rotation
-from megatron_rpp.parallel.products import linear
+from megatron_rpp.parallel.products import linear, packed
 
 
 class Attend(Protocol):
@@ -36,7 +36,7 @@ class Attend(Protocol):
 
 @dataclass(frozen=True)
 class _Layer:
-    """The weights of one layer on this rank, as Megatron lays them out."""
+    """The weights of one layer on this rank, as Megatron lays them out. Large ones may be packed."""
 
     attention_norm: torch.Tensor
     qkv: torch.Tensor
@@ -54,16 +54,20 @@ class _Layer:
         normed = attention.config.qk_layernorm
         return cls(
             attention_norm=_norm_before(attention.linear_qkv, layer.input_layernorm),
-            qkv=attention.linear_qkv.weight,
+            qkv=_for_products(attention.linear_qkv.weight),
             # Without a bias, TransformerEngine's module has an empty tensor.
             qkv_bias=attention.linear_qkv.bias if attention.config.add_qkv_bias else None,
             query_norm=attention.q_layernorm.weight if normed else None,
             key_norm=attention.k_layernorm.weight if normed else None,
-            projection=attention.linear_proj.weight,
+            projection=_for_products(attention.linear_proj.weight),
             mlp_norm=_norm_before(mlp.linear_fc1, layer.pre_mlp_layernorm),
-            gate_and_up=mlp.linear_fc1.weight,
-            down=mlp.linear_fc2.weight,
+            gate_and_up=_for_products(mlp.linear_fc1.weight),
+            down=_for_products(mlp.linear_fc2.weight),
         )
+
+
+def _for_products(weight: torch.Tensor) -> torch.Tensor:
+    return packed(weight) if weight.numel() >= decode_sizes.PACKED_ON_CPU else weight
 
 
 def _norm_before(linear: Any, norm: Any) -> torch.Tensor:
@@ -72,14 +76,15 @@ def _norm_before(linear: Any, norm: Any) -> torch.Tensor:
 
 
 class Decoder:
-    """The forward pass of one chunk. It holds the weights of the moment: make a new one after a
-    model has been loaded anew."""
+    """The forward pass of one chunk. It holds the weights of the moment: make a new one after the
+    model has been changed."""
 
     def __init__(self, chunk: LanguageModel, first_layer: int):
         """first_layer: layers of this rank's chunks before this one."""
         config, group = chunk.config, chunk.pg_collection.tp
         self.chunk = chunk
         self._layers = [_Layer.of(layer) for layer in chunk.decoder.layers]
+        self._output = _for_products(chunk.output_weight) if chunk.post_process else None
         self._first_layer, self._group, self._eps = first_layer, group, config.layernorm_epsilon
         self.kv_heads = config.num_query_groups // group.size()
         self.head_size = config.kv_channels
@@ -110,6 +115,10 @@ class Decoder:
         if self.chunk.post_process:
             hidden = self._norm(hidden, self.chunk.decoder.final_layernorm.weight)
         return hidden
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """See LanguageModel.sampling_logits; only of the last chunk."""
+        return self.chunk.sampling_logits(hidden, self._output)
 
     def _project(
         self, layer: _Layer, hidden: torch.Tensor, rotation: Rotation

@@ -3,6 +3,8 @@
 Ranks that hold shards of a parameter gather it whole, split it by the table of the model's family
 (hf/families.py), and let it go before the next. `shared_out` gives each whole parameter to one rank, so
 that all ranks work at once; `on_every_rank` gives all of them to every rank of a replica.
+
+A tensor may be a view of a parameter: use it before the next update of the model, and do not change it.
 """
 
 from __future__ import annotations
@@ -41,10 +43,14 @@ class _Held:
         return cls(row, parameter.detach(), sharded, dim, chunk.architecture)
 
     def split(self, shards: list[torch.Tensor]) -> Tensors:
-        """The tensors of the row, from the shards of all tensor-parallel ranks."""
+        """The tensors of the row, from the shards of all tensor-parallel ranks; views, where these
+        need no change."""
         heads, kv_heads = (self.settings[name] // len(shards) for name in ("heads", "kv_heads"))
         parts = [self.row.split(shard, heads, kv_heads) for shard in shards]
-        whole = [torch.cat(pieces, self.dim) for pieces in zip(*parts, strict=True)]
+        whole = [
+            torch.cat(pieces, self.dim) if len(pieces) > 1 else pieces[0]
+            for pieces in zip(*parts, strict=True)
+        ]
         if self.row.megatron in (EMBEDDING, OUTPUT):  # without the rows that pad the vocabulary
             whole = [tensor[: self.settings["vocab_size"]] for tensor in whole]
         return [(name, tensor.contiguous()) for name, tensor in zip(self.row.hf, whole)]

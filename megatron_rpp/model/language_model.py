@@ -100,12 +100,15 @@ class LanguageModel(GPTModel):
         rows = self.output_weight.shape[0]
         return max(0, min(rows, self.true_vocab_size - self.pg_collection.tp.rank() * rows))
 
-    def sampling_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+    def sampling_logits(
+        self, hidden: torch.Tensor, weight: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Returns fp32 logits [n, vocabulary] of hidden rows [n, h] on every tensor-parallel rank.
 
         There is one row per sequence, so gathering it costs less than sorting the shards would.
+        weight: `output_weight`, which may be packed; None = take it from the model.
         """
-        shard = products.linear_fp32(hidden, self.output_weight)
+        shard = products.linear_fp32(hidden, self.output_weight if weight is None else weight)
         whole = all_gather_last_dim_from_tensor_parallel_region(shard, group=self.pg_collection.tp)
         return whole[:, : self.true_vocab_size]
 

@@ -20,9 +20,21 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """y = x / sqrt(mean(x²) + eps) · weight over the last dimension [..., h]."""
     if x.dtype != torch.float32 or devices.fuses_rms_norm():
         return torch.nn.functional.rms_norm(x, (x.shape[-1],), weight, eps)
+    if not torch.is_grad_enabled():
+        return _normed(x, weight, _scale(x, eps))
     normed = _RMSNorm.apply(x, weight, eps)
     assert isinstance(normed, torch.Tensor)
     return normed
+
+
+def _scale(x: torch.Tensor, eps: float) -> torch.Tensor:
+    """1 / sqrt(mean(x²) + eps), [..., 1]."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return torch.addcmul(norm.new_full((), eps), norm, norm, value=1 / x.shape[-1]).rsqrt_()
+
+
+def _normed(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return (x * scale).mul_(weight)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -30,9 +42,9 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, eps):  # noqa: PLR0917 (autograd calls it by position)
-        scale = torch.linalg.vecdot(x, x).div_(x.shape[-1]).add_(eps).rsqrt_()[..., None]
+        scale = _scale(x, eps)
         ctx.save_for_backward(x, weight, scale)
-        return (x * scale).mul_(weight)
+        return _normed(x, weight, scale)
 
     @staticmethod
     def backward(ctx, gradient):

@@ -7,9 +7,6 @@ import torch.nn.functional as F
 
 from megatron_rpp.parallel import device as devices
 
-LARGE_WEIGHT = 2**18
-"""Elements; 1 MB in fp32."""
-
 
 def matmul_fp32(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """left · right, [n, h] · [h, m], summed and returned in fp32 even if the factors are bf16."""
@@ -20,16 +17,23 @@ def matmul_fp32(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     return torch.mm(left, right, out_dtype=torch.float32)
 
 
+def packed(weight: torch.Tensor) -> torch.Tensor:
+    """A copy of an fp32 weight in the order of oneDNN's kernels on a CPU, for `linear`; on another
+    device, and of another type, the weight itself.
+
+    Behind F.linear, MKL or oneDNN brings the weight into order again at every product, which for few
+    rows takes as long as the product.
+    """
+    if devices.ON_CPU and weight.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+        return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
+    return weight
+
+
 def linear(
     rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """rows · weightᵀ + bias, [n, h] · [h, m], without gradients, for few rows.
-
-    On a CPU, F.linear calls MKL for fp32. For few rows and large weights, oneDNN is faster, most of all
-    with several threads.
-    """
-    large = weight.dtype == torch.float32 and weight.numel() >= LARGE_WEIGHT
-    if large and devices.ON_CPU and torch.backends.mkldnn.is_available():
+    """rows · weightᵀ + bias, [n, h] · [h, m]; without gradients if the weight is `packed`."""
+    if weight.is_mkldnn:
         return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
     return F.linear(rows, weight, bias)
 

@@ -36,8 +36,8 @@ from megatron_rpp.rollout.scheduler import Pass, Scheduler
 class Uniforms(Protocol):
     """Random numbers in [0, 1), as `seeds.uniforms` gives for a seed and a step."""
 
-    def __call__(self, sample_ids: np.ndarray, *, position: np.ndarray) -> np.ndarray:
-        """[b] fp64, for position [b] of the responses sample_ids [b]."""
+    def __call__(self, sample_ids: torch.Tensor, *, position: torch.Tensor) -> torch.Tensor:
+        """[n, b] fp64, for the positions [n, b] of the responses sample_ids [b]."""
 
 
 class Abandoned(Exception):
@@ -175,30 +175,26 @@ class Batch:
     def _prepare(self) -> _Tokens:
         """The state of the device for the next tokens."""
         rows, responses, sampling = self.scheduler.running, self._responses, self._sampling
-        left = sampling.max_new_tokens - responses.lengths[rows]
+        lengths, least = responses.lengths[rows], sampling.min_new_tokens
         # Prompts that have been read start at the next synchronisation.
         most = 1 if self._pass is not None else devices.tokens_per_sync()
-        steps = min(most, int(left.max()))
-        lengths = responses.lengths[rows]
-        ahead = np.arange(steps)[:, None]
-        random = [
-            self._draw(responses.sample_ids[rows], position=lengths + i) for i in range(steps)
-        ]
-        early = lengths + ahead < sampling.min_new_tokens
+        steps = min(most, sampling.max_new_tokens - int(lengths.min()))
         metadata = token_metadata(
             self._blocks, rows, responses.prompt_lengths[rows] + lengths - 1,
             ahead=steps, dtype=self._cache.dtype,
         )  # fmt: skip
         tokens = np.zeros(len(metadata.positions), np.int64)
         tokens[: len(rows)] = responses.last_tokens(rows)
+        done = upload(lengths)
+        positions = done + torch.arange(steps, device=done.device)[:, None]
         return _Tokens(
             rows,
             metadata,
             upload(tokens),
             running=upload(np.ones(len(rows), bool)),
-            left=upload(left),
-            uniforms=upload(np.stack(random)),
-            early=upload(early) if early.any() else None,
+            left=sampling.max_new_tokens - done,
+            uniforms=self._draw(upload(responses.sample_ids[rows]), position=positions),
+            early=positions < least if int(lengths.min()) < least else None,
         )
 
     def forward(self, decoder: Decoder) -> None:
@@ -246,7 +242,7 @@ class Batch:
         chosen[:, -1] = float(self._stopping)
         if groups.is_last_stage():
             assert self._hidden is not None
-            logits = self._stages[-1].chunk.sampling_logits(self._hidden[:count])
+            logits = self._stages[-1].logits(self._hidden[:count])
             early = now.early is not None
             tokens, logprobs = choose(
                 logits,

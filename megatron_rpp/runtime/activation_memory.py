@@ -26,6 +26,8 @@ class Device:
     """Logits of one chunk (model/head_chunks.py)."""
     cache_block: int
     """Positions in a block of the key-value cache."""
+    packs_weights: bool
+    """Whether a rollout makes packed copies of large fp32 weights."""
     overhead: int
     """Bytes of the CUDA context and of NCCL's buffers."""
 
@@ -34,12 +36,14 @@ GPU = Device(
     fused_kernels=True,
     logits_at_once=head_chunks.ON_GPU,
     cache_block=decode_sizes.CACHE_BLOCK_ON_GPU,
+    packs_weights=False,
     overhead=3_000_000_000,
 )
 CPU = Device(
     fused_kernels=False,
     logits_at_once=head_chunks.ON_CPU,
     cache_block=decode_sizes.CACHE_BLOCK_ON_CPU,
+    packs_weights=True,
     overhead=0,
 )
 

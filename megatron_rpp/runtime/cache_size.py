@@ -23,7 +23,8 @@ def max_cache_tokens(config: Config, vocab_size: int) -> int:
         return config.rollout.max_cache_tokens
     kind = CPU if devices.ON_CPU else GPU
     need = estimate(config, vocab_size, groups.data_size(), device=kind)
-    left = CACHE_SHARE * devices.total_memory_of_rank() - (need.resident + need.prefill)
+    others = need.resident + need.rollout - need.cache
+    left = CACHE_SHARE * devices.total_memory_of_rank() - others
     least = groups.reduce_sums([left], None, dist.ReduceOp.MIN)[0]
     each = cache_bytes_per_token(config.model, config.parallel)
     return max(config.model.max_length, int(least / each))

@@ -11,15 +11,17 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from megatron_rpp.config import Config, ModelConfig, OptimizerConfig, ParallelConfig
-from megatron_rpp.model.decode_sizes import PASS_TOKENS
+from megatron_rpp.model.decode_sizes import PACKED_ON_CPU, PASS_TOKENS
 from megatron_rpp.runtime import activation_memory as activation
 from megatron_rpp.runtime.activation_memory import CPU, GPU, Device
 from megatron_rpp.runtime.model_size import (
     FP32,
     heads_of,
+    layer_matrices,
     optimizer_bytes,
     saved_bytes,
     stage_parameters,
+    vocabulary_rows,
     weight_bytes,
 )
 
@@ -48,6 +50,8 @@ class Memory:
     """Keys and values of the sequences that are decoded."""
     prefill: int
     """A pass over prompts in one layer, or the sampled distribution."""
+    packed: int
+    """Large weights again, in the order of a CPU's kernels."""
     overhead: int
     """CUDA context and NCCL's buffers."""
 
@@ -65,7 +69,7 @@ class Memory:
     @property
     def rollout(self) -> int:
         """What only the rollout needs."""
-        return self.cache + self.prefill
+        return self.cache + self.prefill + self.packed
 
     @property
     def total(self) -> int:
@@ -125,6 +129,7 @@ def stage_estimate(
         backward=backward,
         cache=cache,
         prefill=prefill,
+        packed=_packed(config, vocab_size, stage=stage, device=device),
         overhead=device.overhead,
     )
 
@@ -224,6 +229,18 @@ def _rollout(config: Config, vocab_size: int, *, replicas: int, device: Device) 
     # Logits, probabilities, and as integers of twice that size, and their sums.
     sampling = 6 * sequences * vocab_size * FP32
     return cached, max(tokens * layer * width, sampling)
+
+
+def _packed(config: Config, vocab_size: int, *, stage: int, device: Device) -> int:
+    """The copies of a stage's weights for a rollout (model/decoder.py); vLLM has its own weights."""
+    model, parallel = config.model, config.parallel
+    width = weight_bytes(model)
+    if not device.packs_weights or width != FP32 or config.rollout.engine == "vllm":
+        return 0
+    matrices = layer_matrices(model, parallel.tensor) * (model.layers // parallel.pipeline)
+    if stage == parallel.pipeline - 1:
+        matrices.append(vocabulary_rows(vocab_size, parallel.tensor) * model.hidden)
+    return width * sum(size for size in matrices if size >= PACKED_ON_CPU)
 
 
 def cache_bytes_per_token(model: ModelConfig, parallel: ParallelConfig) -> int:

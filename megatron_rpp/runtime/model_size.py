@@ -25,13 +25,23 @@ def heads_of(model: ModelConfig) -> Heads:
     return Heads(model.heads, model.kv_heads or model.heads, size)
 
 
+def layer_matrices(model: ModelConfig, tensor: int) -> list[int]:
+    """Elements of each matrix of one layer on one of `tensor` ranks."""
+    heads, kv_heads, size = heads_of(model)
+    rows = ((heads + 2 * kv_heads) * size, heads * size, 2 * model.ffn_hidden, model.ffn_hidden)
+    return [model.hidden * count // tensor for count in rows]
+
+
 def layer_parameters(model: ModelConfig, tensor: int) -> int:
     """Parameters of one layer on one of `tensor` ranks."""
     heads, kv_heads, size = heads_of(model)
-    qkv = (heads + 2 * kv_heads) * size
-    matrices = model.hidden * (qkv + heads * size + 3 * model.ffn_hidden)
-    sharded = matrices + (qkv if model.qkv_bias else 0)
-    return sharded // tensor + 2 * model.hidden + (2 * size if model.qk_norm else 0)
+    bias = (heads + 2 * kv_heads) * size if model.qkv_bias else 0
+    return (
+        sum(layer_matrices(model, tensor))
+        + bias // tensor
+        + 2 * model.hidden
+        + (2 * size if model.qk_norm else 0)
+    )
 
 
 def vocabulary_rows(vocab_size: int, tensor: int) -> int:

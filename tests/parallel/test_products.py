@@ -1,4 +1,4 @@
-"""Products by oneDNN against fp64."""
+"""Products, with and without a packed weight, against fp64."""
 
 from __future__ import annotations
 
@@ -11,16 +11,24 @@ from megatron_rpp.parallel import products
 @pytest.mark.parametrize("rows", [1, 3, 64])
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_linear(rows, with_bias, dtype, monkeypatch):
+@pytest.mark.parametrize("pack", [products.packed, lambda weight: weight], ids=["packed", "plain"])
+def test_linear(rows, with_bias, dtype, pack):
     """The weight is a part of a larger tensor."""
-    monkeypatch.setattr(products, "LARGE_WEIGHT", 24 * 40)  # so that oneDNN takes this one
     generator = torch.Generator().manual_seed(1)
     left = torch.randn(rows, 40, generator=generator).to(dtype)
     weight = torch.randn(2 * 24, 40, generator=generator).to(dtype)[24:]
     bias = torch.randn(24, generator=generator).to(dtype) if with_bias else None
     exact = left.double() @ weight.double().t() + (0 if bias is None else bias.double())
-    found = products.linear(left, weight, bias)
+    found = products.linear(left, pack(weight), bias)
     assert found.dtype == dtype
     # 40 products: their fp32 rounding, or one rounding to bf16.
     tolerance = 1e-6 if dtype == torch.float32 else 2**-8
     assert (found - exact).abs().max() <= tolerance * exact.abs().max()
+
+
+def test_a_packed_weight_is_a_copy():
+    """A rollout samples with the weights of its beginning."""
+    weight = torch.ones(4, 8)
+    packed = products.packed(weight)
+    weight.zero_()
+    assert products.linear(torch.ones(1, 8), packed).tolist() == [[8.0] * 4]

@@ -129,6 +129,25 @@ def test_the_cache(tmp_path, limit):
     assert abs(held - expected) <= (0 if limit is None else block)
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_packed_weights(dtype, tmp_path):
+    """fc1 and fc2 of two layers, and the output projection; the other matrices are small."""
+    config = small(
+        tmp_path, model__dtype=dtype, model__hidden=512, model__ffn_hidden=512, model__heads=4,
+        model__kv_heads=1, model__head_dim=32, model__layers=2,
+    )  # fmt: skip
+    vocab_size = 600  # padded to 640
+    with layout(config):
+        model = build_model(config.model, config.parallel, vocab_size=vocab_size, seed=1)
+        (decoder,) = decoders(model)
+        weights = [w for layer in decoder._layers for w in vars(layer).values() if w is not None]
+        packed = [w.numel() for w in (*weights, decoder._output) if w.is_mkldnn]
+    by_hand = [2 * 512 * 512, 512 * 512] * 2 + [640 * 512]
+    assert packed == (by_hand if dtype == "fp32" else [])
+    assert estimate(config, vocab_size, replicas=1, device=CPU).packed == 4 * sum(packed)
+    assert estimate(config, vocab_size, replicas=1).packed == 0
+
+
 def test_the_default_size_of_the_cache_follows_from_the_machine(tmp_path, monkeypatch):
     """Not from the free memory, or a resumed run would decode other batches."""
     config = small(tmp_path)
