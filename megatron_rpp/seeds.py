@@ -37,18 +37,29 @@ def _mix(state: torch.Tensor) -> torch.Tensor:
     return state ^ _shift(state, 31)
 
 
-def uniforms(
-    seed: int, step: int, sample_ids: torch.Tensor, *, position: int | torch.Tensor
-) -> torch.Tensor:
-    """Returns fp64 numbers in [0, 1), one for each sample and position of its response.
+def _absorb(state: torch.Tensor, word: torch.Tensor | int) -> torch.Tensor:
+    """The state of the hash after one more word of the key."""
+    word = word if isinstance(word, torch.Tensor) else state.new_full((), word)
+    return _mix(state + (word + 1) * _GOLDEN)
 
-    sample_ids and position, int64, are broadcast against each other; a GPU works on its own.
-    """
+
+def sample_keys(seed: int, step: int, sample_ids: torch.Tensor) -> torch.Tensor:
+    """Returns int64 keys, one for each of `sample_ids` (int64, of any shape), for `uniforms_at`."""
     state = torch.zeros((), dtype=torch.int64, device=sample_ids.device)
-    for part in (seed, step, sample_ids, position):
-        word = part if isinstance(part, torch.Tensor) else state.new_full((), part)
-        state = _mix(state + (word + 1) * _GOLDEN)
-    return _shift(state, 11).double() * 2.0**-53
+    return _absorb(_absorb(_absorb(state, seed), step), sample_ids)
+
+
+def uniforms_at(keys: torch.Tensor, position: int | torch.Tensor) -> torch.Tensor:
+    """Returns fp64 numbers in [0, 1), one for each key and position of its response.
+
+    keys and position, int64, are broadcast against each other; a GPU works on its own.
+    """
+    return _shift(_absorb(keys, position), 11).double() * 2.0**-53
+
+
+def uniforms(seed: int, step: int, sample_ids: torch.Tensor, *, position: int) -> torch.Tensor:
+    """Returns fp64 numbers in [0, 1), one for each sample at `position` of its response."""
+    return uniforms_at(sample_keys(seed, step, sample_ids), position)
 
 
 def request_seed(seed: int, step: int, sample_id: int) -> int:

@@ -81,10 +81,10 @@ class AttentionMetadata:
 
     @cached_property
     def block_mask(self) -> torch.Tensor:
-        """[p', 1, 1, positions], to add to scores within blocks; -inf if nothing owns the block."""
+        """[p', 1, 1, c], to add to scores within blocks; -inf if nothing owns the block."""
         assert self.owner is not None and self.first is not None
         newest = self.positions[self.owner] - self.first  # counted from the block's first position
-        steps = torch.arange(min(self.attended, block_size()), device=self.positions.device)
+        steps = torch.arange(block_size(), device=self.positions.device)
         return self._additive(steps <= newest[:, None])[:, None, None]
 
     @cached_property

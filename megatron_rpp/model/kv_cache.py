@@ -113,15 +113,15 @@ def _by_block(
     """One token per sequence, on a CPU: products with each block, then sums over the blocks of a
     sequence (Flash-Decoding, Dao et al. 2023).
 
-    Every fp32 key and value is read once, where it lies. The n/k query heads that share a key-value head
-    are the rows of one product.
+    Every fp32 key and value is read once, where it lies. Blocks are read to their end, because a CPU
+    fetches memory ahead only without gaps. The n/k query heads that share a key-value head are the rows of
+    one product.
     """
     owner, mask = metadata.owner, metadata.block_mask
     assert owner is not None
-    count, wide = len(owner), mask.shape[-1]
-    keys, values = (x[:count, :wide].transpose(1, 2).float() for x in (keys, values))
+    keys, values = (x[: len(owner)].transpose(1, 2).float() for x in (keys, values))
     queries = query.float()[owner] * query.shape[-1] ** -0.5
-    scores = torch.matmul(queries, keys.mT).add_(mask)  # [p', k, n/k, positions]
+    scores = torch.matmul(queries, keys.mT).add_(mask)  # [p', k, n/k, c]
     if metadata.attended <= attention_metadata.block_size():  # every sequence has a single block
         return (scores.softmax(-1) @ values)[metadata.table[:, 0]].to(query.dtype)
     peaks = scores.amax(-1)

@@ -3,18 +3,19 @@
 The output projection is part of the function. For each chunk of rows, a tensor-parallel rank
 computes the logits of its vocabulary rows in fp32. Three reductions over the group (maximum, sum of
 exponentials, target logit) give the log-probs, and the logits are dropped. Backward computes them
-again. So the memory is that of one chunk, whatever the sequence length.
+again, unless they were a single chunk, which is kept. So the memory is that of one chunk, whatever the
+sequence length.
 
 With logits z = hidden·Wᵀ/τ and p = softmax(z):
     log-prob   l = z_y − logΣexp(z)        dl/dz = 1[y] − p
     entropy    H = logΣexp(z) − Σ p z      dH/dz = −p (z − Σ p z)
 
 Shape legend: n rows, h hidden, v vocabulary rows of this rank.
-
-Left out: reusing a single chunk's logits in backward (it would save one projection in three).
 """
 
 from __future__ import annotations
+
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -65,7 +66,8 @@ class _VocabParallelLogProbs(torch.autograd.Function):
         columns = torch.where(local_mask, local_targets, 0)
         logprobs = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         log_sums, mean_logits = torch.empty_like(logprobs), torch.zeros_like(logprobs)
-        for rows in _chunks(len(hidden), len(weight)):
+        chunks = _chunks(len(hidden), len(weight))
+        for rows in chunks:
             logits = _logits(hidden[rows], weight, valid_rows=valid_rows, temperature=temperature)
             peak = logits.amax(-1) if valid_rows else logprobs.new_full((len(logits),), -torch.inf)
             if group.size() > 1:
@@ -83,21 +85,23 @@ class _VocabParallelLogProbs(torch.autograd.Function):
             logprobs[rows] = sums[1] - log_sums[rows]
             if with_entropy:
                 mean_logits[rows] = sums[2] / sums[0]
-        ctx.save_for_backward(hidden, weight, columns, local_mask, log_sums, mean_logits)
+        kept = [logits] if len(chunks) == 1 else []
+        ctx.save_for_backward(hidden, weight, columns, local_mask, log_sums, mean_logits, *kept)
         ctx.valid_rows, ctx.temperature, ctx.group = valid_rows, temperature, group
         ctx.set_materialize_grads(False)  # no entropy backward if the entropy is only reported
         return logprobs, log_sums - mean_logits if with_entropy else mean_logits
 
     @staticmethod
     def backward(ctx, grad_logprobs, grad_entropy):
-        hidden, weight, columns, local_mask, log_sums, mean_logits = ctx.saved_tensors
+        hidden, weight, columns, local_mask, log_sums, mean_logits, *kept = ctx.saved_tensors
         valid_rows, temperature = ctx.valid_rows, ctx.temperature
+        again = partial(_logits, weight=weight, valid_rows=valid_rows, temperature=temperature)
         if grad_logprobs is None:
             grad_logprobs = torch.zeros_like(log_sums)
         grad_hidden = torch.zeros_like(hidden)
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         for rows in _chunks(len(hidden), len(weight)):
-            logits = _logits(hidden[rows], weight, valid_rows=valid_rows, temperature=temperature)
+            logits = kept[0] if kept else again(hidden[rows])
             probabilities = torch.exp(logits - log_sums[rows, None])
             if grad_entropy is None:
                 grad_logits = probabilities.mul_(-grad_logprobs[rows, None])

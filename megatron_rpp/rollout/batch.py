@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -31,13 +30,7 @@ from megatron_rpp.records import Sampling
 from megatron_rpp.rollout.metadata import prompt_metadata, token_metadata, upload
 from megatron_rpp.rollout.sampling import choose
 from megatron_rpp.rollout.scheduler import Pass, Scheduler
-
-
-class Uniforms(Protocol):
-    """Random numbers in [0, 1), as `seeds.uniforms` gives for a seed and a step."""
-
-    def __call__(self, sample_ids: torch.Tensor, *, position: torch.Tensor) -> torch.Tensor:
-        """[n, b] fp64, for the positions [n, b] of the responses sample_ids [b]."""
+from megatron_rpp.seeds import uniforms_at
 
 
 class Abandoned(Exception):
@@ -75,19 +68,19 @@ class Batch:
         *,
         graphs: Graphs,
         sampling: Sampling,
-        draw: Uniforms,
+        keys: np.ndarray,
     ):
         """
         Args:
             stages: this rank's chunks, in order.
             graphs: cleared when the cache is freed.
-            draw: the random numbers of the step.
+            keys: of the random numbers, one per sequence (`seeds.sample_keys`).
         """
         self.abandoned = False
         """Whether the rank that samples was asked to stop."""
         self.scheduler, self._stages, self._cache = scheduler, stages, cache
         self._responses, self._blocks = scheduler.responses, scheduler.blocks
-        self._sampling, self._draw = sampling, draw
+        self._sampling, self._keys = sampling, keys
         self._ends = upload(np.array(self._responses.end_tokens, np.int64))
         self._now: _Tokens | None = None
         self._pass: Pass | None = None  # prompts that are being read
@@ -193,7 +186,7 @@ class Batch:
             upload(tokens),
             running=upload(np.ones(len(rows), bool)),
             left=sampling.max_new_tokens - done,
-            uniforms=self._draw(upload(responses.sample_ids[rows]), position=positions),
+            uniforms=uniforms_at(upload(self._keys[rows]), positions),
             early=positions < least if int(lengths.min()) < least else None,
         )
 

@@ -12,9 +12,9 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from functools import partial
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from megatron_rpp.data.tokenizer import Tokenizer
@@ -26,12 +26,12 @@ from megatron_rpp.model.decoder import Decoder, decoders
 from megatron_rpp.model.kv_cache import KeyValueCache
 from megatron_rpp.parallel import groups, progress_wait
 from megatron_rpp.records import Generation, Request, Sampling
-from megatron_rpp.rollout.batch import Abandoned, Batch, Uniforms
+from megatron_rpp.rollout.batch import Abandoned, Batch
 from megatron_rpp.rollout.blocks import Blocks, blocks_of
 from megatron_rpp.rollout.planning import shard
 from megatron_rpp.rollout.responses import Responses
 from megatron_rpp.rollout.scheduler import Scheduler
-from megatron_rpp.seeds import uniforms
+from megatron_rpp.seeds import sample_keys
 
 
 class RolloutEngine(Protocol):
@@ -119,9 +119,8 @@ class MegatronEngine:
         stop: Callable[[], bool],
     ) -> None:
         stages, queue = decoders(self.model), _by_prompt(responses.requests)
-        batches = self._batches(
-            stages, responses, queue, sampling=sampling, draw=partial(uniforms, seed, step)
-        )
+        keys = sample_keys(seed, step, torch.from_numpy(responses.sample_ids)).numpy()
+        batches = self._batches(stages, responses, queue, sampling=sampling, keys=keys)
         try:
             while queue or any(batch.scheduler.busy for batch in batches):
                 heartbeat.current.beat()
@@ -140,7 +139,7 @@ class MegatronEngine:
         queue: deque[int],
         *,
         sampling: Sampling,
-        draw: Uniforms,
+        keys: np.ndarray,
     ) -> list[Batch]:
         """One for each pipeline stage, as far as sequences and cache allow."""
         one, room = blocks_of(responses.longest), self.max_cache_tokens
@@ -159,7 +158,7 @@ class MegatronEngine:
             )
             cache = new_cache(stages, blocks.total)
             batches.append(
-                Batch(scheduler, stages, cache, graphs=self._graphs, sampling=sampling, draw=draw)
+                Batch(scheduler, stages, cache, graphs=self._graphs, sampling=sampling, keys=keys)
             )
         return batches
 

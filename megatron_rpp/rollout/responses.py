@@ -52,7 +52,7 @@ class Responses:
         self._tokens[rows, columns] = tokens
         self._logprobs[rows, columns] = logprobs
         self.lengths[rows] += 1
-        self._ended[rows] = np.isin(tokens, self.end_tokens)
+        self._ended[rows] = (tokens[:, None] == self.end_tokens).any(1)
         if self._sampling.stop:
             self._find_stops(rows[~self._ended[rows]])
         full = self.lengths[rows] == self.most_tokens

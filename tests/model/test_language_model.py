@@ -17,7 +17,7 @@ import torch
 
 from megatron_rpp.config import ModelConfig, ParallelConfig
 from megatron_rpp.data.prompts import Example, Prompt
-from megatron_rpp.model import attention_metadata, build, pipeline
+from megatron_rpp.model import attention_metadata, build, decode_sizes, pipeline
 from megatron_rpp.model.decoder import decoders
 from megatron_rpp.model.language_model import chunks
 from megatron_rpp.parallel import groups
@@ -194,10 +194,15 @@ def run_stages(parts, cache, tokens, where):
     return hidden
 
 
+PACKED = pytest.mark.parametrize("packed", [True, False], ids=["packed", "plain"])
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("block", [3, 64])
-def test_decoding_with_a_cache_equals_the_full_forward(model, block, monkeypatch):
+@PACKED
+def test_decoding_with_a_cache_equals_the_full_forward(model, block, packed, monkeypatch):
     monkeypatch.setattr(attention_metadata, "block_size", lambda: block)
+    monkeypatch.setattr(decode_sizes, "PACKED_ON_CPU", 1 if packed else 2**18)
     found, full = decode_all(model, 12), model(SEQUENCES).transpose(0, 1)
     for row, length in enumerate(PROMPT_LENGTHS):
         expected = full[row, length - 1 : length + 11]
@@ -208,9 +213,11 @@ def test_decoding_with_a_cache_equals_the_full_forward(model, block, monkeypatch
 @pytest.mark.parametrize(
     "settings", [{"qkv_bias": True}, {"qk_norm": True, "head_dim": 16}], ids=["Qwen2", "Qwen3"]
 )
-def test_other_families_decode_as_their_full_forward(settings):
+@PACKED
+def test_other_families_decode_as_their_full_forward(settings, packed, monkeypatch):
     """Biases and norms get values that matter; test_hf_weights.py compares these modules with
     transformers."""
+    monkeypatch.setattr(decode_sizes, "PACKED_ON_CPU", 1 if packed else 2**18)
     config = replace(model_config(False), **settings)
     stage = build.build_model(config, ParallelConfig(), vocab_size=VOCAB, seed=6)
     stage.requires_grad_(False)
@@ -221,6 +228,16 @@ def test_other_families_decode_as_their_full_forward(settings):
     for row, length in enumerate(PROMPT_LENGTHS):
         expected = full[row, length - 1 : length + 11]
         torch.testing.assert_close(found[row], expected, rtol=0, atol=TOLERANCE)
+
+
+@torch.no_grad()
+@PACKED
+def test_logits_of_the_decoder_are_those_of_the_model(model, packed, monkeypatch):
+    monkeypatch.setattr(decode_sizes, "PACKED_ON_CPU", 1 if packed else 2**18)
+    hidden = model(BATCHES[0])[-1]
+    (decoder,) = decoders(model)
+    expected = model.sampling_logits(hidden)
+    torch.testing.assert_close(decoder.logits(hidden), expected, rtol=0, atol=TOLERANCE)
 
 
 LAYOUTS = {
@@ -267,13 +284,16 @@ def score_on_layout(parallel, tied):
         scores = logprobs.response_logprobs(stage, packed_buffer(), 64, temperature=1.0)
         packed = len(seen)
         decoded = decode_all(stage, 6)
+        decode_sizes.PACKED_ON_CPU = 1  # in this process, for this layout
+        decoded_packed = decode_all(stage, 6)
+        decode_sizes.PACKED_ON_CPU = 2**18
         again = logprobs.response_logprobs(stage, packed_buffer(), 64, temperature=1.0)
     last = groups.is_last_stage()
     groups.destroy()
     return {
         "scores": scores,
         "again": again,
-        "decoded": decoded if last else None,
+        "decoded": [decoded, decoded_packed] if last else [],
         "packed": seen[:packed],
         "seen": seen[packed:-packed],
     }
@@ -306,11 +326,10 @@ def test_every_layout_scores_packed_rows_as_transformers_does(ranks, model, tied
 def test_every_layout_decodes_as_one_process(ranks, model, tied, layout):
     with torch.no_grad():
         expected = decode_all(model, 6)
-    found = [rank[layout, tied]["decoded"] for rank in ranks]
-    assert any(hidden is not None for hidden in found)
+    found = [hidden for rank in ranks for hidden in rank[layout, tied]["decoded"]]
+    assert found
     for hidden in found:
-        if hidden is not None:
-            torch.testing.assert_close(hidden, expected, rtol=0, atol=TOLERANCE)
+        torch.testing.assert_close(hidden, expected, rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

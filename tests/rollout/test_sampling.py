@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from megatron_rpp.records import Sampling
 from megatron_rpp.rollout import sampling as rollout_sampling
 from megatron_rpp.rollout.sampling import choose
-from megatron_rpp.seeds import uniforms
+from megatron_rpp.seeds import sample_keys, uniforms, uniforms_at
 
 WORD = 2**64
 
@@ -55,7 +55,7 @@ positions = st.lists(st.integers(-1, 10**6), max_size=3)
 def test_uniforms_equal_plain_integers(seed, step, samples, positions):
     ids = torch.tensor(samples, dtype=torch.int64)
     column = torch.tensor(positions, dtype=torch.int64)[:, None]
-    found = uniforms(seed, step, ids, position=column)
+    found = uniforms_at(sample_keys(seed, step, ids), column)
     assert found.dtype == torch.float64
     assert found.shape == (len(positions), len(samples))
     assert found.tolist() == [
@@ -85,7 +85,8 @@ def test_uniforms_are_uniform(along):
     if along == "samples":
         values = uniforms(1, 2, torch.arange(10_000), position=3)
     elif along == "positions":
-        values = uniforms(1, 2, torch.arange(10), position=torch.arange(1000)[:, None]).flatten()
+        keys = sample_keys(1, 2, torch.arange(10))
+        values = uniforms_at(keys, torch.arange(1000)[:, None]).flatten()
     else:
         values = torch.cat(
             [uniforms(1, step, torch.arange(10), position=3) for step in range(1000)]
