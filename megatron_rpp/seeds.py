@@ -1,9 +1,20 @@
-"""Random numbers as functions of (seed, step, sample, ...): no state, no dependence on the layout."""
+"""Random numbers as functions of (seed, step, sample, ...): no state, no dependence on the layout.
+
+The hash is made of operators that NumPy's arrays and torch's tensors share, so one text serves the host, which
+reads the inputs before torch is loaded, and the device.
+"""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, TypeVar
+
 import numpy as np
-import torch
+
+if TYPE_CHECKING:
+    import torch
+
+Words = TypeVar("Words", np.ndarray, "torch.Tensor")
+"""int64, of any shape."""
 
 
 def _signed(word: int) -> int:
@@ -13,6 +24,8 @@ def _signed(word: int) -> int:
 
 _GOLDEN = _signed(0x9E3779B97F4A7C15)
 _FACTORS = _signed(0xBF58476D1CE4E5B9), _signed(0x94D049BB133111EB)
+UNIT = 2.0**-53
+"""Of `bits_at`."""
 
 
 def permutation(size: int, *key: int) -> np.ndarray:
@@ -25,43 +38,40 @@ def permutation(size: int, *key: int) -> np.ndarray:
     return np.argsort(bits, kind="stable")
 
 
-def _shift(state: torch.Tensor, bits: int) -> torch.Tensor:
+def _shift(state: Words, bits: int) -> Words:
     """state >> bits, with zeros from the left."""
     return (state >> bits) & (2 ** (64 - bits) - 1)
 
 
-def _mix(state: torch.Tensor) -> torch.Tensor:
-    """splitmix64's output function (Steele, Lea, Flood 2014). Products are modulo 2^64."""
+def _absorb(state: Words, word: Words) -> Words:
+    """The state of the hash after one more word: splitmix64's output function (Steele, Lea, Flood 2014).
+    Arithmetic is modulo 2^64."""
+    state = state + (word + 1) * _GOLDEN
     state = (state ^ _shift(state, 30)) * _FACTORS[0]
     state = (state ^ _shift(state, 27)) * _FACTORS[1]
     return state ^ _shift(state, 31)
 
 
-def _absorb(state: torch.Tensor, word: torch.Tensor | int) -> torch.Tensor:
-    """The state of the hash after one more word of the key."""
-    word = word if isinstance(word, torch.Tensor) else state.new_full((), word)
-    return _mix(state + (word + 1) * _GOLDEN)
+def sample_keys(seed: int, step: int, sample_ids: np.ndarray) -> np.ndarray:
+    """Returns [b] int64 keys, one for each of sample_ids [b], for `bits_at`."""
+    state = np.zeros(len(sample_ids), np.int64)
+    for word in (seed, step, sample_ids):
+        state = _absorb(state, np.broadcast_to(np.asarray(word, np.int64), state.shape))
+    return state
 
 
-def sample_keys(seed: int, step: int, sample_ids: torch.Tensor) -> torch.Tensor:
-    """Returns int64 keys, one for each of `sample_ids` (int64, of any shape), for `uniforms_at`."""
-    state = torch.zeros((), dtype=torch.int64, device=sample_ids.device)
-    return _absorb(_absorb(_absorb(state, seed), step), sample_ids)
+def bits_at(keys: Words, positions: Words) -> Words:
+    """Returns 53 random bits for each key and position of its response: numbers in [0, 1) in units of
+    UNIT. keys and positions are broadcast against each other."""
+    return _shift(_absorb(keys, positions), 11)
 
 
-def uniforms_at(keys: torch.Tensor, position: int | torch.Tensor) -> torch.Tensor:
-    """Returns fp64 numbers in [0, 1), one for each key and position of its response.
-
-    keys and position, int64, are broadcast against each other; a GPU works on its own.
-    """
-    return _shift(_absorb(keys, position), 11).double() * 2.0**-53
-
-
-def uniforms(seed: int, step: int, sample_ids: torch.Tensor, *, position: int) -> torch.Tensor:
-    """Returns fp64 numbers in [0, 1), one for each sample at `position` of its response."""
-    return uniforms_at(sample_keys(seed, step, sample_ids), position)
+def uniforms(seed: int, step: int, sample_ids: np.ndarray, *, position: int) -> np.ndarray:
+    """Returns [b] fp64 numbers in [0, 1), one for each of sample_ids [b] at `position` of its
+    response."""
+    return bits_at(sample_keys(seed, step, sample_ids), np.array([position])) * UNIT
 
 
 def request_seed(seed: int, step: int, sample_id: int) -> int:
     """A seed below 2^63 for the generator of another program, for one sample."""
-    return int(uniforms(seed, step, torch.tensor(sample_id), position=-1).item() * 2.0**53)
+    return int(uniforms(seed, step, np.array([sample_id]), position=-1)[0] / UNIT)

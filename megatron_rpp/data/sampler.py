@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
-import torch
 
 from megatron_rpp.seeds import permutation, uniforms
 
@@ -78,9 +77,8 @@ class Mixture:
 @lru_cache(maxsize=4)
 def _draw_sources(block: int, bounds: tuple[float, ...], seed: int) -> np.ndarray:
     """[_BLOCK] the source of each position of a block."""
-    positions = torch.arange(block * _BLOCK, (block + 1) * _BLOCK)
-    drawn = uniforms(seed, _MIXTURE, positions, position=0).numpy()
-    return np.searchsorted(bounds, drawn, side="right")
+    positions = np.arange(block * _BLOCK, (block + 1) * _BLOCK)
+    return np.searchsorted(bounds, uniforms(seed, _MIXTURE, positions, position=0), side="right")
 
 
 @lru_cache(maxsize=16)

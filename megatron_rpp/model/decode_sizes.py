@@ -6,7 +6,7 @@ less."""
 CACHE_BLOCK_ON_GPU = 256
 """FlashAttention's kernel for paged caches wants a multiple of 256."""
 PACKED_ON_CPU = 2**18
-"""Elements of the smallest weight of which a CPU makes a packed copy for a rollout. Smaller ones stay in
-the cache of a core, and the copy gains nothing."""
+"""Elements of the smallest weight of which a CPU makes a packed copy for a rollout (`products.packed`).
+F.linear is as good for smaller ones."""
 PASS_TOKENS = 4096
 """Most prompt tokens in one forward pass."""

@@ -28,9 +28,8 @@ from megatron_rpp.parallel import device as devices
 from megatron_rpp.parallel import groups
 from megatron_rpp.records import Sampling
 from megatron_rpp.rollout.metadata import prompt_metadata, token_metadata, upload
-from megatron_rpp.rollout.sampling import choose
+from megatron_rpp.rollout.sampling import choose, uniforms_at
 from megatron_rpp.rollout.scheduler import Pass, Scheduler
-from megatron_rpp.seeds import uniforms_at
 
 
 class Abandoned(Exception):

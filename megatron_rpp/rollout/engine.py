@@ -119,7 +119,7 @@ class MegatronEngine:
         stop: Callable[[], bool],
     ) -> None:
         stages, queue = decoders(self.model), _by_prompt(responses.requests)
-        keys = sample_keys(seed, step, torch.from_numpy(responses.sample_ids)).numpy()
+        keys = sample_keys(seed, step, responses.sample_ids)
         batches = self._batches(stages, responses, queue, sampling=sampling, keys=keys)
         try:
             while queue or any(batch.scheduler.busy for batch in batches):

@@ -1,6 +1,6 @@
 """Samples the next token from the logits and (seed, step, sample, position) alone.
 
-A counter-based hash (`seeds.uniforms`) gives one uniform number per token, and the inverse of the
+A counter-based hash (seeds.py) gives one uniform number per token, and the inverse of the
 cumulative distribution turns it into the token. There is no generator state, so equal logits give
 equal tokens on any layout, in any batch order and after any resume.
 """
@@ -12,10 +12,17 @@ from collections.abc import Sequence
 import torch
 
 from megatron_rpp.records import Sampling
+from megatron_rpp.seeds import UNIT, bits_at
 
 _UNIT = 2.0**44
 CHUNK = 1024
 """Tokens of a chunk of the vocabulary."""
+
+
+def uniforms_at(keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Returns fp64 numbers in [0, 1) [n, b] for keys [b], from `seeds.sample_keys`, at positions [n, b] of
+    the responses. The host does not wait."""
+    return bits_at(keys, positions).double() * UNIT
 
 
 def _integers(values: torch.Tensor) -> torch.Tensor:
@@ -59,7 +66,7 @@ def choose(
 
     Args:
         logits: [b, v] fp32, the whole vocabulary.
-        uniform: [b] fp64 numbers in [0, 1), from `seeds.uniforms`.
+        uniform: [b] fp64 numbers in [0, 1), from `uniforms_at`.
         forbid: tokens that may not be chosen now (end-of-sequence before min_new_tokens).
         rows: [b] bool: the rows for which that holds; None = all.
     Returns:

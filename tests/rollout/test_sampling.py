@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from megatron_rpp.records import Sampling
 from megatron_rpp.rollout import sampling as rollout_sampling
-from megatron_rpp.rollout.sampling import choose
-from megatron_rpp.seeds import sample_keys, uniforms, uniforms_at
+from megatron_rpp.rollout.sampling import choose, uniforms_at
+from megatron_rpp.seeds import sample_keys, uniforms
 
 WORD = 2**64
 
@@ -40,58 +40,57 @@ def test_the_oracle_is_splitmix64():
 def test_first_uniforms_are_pinned():
     """A resumed run must draw the same numbers as before, so these may never change."""
     expected = [0.1296456182997474, 0.591449498199162, 0.6733110260843622]
-    assert uniforms(0, 0, torch.arange(3), position=0).tolist() == expected
+    assert uniforms(0, 0, np.arange(3), position=0).tolist() == expected
     expected = [0.6752719604205119, 0.18589817664719255, 0.4088239612034299]
-    assert uniforms(1234, 5, torch.tensor([0, 7, 31]), position=9).tolist() == expected
+    assert uniforms(1234, 5, np.array([0, 7, 31]), position=9).tolist() == expected
 
 
 numbers = st.integers(0, 2**40)
 
 
-positions = st.lists(st.integers(-1, 10**6), max_size=3)
-
-
-@given(numbers, numbers, st.lists(numbers, max_size=5), positions)
-def test_uniforms_equal_plain_integers(seed, step, samples, positions):
-    ids = torch.tensor(samples, dtype=torch.int64)
-    column = torch.tensor(positions, dtype=torch.int64)[:, None]
-    found = uniforms_at(sample_keys(seed, step, ids), column)
-    assert found.dtype == torch.float64
-    assert found.shape == (len(positions), len(samples))
-    assert found.tolist() == [
-        [uniform_by_hand(seed, step, s, position) for s in samples] for position in positions
-    ]
+@given(numbers, numbers, st.lists(numbers, max_size=5), st.integers(0, 10**6))
+def test_uniforms_equal_plain_integers(seed, step, samples, position):
+    found = uniforms(seed, step, np.array(samples, dtype=np.int64), position=position)
+    assert found.tolist() == [uniform_by_hand(seed, step, s, position) for s in samples]
     assert ((found >= 0) & (found < 1)).all()
 
 
+@given(numbers, numbers, st.lists(numbers, max_size=5), st.lists(st.integers(0, 10**6), max_size=3))
+def test_the_device_draws_the_same_numbers(seed, step, samples, positions):
+    """For several positions at once."""
+    ids = np.array(samples, dtype=np.int64)
+    keys = torch.from_numpy(sample_keys(seed, step, ids))
+    found = uniforms_at(keys, torch.tensor(positions, dtype=torch.int64)[:, None])
+    assert found.dtype == torch.float64
+    assert found.tolist() == [uniforms(seed, step, ids, position=p).tolist() for p in positions]
+
+
 def test_uniforms_do_not_depend_on_the_batch():
-    ids = torch.arange(100)
+    ids = np.arange(100)
     whole = uniforms(3, 4, ids, position=5)
-    order = torch.from_numpy(np.random.default_rng(0).permutation(100))
+    order = np.random.default_rng(0).permutation(100)
     assert (uniforms(3, 4, ids[order], position=5) == whole[order]).all()
     assert uniforms(3, 4, ids[17:18], position=5)[0] == whole[17]
 
 
 def test_each_word_of_the_key_matters():
-    base = uniforms(3, 4, torch.arange(50), position=5)
+    base = uniforms(3, 4, np.arange(50), position=5)
     for other in [(4, 4, 5), (3, 5, 5), (3, 4, 6)]:
-        assert not (uniforms(other[0], other[1], torch.arange(50), position=other[2]) == base).any()
-    assert uniforms(4, 3, torch.arange(50), position=5).tolist() != base.tolist()
+        assert not (uniforms(other[0], other[1], np.arange(50), position=other[2]) == base).any()
+    assert uniforms(4, 3, np.arange(50), position=5).tolist() != base.tolist()
 
 
 @pytest.mark.parametrize("along", ["samples", "positions", "steps"])
 def test_uniforms_are_uniform(along):
     """10,000 numbers in 20 bins: chi-square of 19 degrees stays below its 99.9 % point, 43.8."""
     if along == "samples":
-        values = uniforms(1, 2, torch.arange(10_000), position=3)
+        values = uniforms(1, 2, np.arange(10_000), position=3)
     elif along == "positions":
-        keys = sample_keys(1, 2, torch.arange(10))
-        values = uniforms_at(keys, torch.arange(1000)[:, None]).flatten()
+        values = np.concatenate([uniforms(1, 2, np.arange(10), position=t) for t in range(1000)])
     else:
-        values = torch.cat(
-            [uniforms(1, step, torch.arange(10), position=3) for step in range(1000)]
+        values = np.concatenate(
+            [uniforms(1, step, np.arange(10), position=3) for step in range(1000)]
         )
-    values = values.numpy()
     assert chi_square(np.floor(values * 20).astype(int), np.full(20, 1 / 20)) < 43.8
     assert abs(np.corrcoef(values[:-1], values[1:])[0, 1]) < 4 / math.sqrt(len(values))
 
@@ -109,8 +108,8 @@ CHI_SQUARE_7 = 24.3  # 99.9 % point of 7 degrees of freedom
 def draw(logits, count=2000, step=0, forbid=(), **settings):
     """Draws `count` tokens of one distribution, each for another sample."""
     sampling = Sampling(max_new_tokens=1, **settings)
-    uniform = uniforms(11, step, torch.arange(count), position=0)
-    return choose(logits.expand(count, -1), uniform, sampling, forbid=forbid)
+    uniform = uniforms(11, step, np.arange(count), position=0)
+    return choose(logits.expand(count, -1), torch.from_numpy(uniform), sampling, forbid=forbid)
 
 
 def softmax(values):
@@ -154,8 +153,8 @@ RANDOM_LOGITS = torch.from_numpy(np.random.default_rng(2).normal(size=(40, 50)) 
 def test_tokens_are_the_inverse_of_the_truncated_distribution(top_k, top_p, forbid):
     sampling = Sampling(max_new_tokens=1, temperature=0.8, top_k=top_k, top_p=top_p)
     for step in range(10):
-        uniform = uniforms(5, step, torch.arange(40), position=0)
-        tokens, _ = choose(RANDOM_LOGITS, uniform, sampling, forbid=forbid)
+        uniform = uniforms(5, step, np.arange(40), position=0)
+        tokens, _ = choose(RANDOM_LOGITS, torch.from_numpy(uniform), sampling, forbid=forbid)
         for row, token in enumerate(tokens.tolist()):
             probabilities = allowed_by_hand(RANDOM_LOGITS[row].numpy(), sampling, forbid)
             below = probabilities[:token].sum()
@@ -220,7 +219,7 @@ def test_forbidden_tokens_are_never_chosen():
 def test_tokens_are_forbidden_in_some_rows(settings):
     """Every other row is sampled as if nothing was forbidden, and the rest as if all rows were."""
     sampling = Sampling(max_new_tokens=1, **settings)
-    uniform = uniforms(2, 0, torch.arange(40), position=0)
+    uniform = torch.from_numpy(uniforms(2, 0, np.arange(40), position=0))
     best = RANDOM_LOGITS.argmax(1).mode().values.item()
     rows = torch.arange(40) % 2 == 0
     free, held, mixed = (
@@ -236,8 +235,8 @@ def test_tokens_are_forbidden_in_some_rows(settings):
 def test_log_probs_are_of_the_whole_distribution_at_the_temperature(temperature):
     """Training uses this distribution: before top-k, top-p and `forbid`."""
     sampling = Sampling(max_new_tokens=1, temperature=temperature, top_k=4, top_p=0.7)
-    uniform = uniforms(1, 1, torch.arange(40), position=1)
-    tokens, logprobs = choose(RANDOM_LOGITS, uniform, sampling, forbid=[7])
+    uniform = uniforms(1, 1, np.arange(40), position=1)
+    tokens, logprobs = choose(RANDOM_LOGITS, torch.from_numpy(uniform), sampling, forbid=[7])
     whole = (RANDOM_LOGITS.double() / (temperature or 1.0)).log_softmax(-1)
     expected = whole.gather(1, tokens[:, None]).squeeze(1)
     torch.testing.assert_close(logprobs.double(), expected, rtol=0, atol=1e-5)
