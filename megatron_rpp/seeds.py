@@ -1,7 +1,7 @@
 """Random numbers as functions of (seed, step, sample, ...): no state, no dependence on the layout.
 
-The hash is made of operators that NumPy's arrays and torch's tensors share, so one text serves the host, which
-reads the inputs before torch is loaded, and the device.
+The hash is made of operators that NumPy's arrays and torch's tensors share. So the same code runs on the
+host, which reads the inputs before torch is loaded, and on the device.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ def _signed(word: int) -> int:
 
 _GOLDEN = _signed(0x9E3779B97F4A7C15)
 _FACTORS = _signed(0xBF58476D1CE4E5B9), _signed(0x94D049BB133111EB)
-UNIT = 2.0**-53
-"""Of `bits_at`."""
+BIT = 2.0**-53
+"""What the lowest of the bits of `bits_at` is worth in a number in [0, 1)."""
 
 
 def permutation(size: int, *key: int) -> np.ndarray:
@@ -61,17 +61,17 @@ def sample_keys(seed: int, step: int, sample_ids: np.ndarray) -> np.ndarray:
 
 
 def bits_at(keys: Words, positions: Words) -> Words:
-    """Returns 53 random bits for each key and position of its response: numbers in [0, 1) in units of
-    UNIT. keys and positions are broadcast against each other."""
+    """Returns 53 random bits for each key and position of its response. keys and positions are
+    broadcast against each other."""
     return _shift(_absorb(keys, positions), 11)
 
 
 def uniforms(seed: int, step: int, sample_ids: np.ndarray, *, position: int) -> np.ndarray:
     """Returns [b] fp64 numbers in [0, 1), one for each of sample_ids [b] at `position` of its
     response."""
-    return bits_at(sample_keys(seed, step, sample_ids), np.array([position])) * UNIT
+    return bits_at(sample_keys(seed, step, sample_ids), np.array([position])) * BIT
 
 
 def request_seed(seed: int, step: int, sample_id: int) -> int:
     """A seed below 2^63 for the generator of another program, for one sample."""
-    return int(uniforms(seed, step, np.array([sample_id]), position=-1)[0] / UNIT)
+    return int(bits_at(sample_keys(seed, step, np.array([sample_id])), np.array([-1]))[0])

@@ -5,8 +5,8 @@ CACHE_BLOCK_ON_CPU = 64
 less."""
 CACHE_BLOCK_ON_GPU = 256
 """FlashAttention's kernel for paged caches wants a multiple of 256."""
-PACKED_ON_CPU = 2**18
-"""Elements of the smallest weight of which a CPU makes a packed copy for a rollout (`products.packed`).
+SMALLEST_PACKED = 2**18
+"""Elements of the smallest weight of which a rollout on a CPU makes a packed copy (`products.packed`).
 F.linear is as good for smaller ones."""
 PASS_TOKENS = 4096
 """Most prompt tokens in one forward pass."""

@@ -67,7 +67,7 @@ class _Layer:
 
 
 def _for_products(weight: torch.Tensor) -> torch.Tensor:
-    return packed(weight) if weight.numel() >= decode_sizes.PACKED_ON_CPU else weight
+    return packed(weight) if weight.numel() >= decode_sizes.SMALLEST_PACKED else weight
 
 
 def _norm_before(linear: Any, norm: Any) -> torch.Tensor:

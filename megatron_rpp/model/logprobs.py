@@ -15,8 +15,6 @@ Shape legend: n rows, h hidden, v vocabulary rows of this rank.
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 import torch.distributed as dist
 
@@ -95,13 +93,16 @@ class _VocabParallelLogProbs(torch.autograd.Function):
     def backward(ctx, grad_logprobs, grad_entropy):
         hidden, weight, columns, local_mask, log_sums, mean_logits, *kept = ctx.saved_tensors
         valid_rows, temperature = ctx.valid_rows, ctx.temperature
-        again = partial(_logits, weight=weight, valid_rows=valid_rows, temperature=temperature)
         if grad_logprobs is None:
             grad_logprobs = torch.zeros_like(log_sums)
         grad_hidden = torch.zeros_like(hidden)
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         for rows in _chunks(len(hidden), len(weight)):
-            logits = kept[0] if kept else again(hidden[rows])
+            logits = (
+                kept[0]
+                if kept
+                else _logits(hidden[rows], weight, valid_rows=valid_rows, temperature=temperature)
+            )
             probabilities = torch.exp(logits - log_sums[rows, None])
             if grad_entropy is None:
                 grad_logits = probabilities.mul_(-grad_logprobs[rows, None])

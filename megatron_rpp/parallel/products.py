@@ -21,8 +21,7 @@ def packed(weight: torch.Tensor) -> torch.Tensor:
     """A copy of an fp32 weight in the order of oneDNN's kernels on a CPU, for `linear`; on another
     device, and of another type, the weight itself.
 
-    Without it, the weight is brought into that order again at every product, which few rows do not
-    make up for.
+    Without it, oneDNN reorders the weight at every product, which is costly if there are few rows.
     """
     if devices.ON_CPU and weight.dtype == torch.float32 and torch.backends.mkldnn.is_available():
         return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)

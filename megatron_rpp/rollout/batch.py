@@ -177,14 +177,14 @@ class Batch:
         )  # fmt: skip
         tokens = np.zeros(len(metadata.positions), np.int64)
         tokens[: len(rows)] = responses.last_tokens(rows)
-        done = upload(lengths)
-        positions = done + torch.arange(steps, device=done.device)[:, None]
+        generated = upload(lengths)
+        positions = generated + torch.arange(steps, device=generated.device)[:, None]
         return _Tokens(
             rows,
             metadata,
             upload(tokens),
             running=upload(np.ones(len(rows), bool)),
-            left=sampling.max_new_tokens - done,
+            left=sampling.max_new_tokens - generated,
             uniforms=uniforms_at(upload(self._keys[rows]), positions),
             early=positions < least if int(lengths.min()) < least else None,
         )

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 import torch
 
 from megatron_rpp.records import Sampling
-from megatron_rpp.seeds import UNIT, bits_at
+from megatron_rpp.seeds import BIT, bits_at
 
-_UNIT = 2.0**44
+_PER_ONE = 2.0**44
 CHUNK = 1024
 """Tokens of a chunk of the vocabulary."""
 
@@ -22,7 +22,7 @@ CHUNK = 1024
 def uniforms_at(keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """Returns fp64 numbers in [0, 1) [n, b] for keys [b], from `seeds.sample_keys`, at positions [n, b] of
     the responses. The host does not wait."""
-    return bits_at(keys, positions).double() * UNIT
+    return bits_at(keys, positions).double() * BIT
 
 
 def _integers(values: torch.Tensor) -> torch.Tensor:
@@ -31,7 +31,7 @@ def _integers(values: torch.Tensor) -> torch.Tensor:
     A sum of integers does not depend on its order, so it is the same on every device and in every
     run. A GPU's sums of floating-point numbers are not.
     """
-    return (values * _UNIT).long()  # a power of two: the product is exact
+    return (values * _PER_ONE).long()  # a power of two: the product is exact
 
 
 def truncate(logits: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
@@ -48,7 +48,7 @@ def truncate(logits: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
     if top_p < 1.0:
         ordered, order = logits.sort(descending=True)
         probabilities = ordered.softmax(-1)
-        before = _integers(probabilities).cumsum(-1) / _UNIT - probabilities
+        before = _integers(probabilities).cumsum(-1) / _PER_ONE - probabilities
         outside = torch.zeros_like(logits, dtype=torch.bool).scatter(1, order, before >= top_p)
         logits = logits.masked_fill(outside, -torch.inf)
     return logits

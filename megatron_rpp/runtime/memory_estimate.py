@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from megatron_rpp.config import Config, ModelConfig, OptimizerConfig, ParallelConfig
-from megatron_rpp.model.decode_sizes import PACKED_ON_CPU, PASS_TOKENS
+from megatron_rpp.model import decode_sizes
 from megatron_rpp.runtime import activation_memory as activation
 from megatron_rpp.runtime.activation_memory import CPU, GPU, Device
 from megatron_rpp.runtime.model_size import (
@@ -95,13 +95,18 @@ def fullest_stages(parallel: ParallelConfig) -> set[int]:
 
 def estimate(config: Config, vocab_size: int, replicas: int, *, device: Device = GPU) -> Memory:
     """Bytes of the rank that holds the most. replicas: the data-parallel size."""
-    return max(
-        (
-            stage_estimate(config, vocab_size, replicas=replicas, stage=stage, device=device)
-            for stage in fullest_stages(config.parallel)
-        ),
-        key=lambda memory: memory.total,
-    )
+    stages = stage_estimates(config, vocab_size, replicas=replicas, device=device)
+    return max(stages, key=lambda memory: memory.total)
+
+
+def stage_estimates(
+    config: Config, vocab_size: int, *, replicas: int, device: Device = GPU
+) -> list[Memory]:
+    """Bytes of a rank of each stage that may hold the most."""
+    return [
+        stage_estimate(config, vocab_size, replicas=replicas, stage=stage, device=device)
+        for stage in sorted(fullest_stages(config.parallel))
+    ]
 
 
 def stage_estimate(
@@ -224,7 +229,7 @@ def _rollout(config: Config, vocab_size: int, *, replicas: int, device: Device) 
     positions += parallel.pipeline * device.cache_block  # of no sequence, one for each batch
     cached = positions * cache_bytes_per_token(model, parallel)
     prompts = -(-sequences // rollout.samples_per_prompt)
-    tokens = min(prompts * (model.max_length - rollout.max_new_tokens), PASS_TOKENS)
+    tokens = min(prompts * (model.max_length - rollout.max_new_tokens), decode_sizes.PASS_TOKENS)
     layer = 3 * model.ffn_hidden // parallel.tensor + 4 * model.hidden
     # Logits, probabilities, and as integers of twice that size, and their sums.
     sampling = 6 * sequences * vocab_size * FP32
@@ -240,7 +245,7 @@ def _packed(config: Config, vocab_size: int, *, stage: int, device: Device) -> i
     matrices = layer_matrices(model, parallel.tensor) * (model.layers // parallel.pipeline)
     if stage == parallel.pipeline - 1:
         matrices.append(vocabulary_rows(vocab_size, parallel.tensor) * model.hidden)
-    return width * sum(size for size in matrices if size >= PACKED_ON_CPU)
+    return width * sum(size for size in matrices if size >= decode_sizes.SMALLEST_PACKED)
 
 
 def cache_bytes_per_token(model: ModelConfig, parallel: ParallelConfig) -> int:

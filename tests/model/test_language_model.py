@@ -194,15 +194,18 @@ def run_stages(parts, cache, tokens, where):
     return hidden
 
 
-PACKED = pytest.mark.parametrize("packed", [True, False], ids=["packed", "plain"])
+@pytest.fixture(params=[True, False], ids=["packed", "plain"])
+def packed(request, monkeypatch):
+    """Whether the decoder packs its weights, which are small."""
+    if request.param:
+        monkeypatch.setattr(decode_sizes, "SMALLEST_PACKED", 1)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("block", [3, 64])
-@PACKED
-def test_decoding_with_a_cache_equals_the_full_forward(model, block, packed, monkeypatch):
+@pytest.mark.usefixtures("packed")
+def test_decoding_with_a_cache_equals_the_full_forward(model, block, monkeypatch):
     monkeypatch.setattr(attention_metadata, "block_size", lambda: block)
-    monkeypatch.setattr(decode_sizes, "PACKED_ON_CPU", 1 if packed else 2**18)
     found, full = decode_all(model, 12), model(SEQUENCES).transpose(0, 1)
     for row, length in enumerate(PROMPT_LENGTHS):
         expected = full[row, length - 1 : length + 11]
@@ -213,11 +216,10 @@ def test_decoding_with_a_cache_equals_the_full_forward(model, block, packed, mon
 @pytest.mark.parametrize(
     "settings", [{"qkv_bias": True}, {"qk_norm": True, "head_dim": 16}], ids=["Qwen2", "Qwen3"]
 )
-@PACKED
-def test_other_families_decode_as_their_full_forward(settings, packed, monkeypatch):
+@pytest.mark.usefixtures("packed")
+def test_other_families_decode_as_their_full_forward(settings):
     """Biases and norms get values that matter; test_hf_weights.py compares these modules with
     transformers."""
-    monkeypatch.setattr(decode_sizes, "PACKED_ON_CPU", 1 if packed else 2**18)
     config = replace(model_config(False), **settings)
     stage = build.build_model(config, ParallelConfig(), vocab_size=VOCAB, seed=6)
     stage.requires_grad_(False)
@@ -231,9 +233,8 @@ def test_other_families_decode_as_their_full_forward(settings, packed, monkeypat
 
 
 @torch.no_grad()
-@PACKED
-def test_logits_of_the_decoder_are_those_of_the_model(model, packed, monkeypatch):
-    monkeypatch.setattr(decode_sizes, "PACKED_ON_CPU", 1 if packed else 2**18)
+@pytest.mark.usefixtures("packed")
+def test_logits_of_the_decoder_are_those_of_the_model(model):
     hidden = model(BATCHES[0])[-1]
     (decoder,) = decoders(model)
     expected = model.sampling_logits(hidden)
@@ -284,9 +285,9 @@ def score_on_layout(parallel, tied):
         scores = logprobs.response_logprobs(stage, packed_buffer(), 64, temperature=1.0)
         packed = len(seen)
         decoded = decode_all(stage, 6)
-        decode_sizes.PACKED_ON_CPU = 1  # in this process, for this layout
-        decoded_packed = decode_all(stage, 6)
-        decode_sizes.PACKED_ON_CPU = 2**18
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(decode_sizes, "SMALLEST_PACKED", 1)
+            decoded_packed = decode_all(stage, 6)
         again = logprobs.response_logprobs(stage, packed_buffer(), 64, temperature=1.0)
     last = groups.is_last_stage()
     groups.destroy()

@@ -27,7 +27,7 @@ def test_linear(rows, with_bias, dtype, pack):
 
 
 def test_a_packed_weight_is_a_copy():
-    """A rollout samples with the weights of its beginning."""
+    """Later changes of the weight do not reach it."""
     weight = torch.ones(4, 8)
     packed = products.packed(weight)
     weight.zero_()

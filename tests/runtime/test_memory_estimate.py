@@ -9,6 +9,7 @@ import pytest
 from megatron_rpp.checkpoint import state as checkpoint
 from megatron_rpp.checkpoint.run_state import RunState
 from megatron_rpp.config import ParallelConfig
+from megatron_rpp.model import decode_sizes
 from megatron_rpp.model.build import build_model
 from megatron_rpp.model.decoder import decoders
 from megatron_rpp.model.language_model import unwrap
@@ -19,7 +20,12 @@ from megatron_rpp.rollout.engine import new_cache
 from megatron_rpp.runtime.activation_memory import CPU, rows_in_flight
 from megatron_rpp.runtime.cache_size import max_cache_tokens
 from megatron_rpp.runtime.host_memory import host_estimate
-from megatron_rpp.runtime.memory_estimate import checkpoint_bytes, estimate
+from megatron_rpp.runtime.memory_estimate import (
+    checkpoint_bytes,
+    estimate,
+    stage_estimate,
+    stage_estimates,
+)
 from megatron_rpp.runtime.model_size import stage_parameters
 from megatron_rpp.runtime.policy import build_policy
 from tests.distributed import run_ranks
@@ -129,6 +135,15 @@ def test_the_cache(tmp_path, limit):
     assert abs(held - expected) <= (0 if limit is None else block)
 
 
+def packed_elements(model) -> list[int]:
+    """The elements of each packed weight of a rank."""
+    found = []
+    for decoder in decoders(model):
+        weights = [w for layer in decoder._layers for w in vars(layer).values()]
+        found += [w.numel() for w in (*weights, decoder._output) if w is not None and w.is_mkldnn]
+    return found
+
+
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_packed_weights(dtype, tmp_path):
     """fc1 and fc2 of two layers, and the output projection; the other matrices are small."""
@@ -138,14 +153,51 @@ def test_packed_weights(dtype, tmp_path):
     )  # fmt: skip
     vocab_size = 600  # padded to 640
     with layout(config):
-        model = build_model(config.model, config.parallel, vocab_size=vocab_size, seed=1)
-        (decoder,) = decoders(model)
-        weights = [w for layer in decoder._layers for w in vars(layer).values() if w is not None]
-        packed = [w.numel() for w in (*weights, decoder._output) if w.is_mkldnn]
+        packed = packed_elements(
+            build_model(config.model, config.parallel, vocab_size=vocab_size, seed=1)
+        )
     by_hand = [2 * 512 * 512, 512 * 512] * 2 + [640 * 512]
     assert packed == (by_hand if dtype == "fp32" else [])
     assert estimate(config, vocab_size, replicas=1, device=CPU).packed == 4 * sum(packed)
     assert estimate(config, vocab_size, replicas=1).packed == 0
+
+
+TWO_RANKS = [{"parallel__tensor": 2}, {"parallel__pipeline": 2}]
+
+
+def packed_on_two_ranks(rank, folder) -> list[tuple[int, int]]:
+    """(bytes of the packed copies of this rank, what the estimate says) on each layout; with tied
+    embeddings too, of which the output side is packed."""
+    decode_sizes.SMALLEST_PACKED, found = 1000, []  # in this process
+    for settings in TWO_RANKS:
+        for tied in (False, True):
+            config = small(folder, model__tied_embeddings=tied, **settings)
+            with layout(config):
+                model = build_model(config.model, config.parallel, vocab_size=VOCAB, seed=1)
+                held = 4 * sum(packed_elements(model))
+            stage = rank if config.parallel.pipeline > 1 else 0
+            expected = stage_estimate(config, VOCAB, replicas=1, stage=stage, device=CPU)
+            found.append((held, expected.packed))
+    return found
+
+
+def test_packed_weights_of_two_ranks(tmp_path):
+    for found in run_ranks(packed_on_two_ranks, 2, tmp_path, tmp_path):
+        for held, expected in found:
+            assert held == expected > 0
+
+
+def test_the_cache_leaves_room_on_every_stage(tmp_path, monkeypatch):
+    """The last stage packs the output projection; the first holds more in the update."""
+    monkeypatch.setattr(decode_sizes, "SMALLEST_PACKED", 1)
+    config = small(tmp_path, parallel__pipeline=2)
+    first, last = stage_estimates(config, VOCAB, replicas=1, device=CPU)
+    assert first.packed < last.packed and first.total >= last.total
+    monkeypatch.setattr(devices, "total_memory_of_rank", lambda: 10**8)
+    monkeypatch.setattr(groups, "data_size", lambda: 1)
+    monkeypatch.setattr(groups, "reduce_sums", lambda values, *_: values)
+    left = 0.8 * 10**8 - last.resident - last.prefill - last.packed
+    assert max_cache_tokens(config, VOCAB) == int(left / (2 * 2 * 2 * 8 * 4))  # two layers
 
 
 def test_the_default_size_of_the_cache_follows_from_the_machine(tmp_path, monkeypatch):
