@@ -15,10 +15,12 @@ hypothesis.settings.load_profile("no deadline")
 
 # The longest files, from minutes to half a minute, start first: a late start would end alone.
 LONGEST = (
-    "test_slurm", "test_layouts", "test_torchrun", "test_hf_weights", "test_config_errors",
-    "test_resume", "test_preemption", "test_stop_in_rollout", "test_sft", "test_reward_model",
-    "test_verify_conversion", "test_chaos", "test_convert", "test_watchdog", "test_reward_stage",
-    "test_hf_run", "test_preflight",
+    "test_layouts", "test_slurm", "test_reproduce", "test_stop_in_rollout", "test_pretended_steps",
+    "test_resume", "test_torchrun", "test_preemption", "test_reward_model", "test_chaos",
+    "test_recompute", "test_requirements", "test_single_node", "test_memory_peak",
+    "test_quick_answers", "test_gpu_acceptance", "test_config_errors", "test_docs",
+    "test_verify_conversion", "test_rollouts_ahead", "test_hf_weights", "test_reward_stage",
+    "test_offloaded_adam", "test_watchdog", "test_sft",
 )  # fmt: skip
 
 

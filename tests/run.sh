@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets up .venv and runs the tests, two files at a time.
+# Sets up .venv and runs the tests, three files at a time: many tests wait, for a time limit or for SLURM.
 #
 #   bash tests/run.sh                  all tests
 #   bash tests/run.sh --fast           a quick subset, under two minutes in total
@@ -7,7 +7,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash launch/install.sh requirements.txt requirements-dev.txt
-shared=(--numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 15)
+shared=(--numprocesses 3 --dist loadfile --no-loadscope-reorder --durations 15)
 if [[ ${1:-} == --fast ]]; then
   shift
   set -- "${shared[@]}" -m "not slow" "$@" tests

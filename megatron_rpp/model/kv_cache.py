@@ -114,8 +114,8 @@ def _by_block(
     sequence (Flash-Decoding, Dao et al. 2023).
 
     Every fp32 key and value is read once, where it lies. Blocks are read to their end, because a CPU
-    fetches memory ahead only without gaps. The n/k query heads that share a key-value head are the rows of
-    one product.
+    prefetches contiguous memory best. The n/k query heads that share a key-value head are the rows of one
+    product.
     """
     owner, mask = metadata.owner, metadata.block_mask
     assert owner is not None
