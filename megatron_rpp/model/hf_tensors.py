@@ -43,8 +43,8 @@ class _Held:
         return cls(row, parameter.detach(), sharded, dim, chunk.architecture)
 
     def split(self, shards: list[torch.Tensor]) -> Tensors:
-        """The tensors of the row, from the shards of all tensor-parallel ranks; views of
-        the shards, where nothing has to be copied."""
+        """The tensors of the row, from the shards of all tensor-parallel ranks. They are views of the
+        shards where nothing has to be copied."""
         heads, kv_heads = (self.settings[name] // len(shards) for name in ("heads", "kv_heads"))
         parts = [self.row.split(shard, heads, kv_heads) for shard in shards]
         whole = [

@@ -38,12 +38,11 @@ def token_metadata(
     padded = np.zeros(rows, np.int64)
     padded[:count] = positions
     attended = min(int(positions.max()) + ahead, longest)
-    scans = devices.scans_cache()
-    owner, first = blocks.owners(sequences) if scans else (None, None)
+    owner, first = blocks.owners(sequences) if devices.scans_cache() else (None, None)
     return AttentionMetadata(
         table=upload(table),
         positions=upload(padded),
-        attended=attended if scans else blocks.count(attended) * blocks.size,
+        attended=blocks.count(attended) * blocks.size,
         dtype=dtype,
         owner=None if owner is None else upload(owner),
         first=None if first is None else upload(first),
