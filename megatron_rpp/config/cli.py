@@ -76,7 +76,7 @@ def _parse(argv: list[str], program: str) -> tuple[Arguments, bool]:
     if {"-h", "--help"} & set(words):
         parser.parse_args(["--help"])
     words = list(_settings(words, aliases))
-    values = parser.get_defaults()
+    values = _defaults(program).clone()
     for file in options.config:
         content = _checked(read_yaml(file), Config, file)
         values = _converted(
@@ -115,6 +115,11 @@ def _settings_parser(program: str) -> jsonargparse.ArgumentParser:
     _add_program_options(parser)
     _add_settings(parser, Config(), "The whole run.")
     return parser
+
+
+@cache
+def _defaults(program: str) -> jsonargparse.Namespace:
+    return _settings_parser(program).get_defaults()
 
 
 class _HelpFormatter(jsonargparse.DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -238,7 +243,7 @@ def _checked(content: dict, section: type, file: str, *, prefix: str = "") -> di
 def _converted(where: str, read: Any, *, source: Any, below: jsonargparse.Namespace) -> Any:
     """Reads ``source`` over the values ``below``; a value of the wrong type is a ConfigError."""
     try:
-        values = read(source, namespace=below)
+        values = read(source, namespace=below, defaults=False)
     except argparse.ArgumentError as error:
         key = re.search(r'Parser key "([^"]+)"', str(error))
         value = re.search(r"(?:Got value|Given value): (.*)", str(error), re.DOTALL)
