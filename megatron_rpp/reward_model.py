@@ -31,7 +31,7 @@ from megatron_rpp.runtime import checkpointing, supervised
 from megatron_rpp.runtime.policy import build_policy
 from megatron_rpp.runtime.rated_inputs import RatedInputs
 from megatron_rpp.runtime.run import Run, assemble
-from megatron_rpp.runtime.session import session
+from megatron_rpp.runtime.session import freeze_heap, session
 from megatron_rpp.stages import nonfinite, rating
 from megatron_rpp.stages.minibatches import optimizer_step
 
@@ -42,6 +42,7 @@ def main(argv: list[str] | None = None, *, start: startup.Startup | None = None)
     groups.start(
         **config.parallel.sizes(), seed=config.seed, deterministic=config.train.deterministic
     )
+    freeze_heap()
     assert isinstance(start.inputs, RatedInputs)
     train_rewards(config, start.inputs, start.dry_run)
     groups.stop()

@@ -35,7 +35,7 @@ from megatron_rpp.runtime import supervised
 from megatron_rpp.runtime.inputs import Inputs
 from megatron_rpp.runtime.policy import build_policy
 from megatron_rpp.runtime.run import Run, assemble, megatron_engine
-from megatron_rpp.runtime.session import session
+from megatron_rpp.runtime.session import freeze_heap, session
 from megatron_rpp.stages import nonfinite
 from megatron_rpp.stages.logprobs import make_micro_batches, token_logprobs
 from megatron_rpp.stages.minibatches import optimizer_step
@@ -47,6 +47,7 @@ def main(argv: list[str] | None = None, *, start: startup.Startup | None = None)
     groups.start(
         **config.parallel.sizes(), seed=config.seed, deterministic=config.train.deterministic
     )
+    freeze_heap()
     finetune(config, start.inputs, start.dry_run)
     groups.stop()
 

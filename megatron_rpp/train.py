@@ -34,7 +34,7 @@ from megatron_rpp.runtime import checkpointing, preflight, rollouts
 from megatron_rpp.runtime import run as runs
 from megatron_rpp.runtime.inputs import Inputs
 from megatron_rpp.runtime.run import Run, evaluate_held_out
-from megatron_rpp.runtime.session import session, training
+from megatron_rpp.runtime.session import freeze_heap, session, training
 from megatron_rpp.stages import advantage, critic, kl_control, logprobs, reward, update
 
 CONSOLE_METRICS = ("reward/mean", "kl/k1", "policy/entropy", "policy/clip_fraction", "policy/grad_norm",
@@ -47,6 +47,7 @@ def main(argv: list[str] | None = None, *, start: startup.Startup | None = None)
     groups.start(
         **config.parallel.sizes(), seed=config.seed, deterministic=config.train.deterministic
     )
+    freeze_heap()
     if start.dry_run:
         preflight.run(config, inputs.vocab_size, Console(groups.is_main()))
     train(config, inputs, start.dry_run)

@@ -6,6 +6,8 @@ less than two minutes in total. A single slow test elsewhere has the marker itse
 
 from __future__ import annotations
 
+import gc
+
 import hypothesis
 import pytest
 
@@ -29,6 +31,10 @@ SLOW = {
     "test_statistics_distributed", "test_pool", "test_http", "test_engine", "test_hf_weights",
     "test_hf_classifiers", "test_watchdog",
 }  # fmt: skip
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    gc.freeze()  # see frozen_heap.py, which would import torch
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

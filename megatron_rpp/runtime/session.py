@@ -28,23 +28,18 @@ def session(config: Config, console: Console) -> Iterator[Stop]:
         one_writer([config.checkpoint.dir, config.logging.dir], console.log),
         stop.listening(),
         _watching(config),
-        frozen_heap(),
     ):
         yield stop
 
 
-@contextmanager
-def frozen_heap() -> Iterator[None]:
-    """Excludes the objects that exist now, mostly imported modules, from garbage collection.
+def freeze_heap() -> None:
+    """Excludes the objects that exist now, mostly imported modules, from garbage collection, until the
+    process ends.
 
-    Megatron runs a full collection in every save, which stalls the run (tools/benchmark.py
-    checkpoint).
+    The programs do so before they build anything: Megatron runs a full collection in every save, which
+    stalls the run (tools/benchmark.py checkpoint).
     """
     gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
 
 
 def _watching(config: Config) -> AbstractContextManager[None]:

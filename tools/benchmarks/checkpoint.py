@@ -33,7 +33,7 @@ from megatron_rpp.parallel import groups
 from megatron_rpp.parallel.device import describe
 from megatron_rpp.runtime import checkpointing
 from megatron_rpp.runtime.run import Run
-from megatron_rpp.runtime.session import frozen_heap
+from megatron_rpp.runtime.session import freeze_heap
 from megatron_rpp.runtime.step_progress import StepProgress
 from megatron_rpp.train import rl_step
 
@@ -80,15 +80,15 @@ def worker(saves: int, settings: list[str]) -> None:
     """One rank; the main rank prints the result."""
     folder = tempfile.TemporaryDirectory(prefix="checkpoints_")
     wide = [f"--{name}={value}" for name, value in WIDE.items()]
+    freeze_heap()  # like a program
     run = reference_run([*wide, *settings])
     directory = groups.broadcast_object(folder.name)
     result, waits = {"device": describe()}, replace(run.config.checkpoint, dir=directory)
     for name, background in (("waiting", False), ("background", True)):
         settings_now = replace(waits, async_save=background)
         run.config = replace(run.config, checkpoint=settings_now)
-        with frozen_heap():  # like a run
-            measure(run, 1)  # the first save is not counted
-            result[name] = measure(run, saves)
+        measure(run, 1)  # the first save is not counted
+        result[name] = measure(run, saves)
     if groups.is_main():
         files = [f for f in Path(directory).rglob("*") if f.is_file()]
         size = sum(f.stat().st_size for f in files)
