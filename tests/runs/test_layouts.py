@@ -61,7 +61,7 @@ RECIPES = {
         "rollout__top_k": 20,
         "rollout__min_new_tokens": 2,
         "rollout__max_batch": 7,
-        "rollout__max_cache_tokens": 32,
+        "rollout__max_cache_tokens": 256,
         "optimizer__warmup_steps": 2,
         "optimizer__decay_steps": 10,
         "optimizer__weight_decay": 0.1,
