@@ -1,7 +1,7 @@
 """Benchmarks of the trainer; one JSON line each.
 
     python tools/benchmark.py generate [--nproc N] [--work NAME ...] [--versus trl vllm]
-                                       [--vllm-python FILE]
+                                       [--baseline DIR] [--vllm-python FILE]
     python tools/benchmark.py rl-step [--nproc 2] [--steps 5] [--versus trl] [--section.key value]
     python tools/benchmark.py logprobs [--nproc 2] [--vocabularies V ...] [--rows N ...]
     python tools/benchmark.py checkpoint [--nproc 2] [--steps 5] [--section.key value]
@@ -22,6 +22,8 @@ again.
 generate: tokens per second of the engine on the works of tools/benchmarks/generation_work.py, on two
 cores. --versus trl vllm runs these on the same work in turn with ours and prints the ratio ours /
 theirs (above 1: ours is faster). vLLM's environment is made from tools/requirements-vllm.txt.
+--baseline DIR compares with the engine of another checkout of this project, in the same way:
+`git worktree add runs/before COMMIT` makes one.
 
 logprobs: peak memory and time of token log-probs over --nproc tensor-parallel ranks, against
 unfused and gathered logits (tools/benchmarks/logprobs.py).
@@ -41,6 +43,7 @@ Left out: attention and memory of whole steps.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import statistics
@@ -64,10 +67,13 @@ def last_json(command: list[str], environment: dict[str, str] | None = None) -> 
     return json.loads([line for line in done.stdout.splitlines() if line.startswith("{")][-1])
 
 
-def run_ours(benchmark: str, *, nproc: int, steps: int, settings: list[str]) -> dict:
+def run_ours(
+    benchmark: str, *, nproc: int, steps: int, settings: list[str], checkout: Path = ROOT
+) -> dict:
+    """The result of a benchmark, with the package of this or of another checkout."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", str(nproc), __file__, benchmark, "--worker"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(checkout)}
     return last_json([*command, "--steps", str(steps), *settings], environment)
 
 
@@ -106,21 +112,34 @@ def versus_trl(*, nproc: int, steps: int, rounds: int, settings: list[str]) -> d
 
 
 def compare_generation(
-    *, works: list[str], peers: list[str], nproc: int | None, rounds: int, python: dict[str, Path]
+    *,
+    works: list[str],
+    peers: dict[str, Path],
+    checkouts: dict[str, Path],
+    nproc: int | None,
+    rounds: int,
 ) -> dict:
-    """Rates of all engines on each work, in turn, and the ratios of the medians."""
+    """Rates of all engines on each work, in turn, and the ratios of the medians.
+
+    Args:
+        peers: the Python of each other engine.
+        checkouts: directories with other versions of our package.
+    """
     script, found = str(ROOT / "tools" / "benchmarks" / "peers_generate.py"), {}
     for work in works:
-        rates: dict[str, list[float]] = {name: [] for name in ("ours", *peers)}
+        runs: dict[str, list[dict]] = {name: [] for name in (*peers, *checkouts, "ours")}
         for _ in range(rounds):
-            for peer in peers:
-                result = last_json([str(python[peer]), script, peer, work])
-                rates[peer].append(result["tokens_per_second"])
-            ranks = nproc or WORKS[work].ranks
-            ours = run_ours("generate", nproc=ranks, steps=3, settings=[work])
-            rates["ours"].append(ours["tokens_per_second"])
+            for peer, python in peers.items():
+                runs[peer].append(last_json([str(python), script, peer, work]))
+            for name, checkout in {**checkouts, "ours": ROOT}.items():
+                ranks = nproc or WORKS[work].ranks
+                result = run_ours(
+                    "generate", nproc=ranks, steps=3, settings=[work], checkout=checkout
+                )
+                runs[name].append(result)
+        rates = {name: [run["tokens_per_second"] for run in of] for name, of in runs.items()}
         middle = {name: statistics.median(values) for name, values in rates.items()}
-        ratio = {peer: middle["ours"] / middle[peer] for peer in peers}
+        ratio = {name: middle["ours"] / middle[name] for name in (*peers, *checkouts)}
         found[work] = {"tokens_per_second": rates, "ratio": ratio}
     return found
 
@@ -160,16 +179,21 @@ def main() -> None:
         "--versus", nargs="+", default=[], choices=["trl", "vllm"], help="compare, in turn"
     )
     parser.add_argument("--work", nargs="+", default=["reference", "smollm2", "long-tail"])
+    parser.add_argument("--baseline", type=Path, help="another checkout (generate only)")
     parser.add_argument(
         "--vllm-python", type=Path, default=ROOT / "runs/vllm/bin/python", help="of its environment"
     )
     parser.add_argument(
-        "--rounds", type=int, default=3, help="runs of each, with --versus and ahead"
+        "--rounds", type=int, default=3, help="runs of each, with --versus, --baseline and ahead"
     )
     parser.add_argument("--vocabularies", type=int, nargs="+", default=[8192, 32768])
     parser.add_argument("--rows", type=int, nargs="+", default=[1024, 2048, 4096])
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options, settings = parser.parse_known_args()
+    if options.baseline and not (options.baseline / "megatron_rpp").is_dir():
+        parser.error(
+            f"--baseline {options.baseline}: no checkout of this project (no megatron_rpp)"
+        )
     ranks = options.nproc or 2
     if options.worker:
         work(options.benchmark, options.steps, settings)
@@ -179,13 +203,14 @@ def main() -> None:
 
         result = logprobs.run(ranks, options.vocabularies, options.rows)
     elif options.benchmark == "generate":
-        python = {"vllm": options.vllm_python}
-        if "trl" in options.versus:
-            python["trl"] = trl_python()
+        python = {"trl": trl_python, "vllm": lambda: options.vllm_python}
         result = compare_generation(
-            works=options.work, peers=options.versus, nproc=options.nproc, rounds=options.rounds,
-            python=python,
-        )  # fmt: skip
+            works=options.work,
+            peers={name: python[name]() for name in options.versus},
+            checkouts={"baseline": options.baseline} if options.baseline else {},
+            nproc=options.nproc,
+            rounds=options.rounds,
+        )
     elif options.benchmark == "ahead":
         result = compare_ahead(
             steps=options.steps, rounds=options.rounds, python=options.vllm_python,
@@ -202,13 +227,8 @@ def main() -> None:
 
 def work(benchmark: str, steps: int, settings: list[str]) -> None:
     """One rank of a benchmark that torchrun has started."""
-    from benchmarks import ahead, checkpoint, generate, rl_step, weights
-
-    workers = {
-        "rl-step": rl_step.worker, "generate": generate.worker, "checkpoint": checkpoint.worker,
-        "weights": weights.worker, "ahead": ahead.worker,
-    }  # fmt: skip
-    workers[benchmark](steps, settings)
+    module = importlib.import_module(f"benchmarks.{benchmark.replace('-', '_')}")
+    module.worker(steps, settings)
 
 
 if __name__ == "__main__":
