@@ -234,6 +234,11 @@ def _reason(error: BaseException) -> str:
     Collective if Megatron made the ranks fail together: only its coordinator knows why.
     """
     if isinstance(error, CheckpointException):
-        found = [f"rank {rank}: {failure[0]}" for rank, failure in error.failures.items()]
+        found = [f"rank {rank}: {_line(parts[0])}" for rank, parts in error.failures.items()]
         return ranks.gathered("; ".join(found))[0] or "another rank failed"
-    return str(error).splitlines()[0]
+    return _line(error)
+
+
+def _line(error: BaseException) -> str:
+    """Its first line; the name of its type if it says nothing, as one that a signal caused may."""
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

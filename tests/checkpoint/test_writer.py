@@ -44,3 +44,15 @@ def test_the_error_of_the_file_system_is_reported(tmp_path, names):
 
 def test_without_an_error_there_is_a_result_for_each_file(tmp_path):
     assert outcome(tmp_path, ["__0_0", "__0_1"]) == {0: [], 1: []}
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "[Errno 28] No space left on device"),
+        (RuntimeError("\nfirst\nsecond"), "first"),
+        (RuntimeError(), "RuntimeError"),
+    ],
+)
+def test_the_reason_is_a_line_that_says_something(error, reason):
+    assert writer._reason(error) == reason
