@@ -34,7 +34,7 @@ SLOW = {
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    gc.freeze()  # see frozen_heap.py, which would import torch
+    gc.freeze()  # what the modules hold is no garbage, but every collection would look through it
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

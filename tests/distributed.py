@@ -20,9 +20,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-# Imported once by the server that ranks are forked from; the second by torch's optimizers anyway. The
-# last freezes what the others made.
-PRELOADED = ["megatron_rpp.train", "torch._dynamo", "tests.frozen_heap"]
+# Imported once by the server that ranks are forked from; the second by torch's optimizers anyway.
+PRELOADED = ["megatron_rpp.train", "torch._dynamo", "tests.preloaded"]
 
 
 def fork(fn: Callable[..., Any], args: tuple, nprocs: int, join: bool = True) -> Any:

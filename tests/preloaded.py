@@ -1,0 +1,7 @@
+"""Imported last by the server that ranks are forked from, for what each of them would do again."""
+
+from megatron_rpp.config import cli
+from megatron_rpp.runtime.session import freeze_heap
+
+cli.parse([])  # reads the docstrings of all settings
+freeze_heap()  # as the programs do; every world that ends collects garbage
