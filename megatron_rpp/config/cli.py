@@ -259,12 +259,9 @@ def _converted(where: str, read: Any, *, source: Any, below: jsonargparse.Namesp
 
 def _describe(hint: Any) -> str:
     words = {
-        bool: "true or false",
-        int: "an integer",
-        float: "a number",
-        str: "a text",
+        bool: "true or false", int: "an integer", float: "a number", str: "a text",
         dict: "a mapping {name: value}",
-    }
+    }  # fmt: skip
     kind, arguments = get_origin(hint), get_args(hint)
     if kind is Literal:
         return "one of " + ", ".join(arguments)

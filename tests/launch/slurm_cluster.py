@@ -19,6 +19,8 @@ from pathlib import Path
 
 import psutil
 
+from tests.ports import free_ports
+
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
 PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 
@@ -60,16 +62,6 @@ def missing() -> str | None:
     return None
 
 
-def _free_ports(count: int) -> list[int]:
-    probes = [socket.socket() for _ in range(count)]
-    for probe in probes:
-        probe.bind(("127.0.0.1", 0))
-    ports = [probe.getsockname()[1] for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports
-
-
 class Cluster:
     """Nodes n1, n2 ... of one partition. `stop` ends every daemon and every job."""
 
@@ -88,7 +80,7 @@ class Cluster:
             raise
 
     def _configure(self) -> None:
-        host, ports = socket.gethostname().split(".")[0], _free_ports(len(self.names) + 1)
+        host, ports = socket.gethostname().split(".")[0], free_ports(len(self.names) + 1)
         nodes = "\n".join(
             f"NodeName={name} NodeAddr=127.0.0.1 NodeHostname={host} Port={port} CPUs=2 "
             f"RealMemory=4000 State=UNKNOWN"

@@ -21,7 +21,7 @@ from megatron_rpp.lifecycle.exit_codes import REFUSED
 from megatron_rpp.torchrun import exit_code
 from tests.distributed import run_ranks
 from tests.launch.namespaces import two_namespaces
-from tests.runs.test_config_errors import free_port
+from tests.ports import free_port
 from tests.small_run import arguments, config_of, make_data
 from tests.whole_runs import VARIED, same_bits, train_run
 

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from megatron_rpp import train
 from megatron_rpp.lifecycle import entrypoint, exit_codes
 from megatron_rpp.parallel import groups
+from tests.ports import free_port
 from tests.small_run import arguments, make_data
 from tests.whole_runs import VARIED, rows, train_run
 
@@ -158,12 +159,6 @@ def test_a_world_that_does_not_fit(world, data, tmp_path, capsys, monkeypatch):
     size, settings, message = WORLDS[world]
     monkeypatch.setenv("WORLD_SIZE", str(size))
     assert message in error_message(arguments(data, tmp_path, **settings), capsys)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def run_program(

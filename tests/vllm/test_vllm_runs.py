@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from megatron_rpp.rollout.vllm.api import Server
-from tests.runs.test_config_errors import free_port
+from tests.ports import free_port
 from tests.small_run import arguments, make_data
 from tests.whole_runs import rows
 
