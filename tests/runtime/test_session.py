@@ -5,7 +5,12 @@ from __future__ import annotations
 import gc
 import weakref
 
+import pytest
+
+from megatron_rpp import sft, train
 from megatron_rpp.runtime.session import freeze_heap
+from tests.small_run import arguments, make_data
+from tests.whole_runs import run_program
 
 
 class Cycle:
@@ -13,7 +18,7 @@ class Cycle:
         self.self = self
 
 
-def test_collections_leave_out_what_the_run_found_and_nothing_else():
+def test_collections_leave_out_what_exists_and_nothing_else():
     before = Cycle()
     found = weakref.ref(before)
     freeze_heap()
@@ -23,3 +28,11 @@ def test_collections_leave_out_what_the_run_found_and_nothing_else():
     del inside
     gc.collect()
     assert found() is not None and made() is None
+
+
+@pytest.mark.parametrize("program", [train, sft])
+def test_programs_leave_their_modules_out(tmp_path, program):
+    make_data(tmp_path)
+    gc.unfreeze()
+    run_program(program.main, [*arguments(tmp_path, tmp_path), "--dry-run"])
+    assert gc.get_freeze_count() > len(gc.get_objects())
