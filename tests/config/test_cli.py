@@ -89,6 +89,14 @@ def test_command_line_values_of_every_type():
     assert config.data.label_key == "12"
 
 
+def test_a_command_line_changes_nothing_for_the_next():
+    """Defaults are read once in a process."""
+    argv = "--rollout.stop+=y --task.params.ratio=1e-1 --sft.optimizer.lr 1"
+    first = parse(argv.split()).config
+    first.rollout.stop.append("z")
+    assert parse([]).config == Config()
+
+
 def test_nested_section_has_an_optimizer_of_its_own():
     config = parse(["--sft.optimizer.lr", "3e-3"]).config
     assert (config.sft.optimizer.lr, config.optimizer.lr) == (3e-3, 1e-4)
