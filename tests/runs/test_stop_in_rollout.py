@@ -1,6 +1,6 @@
 """A rollout that takes long is abandoned within seconds of a signal to any one rank.
 
-The rollout is slowed down on purpose: to its end it would take half a minute. A replica that has
+The rollout is slowed down on purpose: to its end it would take 14 seconds. A replica that has
 finished early waits for the others; it is told, and it tells the others, as well. The run leaves what
 was there before the step, and resumes bit for bit.
 """
@@ -25,7 +25,7 @@ from tests.distributed import run_ranks
 from tests.small_run import config_of, make_data
 from tests.whole_runs import VARIED, same_bits, train_run
 
-TOKENS, PAUSE = 24, 1.2  # seconds a token
+TOKENS, PAUSE = 12, 1.2  # seconds a token
 AFTER, SOON = 1.5, 10.0  # seconds: the signal comes; all ranks have stopped
 SETTINGS = {
     "train__steps": 2, "train__epochs": 1, "train__minibatches": 1, "evaluation__interval": 1, "checkpoint__interval": 1, "model__max_length": 64,
