@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_rpp.checkpoint import manifest, store
 from megatron_rpp.config import CheckpointConfig
 from megatron_rpp.lifecycle import heartbeat
+from megatron_rpp.lifecycle.config_error import first_line
 from megatron_rpp.lifecycle.exit_codes import SaveFailed
 from megatron_rpp.lifecycle.parent_death import end_with
 from megatron_rpp.parallel import device as _device  # noqa: F401  (before megatron)
@@ -234,11 +235,6 @@ def _reason(error: BaseException) -> str:
     Collective if Megatron made the ranks fail together: only its coordinator knows why.
     """
     if isinstance(error, CheckpointException):
-        found = [f"rank {rank}: {_line(parts[0])}" for rank, parts in error.failures.items()]
+        found = [f"rank {rank}: {first_line(parts[0])}" for rank, parts in error.failures.items()]
         return ranks.gathered("; ".join(found))[0] or "another rank failed"
-    return _line(error)
-
-
-def _line(error: BaseException) -> str:
-    """Its first line; the name of its type if it says nothing, as one that a signal caused may."""
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return first_line(error)

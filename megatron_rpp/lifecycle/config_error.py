@@ -27,6 +27,11 @@ def reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of its message that is not empty; the name of its type if there is none."""
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 @contextmanager
 def reading(what: str, remedy: str, verb: str = "read") -> Iterator[None]:
     """Turns any error that is raised while `what` is read into a ConfigError that names it.

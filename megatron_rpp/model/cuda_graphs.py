@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from megatron_rpp.lifecycle.config_error import first_line
 from megatron_rpp.model.attention_metadata import AttentionMetadata
 from megatron_rpp.parallel import device as devices
 
@@ -82,7 +83,7 @@ class Graphs:
             torch.cuda.synchronize()
             self._enabled = False
             self._recorded.clear()
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
             logging.getLogger(__name__).warning("generation without CUDA graphs: %s", reason)
             return
         self._recorded[key] = _Recorded(graph, given, metadata, result)

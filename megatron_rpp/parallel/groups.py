@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_rpp.lifecycle import heartbeat
+from megatron_rpp.lifecycle.config_error import first_line
 from megatron_rpp.lifecycle.entrypoint import launched_world_size
 from megatron_rpp.lifecycle.exit_codes import RunFailure
 from megatron_rpp.parallel import device as devices
@@ -105,7 +106,7 @@ def _join_world() -> None:
     except dist.DistNetworkError as error:
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise RunFailure(
-            f"the ranks cannot meet at {address} ({str(error).splitlines()[0]}): if another "
+            f"the ranks cannot meet at {address} ({first_line(error)}): if another "
             f"program uses that port, choose another MASTER_PORT"
         ) from error
 
