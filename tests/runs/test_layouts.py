@@ -83,6 +83,7 @@ OVERLAP = {"parallel__overlap_grad_reduce": "true", "parallel__overlap_param_gat
 FULL = {"train__recompute": "full"}
 FIRST = FULL | {"train__recompute_method": "block"}
 SELECTIVE = {"train__recompute": "selective"}
+ONE_BY_ONE = {"rollout__max_cache_tokens": 32}  # sequences in the cache: one for each stage
 
 
 class Case(NamedTuple):
@@ -105,7 +106,7 @@ CASES = [
     Case("TP2", 2, "baseline", TP2),
     Case("CP2 offloaded", 2, "baseline", CP2 | {"reference__placement": "offload"}),
     Case("DP2", 2, "baseline", {}),
-    Case("PP2 VPP2", 2, "all options", VPP2),
+    Case("PP2 VPP2, one by one", 2, "all options", VPP2 | ONE_BY_ONE),
     Case("CP2", 2, "all options", CP2),
     Case("DP2 overlap, full", 2, "reinforce++", OVERLAP | FULL),
     Case("CP2 overlap, first layer", 2, "all options", CP2 | OVERLAP | FIRST),
@@ -116,7 +117,7 @@ CASES = [
     Case("TP2xCP2 SP", 4, "all options", TP2 | CP2 | SP),
     Case("PP2xCP2 VPP2", 4, "baseline", VPP2 | CP2),
     Case("TP2xPP2 SP VPP2", 4, "all options", TP2 | VPP2 | SP),
-    Case("DP4", 4, "all options", {}),
+    Case("DP4, one by one", 4, "all options", ONE_BY_ONE),
     Case("TP2xDP2 SP overlap, selective", 4, "baseline", TP2 | SP | OVERLAP | SELECTIVE),
     Case("TP2 SP", 2, "ppo", TP2 | SP),
     Case("PP2 VPP2", 2, "ppo", VPP2),
