@@ -127,12 +127,12 @@ def compare_generation(
     """
     script, found = str(ROOT / "tools" / "benchmarks" / "peers_generate.py"), {}
     for work in works:
+        ranks = nproc or WORKS[work].ranks
         runs: dict[str, list[dict]] = {name: [] for name in (*peers, *checkouts, "ours")}
         for _ in range(rounds):
             for peer, python in peers.items():
                 runs[peer].append(last_json([str(python), script, peer, work]))
             for name, checkout in {**checkouts, "ours": ROOT}.items():
-                ranks = nproc or WORKS[work].ranks
                 result = run_ours(
                     "generate", nproc=ranks, steps=3, settings=[work], checkout=checkout
                 )
@@ -190,6 +190,8 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[1024, 2048, 4096])
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options, settings = parser.parse_known_args()
+    if options.baseline and options.benchmark != "generate":
+        parser.error(f"--baseline is for generate, not for {options.benchmark}")
     if options.baseline and not (options.baseline / "megatron_rpp").is_dir():
         parser.error(
             f"--baseline {options.baseline}: no checkout of this project (no megatron_rpp)"
