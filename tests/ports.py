@@ -11,6 +11,7 @@ def free_port() -> int:
     """A port of 127.0.0.1 that nothing listens on. It is below those that the system hands out by itself,
     so that no connection takes it before the program of the test does, seconds later."""
     while True:
+        # From the system, because hypothesis seeds random alike in all processes that run tests.
         port = random.SystemRandom().randrange(20_000, 32_000)
         with socket.socket() as probe, suppress(OSError):
             probe.bind(("127.0.0.1", port))

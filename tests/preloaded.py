@@ -1,4 +1,4 @@
-"""Imported last by the server that ranks are forked from, for what each of them would do again."""
+"""Imported last by the server that ranks are forked from: does once what every rank would repeat."""
 
 from megatron_rpp.config import cli
 from megatron_rpp.runtime.session import freeze_heap

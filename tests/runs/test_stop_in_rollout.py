@@ -1,6 +1,6 @@
 """A rollout that takes long is abandoned within seconds of a signal to any one rank.
 
-The rollout is slowed down on purpose: to its end it would take 14 seconds. A replica that has
+The rollout is slowed down on purpose: to its end it would take at least 14 seconds. A replica that has
 finished early waits for the others; it is told, and it tells the others, as well. The run leaves what
 was there before the step, and resumes bit for bit.
 """
